@@ -1,0 +1,91 @@
+"""What can go wrong that the user can change: one class per exit code of the command line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class OnnxEcpError(Exception):
+    """Base of all errors of this library.
+
+    Args:
+        message: what was found and what was expected, with the values.
+        hint: what the user can do about it; may be empty.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(OnnxEcpError):
+    """An option or argument that does not exist or contradicts another."""
+
+    exit_code = 2
+
+
+class ModelError(OnnxEcpError):
+    """A model file that is unreadable, invalid or unsupported."""
+
+    exit_code = 3
+
+
+class CalibrationError(OnnxEcpError):
+    """Calibration or evaluation data that does not fit the model."""
+
+    exit_code = 4
+
+
+class TargetError(OnnxEcpError):
+    """Nothing to prune, or a target that cannot be reached."""
+
+    exit_code = 5
+
+
+class ProviderError(OnnxEcpError):
+    """ONNX Runtime is missing, failed, ran out of memory or time, or lacks the execution provider."""
+
+    exit_code = 6
+
+
+class QualityError(OnnxEcpError):
+    """A quality gate failed; nothing was written."""
+
+    exit_code = 7
+
+
+class OutputError(OnnxEcpError):
+    """The output cannot be written."""
+
+    exit_code = 8
+
+
+class Interrupted(OnnxEcpError):
+    """SIGINT or SIGTERM arrived; nothing was written.
+
+    Args:
+        signal_number: 2 for SIGINT, 15 for SIGTERM; the exit code is 128 more.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__("interrupted.", hint="Nothing was written.")
+        self.exit_code = 128 + signal_number
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint that names the closest known names, or all of them when none is close.
+
+    >>> did_you_mean("magnitud", ["magnitude", "random"])
+    "Did you mean 'magnitude'?"
+    >>> did_you_mean("x", ["magnitude", "random"])
+    'Known: magnitude, random.'
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3)
+    if close:
+        return f"Did you mean {' or '.join(repr(c) for c in close)}?"
+    return f"Known: {', '.join(known)}."

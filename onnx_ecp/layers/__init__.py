@@ -1,0 +1,1 @@
+"""Affine layers in a graph: one file per spelling."""

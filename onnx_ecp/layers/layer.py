@@ -1,0 +1,161 @@
+"""The nouns of layer finding: what a prunable layer is, whatever its spelling, and why one is not.
+
+A layer computes ``z = W a + b``. It presents its input as rows ``a`` (groups, rows, in) and its
+output as rows ``z`` (groups, rows, out per group): a row is one position of one sample (METHOD:
+Gemm has one position, MatMul on tokens many, Conv its patches). Only a grouped Conv has more than
+one group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import onnx
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """The graph transposes the stored tensor on its way to the operator."""
+
+    perm: tuple[int, ...]
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """From the stored side to the operator's side."""
+        return x.transpose(self.perm)
+
+    def backward(self, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """From the operator's side back; ``shape`` is the shape before ``forward``."""
+        return x.transpose(np.argsort(self.perm))
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """The graph reshapes the stored tensor on its way to the operator."""
+
+    shape: tuple[int, ...]
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """From the stored side to the operator's side."""
+        return x.reshape(self.shape)
+
+    def backward(self, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """From the operator's side back; ``shape`` is the shape before ``forward``."""
+        return x.reshape(shape)
+
+
+Step = Transpose | Reshape
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A stored tensor seen as the matrix W (out, in); identity is the stored tensor's name.
+
+    Args:
+        tensor: name of the initializer, or the output name of the Constant node, that is stored.
+        shape: shape of the stored tensor.
+        dtype: its ONNX element type (TensorProto.FLOAT, FLOAT16, BFLOAT16, DOUBLE).
+        steps: transposes and reshapes from the stored tensor to the matrix (out, in), in order.
+        scale: constant factor of the operator (Gemm's alpha); the matrix includes it.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: int
+    steps: tuple[Step, ...] = ()
+    scale: float = 1.0
+
+    def matrix(self, stored: np.ndarray) -> np.ndarray:
+        """The stored tensor as (out, in); a view where no factor is applied."""
+        for step in self.steps:
+            stored = step.forward(stored)
+        return stored if self.scale == 1.0 else stored * self.scale
+
+    def unmatrix(self, matrix: np.ndarray) -> np.ndarray:
+        """The inverse of ``matrix`` for a weight: (out, in) back to the stored shape and scale."""
+        return self.layout(matrix) if self.scale == 1.0 else self.layout(matrix) / self.scale
+
+    def layout(self, matrix: np.ndarray) -> np.ndarray:
+        """(out, in) values, such as importances or a keep mask, in the stored layout, unscaled."""
+        shapes = [self.shape]
+        for step in self.steps[:-1]:
+            shapes.append(step.forward(np.empty(shapes[-1], dtype=np.bool_)).shape)
+        for step, shape in zip(reversed(self.steps), reversed(shapes), strict=False):
+            matrix = step.backward(matrix, shape)
+        return matrix
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A candidate that is not pruned, and why.
+
+    Args:
+        name: the node's name (its output's name where the node has none or shares it).
+        op: operator type.
+        reason: one sentence for the user.
+    """
+
+    name: str
+    op: str
+    reason: str
+
+
+class Layer(Protocol):
+    """An affine layer that can be pruned. The spellings are the other files of this package.
+
+    Attributes:
+        name: unique name for the user: the node's name, or its output's where it has none.
+        op: operator type of the node, such as "Gemm".
+        input: name of the tensor that carries ``a``.
+        output: name of the tensor that carries ``z`` in the prepared graph (before a fused
+            activation); no bias shift is lost by adding to it.
+        weight: the stored tensor behind W.
+        groups: 1, but for a grouped Conv.
+        reduction: number of consecutive columns of W (out, in) that N:M groups may span, and
+            stride: see ``selection``; plain layers reduce over the whole row.
+        has_bias: whether the model already has a bias that ``store`` can edit.
+    """
+
+    name: str
+    op: str
+    input: str
+    output: str
+    weight: Weight
+    groups: int
+    has_bias: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix W; with groups, ``in`` is what one group sees."""
+
+    def rows_in(self, a: np.ndarray) -> np.ndarray:
+        """The array of tensor ``input`` as rows (groups, rows, in)."""
+
+    def rows_out(self, z: np.ndarray) -> np.ndarray:
+        """An array (P, *shape of tensor ``output``) as rows (P, groups, rows, out // groups)."""
+
+    def shift_shape(self, rank: int) -> tuple[int, ...]:
+        """Shape in which a per-unit vector (out,) broadcasts against tensor ``output``."""
+
+    def store(
+        self, model: onnx.ModelProto, weight: np.ndarray | None, shift: np.ndarray | None
+    ) -> bool:
+        """Write into ``model``, our own copy: the only function that changes a graph.
+
+        Args:
+            model: a copy of the model in which this layer was found.
+            weight: new stored tensor (``weight.shape``), or None to leave it.
+            shift: (out,) float64 to add to the bias, or None; all zeros count as None.
+
+        Returns:
+            Whether a bias was created (a new initializer or Add node).
+        """
+
+
+@dataclass(frozen=True)
+class Found:
+    """All candidates of a model, in graph order."""
+
+    layers: tuple[Layer, ...]
+    skips: tuple[Skip, ...] = field(default=())
