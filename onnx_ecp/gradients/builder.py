@@ -7,7 +7,7 @@ rank aligns at the right).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,21 +24,28 @@ class Fact:
     dtype: np.dtype
 
 
+# Element types of results that are not the type of an input.
+_BOOL = ("And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or")
+_RESULT = {**dict.fromkeys(_BOOL, np.bool_), "Shape": np.int64, "Size": np.int64}
+
+
 class Builder:
     """Appends nodes to a graph: ``op.Mul(a, b)``, ``op.Transpose(x, perm=[1, 0])``.
 
     Any attribute that is not a method of this class is an operator of the standard domain. Numbers
-    and arrays among the inputs become constants (floats in the dtype of the first tensor input).
+    and arrays among the inputs become constants (floats in the dtype of the first float input).
     The result is one tensor, or a list of ``outputs=n`` tensors. ``None`` is an omitted input.
 
     Args:
         graph: the graph that is extended.
         facts: by tensor name, for the tensors of the forward graph.
+        prefix: of all new names; two builders that write into one graph need two.
     """
 
-    def __init__(self, graph: gs.Graph, facts: Mapping[str, Fact]) -> None:
+    def __init__(self, graph: gs.Graph, facts: Mapping[str, Fact], prefix: str = "ecp") -> None:
         self.graph = graph
         self.facts = facts
+        self.prefix = prefix
         self._count = 0
         self._dtypes: dict[str, np.dtype] = {}
 
@@ -57,13 +64,14 @@ class Builder:
         if tensor.name in self._dtypes:
             return self._dtypes[tensor.name]
         if isinstance(tensor, gs.Constant):
-            return np.dtype(tensor.dtype)
+            stored: np.dtype = np.dtype(tensor.dtype)
+            return stored
         return self.facts[tensor.name].dtype
 
     def fresh(self, stem: str) -> str:
         """A tensor name that nothing else has."""
         self._count += 1
-        return f"ecp/{stem}_{self._count}"
+        return f"{self.prefix}/{stem}_{self._count}"
 
     def const(self, value: Any, dtype: Any = None) -> gs.Constant:
         """A constant tensor; Python ints become int64, floats float32 unless ``dtype`` is given."""
@@ -86,25 +94,30 @@ class Builder:
             dtype: element type of the result where it differs from the first tensor input's.
             attrs: attributes.
         """
-        first = next((x for x in inputs if isinstance(x, gs.Tensor)), None)
-        base = self.dtype(first) if first is not None else np.dtype(np.float32)
+        base = np.dtype(dtype) if dtype is not None else self._common_dtype(inputs)
         tensors = [self._tensor(x, base) for x in inputs]
         results = [gs.Variable(self.fresh(op_type.lower())) for _ in range(outputs)]
         self.graph.nodes.append(
             gs.Node(op_type, self.fresh(op_type), attrs, inputs=tensors, outputs=results)
         )
         for result in results:
-            self._dtypes[result.name] = np.dtype(dtype) if dtype is not None else base
+            self._dtypes[result.name] = np.dtype(_RESULT.get(op_type, base))
         return results[0] if outputs == 1 else results
+
+    def _common_dtype(self, inputs: Iterable[Any]) -> np.dtype:
+        """The dtype of the first float tensor, else of the first that is not a condition."""
+        dtypes = [self.dtype(x) for x in inputs if isinstance(x, gs.Tensor) and not x.is_empty()]
+        floats = [d for d in dtypes if np.issubdtype(d, np.floating)]
+        others = [d for d in dtypes if d != np.bool_]
+        return next(iter(floats + others + dtypes), np.dtype(np.float32))
 
     def _tensor(self, x: Any, base: np.dtype) -> gs.Tensor:
         if x is None:
             return gs.Variable.empty()
         if isinstance(x, gs.Tensor):
             return x
-        if isinstance(x, float):
-            return self.const(x, base)
-        return self.const(x)
+        is_float = np.issubdtype(np.asarray(x).dtype, np.floating)
+        return self.const(x, base if is_float else None)
 
     def __getattr__(self, name: str) -> Any:
         if not name[:1].isupper():
@@ -131,13 +144,35 @@ class Builder:
         """The run-time shape (P, *shape of x), int64 vector; g is any adjoint."""
         return self.op("Concat", self.probes(g), self.shape_of(x), axis=0)
 
+    def reshape_like(self, values: gs.Tensor, g: gs.Tensor, x: gs.Tensor) -> gs.Tensor:
+        """The elements of ``values`` as an adjoint (P, *shape of x); g is any adjoint."""
+        return self.op("Reshape", values, self.adjoint_shape(g, x), allowzero=1)
+
+    def zeros(self, g: gs.Tensor, x: gs.Tensor) -> gs.Tensor:
+        """An adjoint (P, *shape of x) of zeros; g is any adjoint."""
+        value = gs.Constant(self.fresh("zero"), np.zeros(1, self.dtype(g)))
+        shape = self.adjoint_shape(g, x)
+        return self.op("ConstantOfShape", shape, dtype=self.dtype(g), value=value)
+
+    def further_output(self, node: gs.Node, index: int, dtype: Any) -> gs.Tensor:
+        """Output ``index`` of a forward node, asked for where the model did not."""
+        while len(node.outputs) <= index:
+            node.outputs.append(gs.Variable.empty())
+        if node.outputs[index].is_empty():
+            node.outputs[index] = gs.Variable(self.fresh(f"{node.op.lower()}_output{index}"))
+            self._dtypes[node.outputs[index].name] = np.dtype(dtype)
+        return node.outputs[index]
+
     def unbroadcast(self, g: gs.Tensor, x: gs.Tensor, of: gs.Tensor) -> gs.Tensor:
         """Sum g (P, *shape of ``of``) over what broadcasting x to the shape of ``of`` repeated.
 
         Returns an adjoint (P, *shape of x). Which axes were repeated is read off the probing run,
         so an axis of true size 1 that meets size 1 needs no sum.
         """
-        small, large = self.shape(x), self.shape(of)
+        return self.sum_to(g, self.shape(x), self.shape(of))
+
+    def sum_to(self, g: gs.Tensor, small: Sequence[int], large: Sequence[int]) -> gs.Tensor:
+        """Sum g (P, *large) over the axes along which ``small`` was broadcast to ``large``."""
         extra = len(large) - len(small)
         axes = [1 + i for i in range(extra)]
         axes += [1 + extra + i for i, d in enumerate(small) if d == 1 and large[extra + i] != 1]

@@ -1,0 +1,12 @@
+"""Gradient rules, one entry per operator of the standard domain."""
+
+from onnx_ecp.gradients.rules import (  # noqa: F401  (each fills the table)
+    elementwise,
+    linear,
+    movement,
+    normalization,
+    reduction,
+)
+from onnx_ecp.gradients.rules.registry import RULES, Rule, Unsupported, rule
+
+__all__ = ["RULES", "Rule", "Unsupported", "rule"]
