@@ -60,13 +60,13 @@ class Builder:
         return len(self.shape(tensor))
 
     def dtype(self, tensor: gs.Tensor) -> np.dtype:
-        """Element type of a forward tensor or of one built here."""
+        """Element type of a forward tensor, of one built here, or of a typed graph input."""
         if tensor.name in self._dtypes:
             return self._dtypes[tensor.name]
-        if isinstance(tensor, gs.Constant):
-            stored: np.dtype = np.dtype(tensor.dtype)
-            return stored
-        return self.facts[tensor.name].dtype
+        if tensor.name in self.facts:
+            return self.facts[tensor.name].dtype
+        own: np.dtype = np.dtype(tensor.dtype)
+        return own
 
     def fresh(self, stem: str) -> str:
         """A tensor name that nothing else has."""

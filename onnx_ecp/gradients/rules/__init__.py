@@ -1,10 +1,12 @@
 """Gradient rules, one entry per operator of the standard domain."""
 
 from onnx_ecp.gradients.rules import (  # noqa: F401  (each fills the table)
+    convolution,
     elementwise,
     linear,
     movement,
     normalization,
+    pooling,
     reduction,
 )
 from onnx_ecp.gradients.rules.registry import RULES, Rule, Unsupported, rule

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_ecp.gradients.builder import Builder
+from onnx_ecp.gradients.rules.convolution import merge_probes
 from onnx_ecp.gradients.rules.registry import (
     Unsupported,
     constant,
@@ -43,7 +44,7 @@ def _expand(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs
 def _concat(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Tensor | None:
     axis = nonnegative(node.attrs["axis"], op.rank(node.outputs[0]))
     ends = [op.Shape(x, start=axis, end=axis + 1) for x in node.inputs[: i + 1]]
-    start = op.Sum(*ends[:-1]) if i else op.const([0])
+    start = op.ReduceSum(op.Concat(*ends[:-1], axis=0), [0], keepdims=1) if i else op.const([0])
     return op.Slice(g[0], start, op.Add(start, ends[-1]), [axis + 1])
 
 
@@ -130,11 +131,6 @@ def _space_to_depth(
     (x,), (y,), block = node.inputs, node.outputs, node.attrs["blocksize"]
     images = op.DepthToSpace(merge_probes(op, g[0], y), blocksize=block)
     return op.reshape_like(images, g[0], x)
-
-
-def merge_probes(op: Builder, g: gs.Tensor, y: gs.Tensor) -> Any:
-    """The adjoint (P, N, ...) of y (N, ...) as a batch (P*N, ...)."""
-    return op.Reshape(g, op.Concat([-1], op.Shape(y, start=1), axis=0))
 
 
 @rule("Compress", "Gather", "GatherElements", "GatherND", "ReverseSequence", "Tile")

@@ -19,13 +19,14 @@ def _sum(op: Builder, g: Any, x: Any, y: Any, axes: Any) -> Any:
     return op.Expand(g, op.adjoint_shape(g, x))
 
 
-def _mean(op: Builder, g: Any, x: Any, y: Any, axes: Any) -> Any:
+def mean(op: Builder, g: Any, x: Any, y: Any, axes: Any) -> Any:
+    """Every element of x gets an equal share of the adjoint g of its mean y."""
     count = op.cast(op.Div(op.Size(x), op.Size(y)), op.dtype(g))
     return _sum(op, op.Div(g, count), x, y, axes)
 
 
-def _extreme(op: Builder, g: Any, x: Any, y: Any, axes: Any) -> Any:
-    # Ties share the adjoint.
+def extreme(op: Builder, g: Any, x: Any, y: Any, axes: Any) -> Any:
+    """The elements of x that equal the maximum or minimum y share its adjoint g."""
     taken = op.cast(op.Equal(x, y), op.dtype(x))
     return op.Mul(g, op.Div(taken, op.ReduceSum(taken, axes, keepdims=1)))
 
@@ -51,9 +52,9 @@ REDUCTIONS: dict[str, Derivative] = {
     "ReduceL2": _norm,
     "ReduceLogSum": lambda op, g, x, y, axes: _sum(op, op.Div(g, op.Exp(y)), x, y, axes),
     "ReduceLogSumExp": lambda op, g, x, y, axes: op.Mul(g, op.Exp(op.Sub(x, y))),
-    "ReduceMax": _extreme,
-    "ReduceMean": _mean,
-    "ReduceMin": _extreme,
+    "ReduceMax": extreme,
+    "ReduceMean": mean,
+    "ReduceMin": extreme,
     "ReduceProd": _prod,
     "ReduceSum": _sum,
     "ReduceSumSquare": lambda op, g, x, y, axes: op.Mul(g, op.Mul(x, 2.0)),

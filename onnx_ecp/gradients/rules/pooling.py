@@ -1,0 +1,89 @@
+"""Pooling: averages are convolutions with ones; maxima know where they came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_ecp.gradients.builder import Builder
+from onnx_ecp.gradients.rules.convolution import Window, margins, pad_spatial
+from onnx_ecp.gradients.rules.movement import scatter_add
+from onnx_ecp.gradients.rules.reduction import extreme, mean
+from onnx_ecp.gradients.rules.registry import Unsupported, only, rule
+
+
+@rule("MaxPool")
+def _maxpool(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Tensor | None:
+    """The second output counts over the whole input: just what the scatter rule wants."""
+    if node.attrs.get("storage_order", 0):
+        raise Unsupported("column-major indices")
+    origin = op.further_output(node, 1, np.int64)
+    return scatter_add(op, only(node, g, i, 0), origin, node.inputs[0])
+
+
+@rule("AveragePool")
+def _averagepool(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Tensor | None:
+    window = Window.of(node, node.attrs["kernel_shape"])
+    share = op.Div(only(node, g, i, 0), _cells_averaged(op, node, window))
+    return op.reshape_like(_spread(op, node, window, share), share, node.inputs[0])
+
+
+def _spread(op: Builder, node: gs.Node, window: Window, g: gs.Tensor) -> Any:
+    """Every window's adjoint g (P, *shape of y) added to all cells of x it covers, (P*N*C, 1, ...).
+
+    The transposed operator of the sum over windows.
+    """
+    images = op.Reshape(g, op.Concat([-1, 1], op.Shape(node.outputs[0], start=2), axis=0))
+    cells = op.ConvTranspose(images, _ones(op, window, g), **window.attrs)
+    begin, end = _margins(op, node, window)
+    return pad_spatial(op, cells, op.Neg(begin), op.Neg(end), window.rank)
+
+
+def _margins(op: Builder, node: gs.Node, window: Window) -> tuple[Any, Any]:
+    (x,), (y,) = node.inputs, node.outputs
+    total = op.Sub(window.covered(op, op.Shape(y, start=2)), op.Shape(x, start=2))
+    return margins(op, node, total, window.rank)
+
+
+def _ones(op: Builder, window: Window, like: gs.Tensor) -> Any:
+    return op.const(np.ones((1, 1, *window.kernel)), op.dtype(like))
+
+
+def _cells_averaged(op: Builder, node: gs.Node, window: Window) -> Any:
+    """By how many cells each window's sum was divided, (1, 1, *spatial shape of y)."""
+    (x,) = node.inputs
+    begin, end = _margins(op, node, window)
+    cells = op.Shape(x, start=2)
+    if node.attrs.get("count_include_pad", 0):
+        declared = node.attrs.get("pads", [0] * 2 * window.rank)[window.rank :]
+        # Cells that only ceil_mode adds are behind the padding and never count.
+        behind = op.const(np.array(declared, np.int64)) if _is_explicit(node) else end
+        cells = op.Add(cells, op.Add(begin, behind))
+        begin, end = op.const(np.zeros(window.rank, np.int64)), op.Sub(end, behind)
+    counted = op.Expand(op.const(1.0, op.dtype(x)), op.Concat([1, 1], cells, axis=0))
+    return op.Conv(
+        pad_spatial(op, counted, begin, end, window.rank), _ones(op, window, x), **window.attrs
+    )
+
+
+def _is_explicit(node: gs.Node) -> bool:
+    return node.attrs.get("auto_pad", "NOTSET") == "NOTSET"
+
+
+@rule("LpPool")
+def _lppool(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Tensor | None:
+    """With y = (sum |x|^p)^(1/p): |x|^(p-1) sign(x) times the spread of g y^(1-p)."""
+    (x,), (y,), p = node.inputs, node.outputs, float(node.attrs.get("p", 2))
+    window = Window.of(node, node.attrs["kernel_shape"])
+    share = op.Mul(g[0], op.Pow(op.Where(op.Equal(y, 0.0), 1.0, y), 1.0 - p))
+    spread = op.reshape_like(_spread(op, node, window, share), share, x)
+    return op.Mul(spread, op.Mul(op.Pow(op.Abs(x), p - 1.0), op.Sign(x)))
+
+
+@rule("GlobalAveragePool", "GlobalMaxPool")
+def _global_pool(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Tensor | None:
+    (x,), (y,) = node.inputs, node.outputs
+    derivative = mean if node.op == "GlobalAveragePool" else extreme
+    return derivative(op, only(node, g, i, 0), x, y, np.arange(2, op.rank(x)))
