@@ -1,0 +1,69 @@
+"""Adjoints by central finite differences: no rules needed, 2 * positions * out runs per layer.
+
+    v dy/dz_i  ~  v (y(z + h e_i) - y(z - h e_i)) / (z_i+ - z_i-)
+
+The step that was really taken (float32 rounds z + h) is read off the disturbed z itself. This is
+the oracle of the reverse graph and the way out for operators that have no rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from onnx_ecp.runtime import Session, check_deadline
+
+# Where these occur, a small step crosses few kinks (h = 1e-3); a smooth network takes h = 1e-2.
+PIECEWISE = frozenset(
+    "Relu LeakyRelu PRelu Clip Abs Max Min MaxPool HardSwish HardSigmoid ThresholdedRelu "
+    "ReduceMax ReduceMin TopK Sign Floor Ceil Round".split()
+)
+
+
+def numeric_adjoint(
+    session: Session,
+    feeds: Mapping[str, np.ndarray],
+    shift: str,
+    target: str,
+    seeds: Mapping[str, np.ndarray],
+    *,
+    samples: int,
+    step: float,
+) -> np.ndarray:
+    """The adjoint (P, *shape of z) of one pre-activation, float64.
+
+    Args:
+        session: forward session with the seeded outputs and z among its outputs.
+        feeds: all its inputs.
+        shift: name of the input that is added to z.
+        target: name of z.
+        seeds: by output name, (P, *shape of y).
+        samples: batch size; samples are disturbed together where z has the batch axis in front.
+        step: h, absolute.
+    """
+    names = [*seeds, target]
+    z = session.run(feeds, [target])[target]
+    together = z.shape[:1] == (samples,) and all(s.shape[1] == samples for s in seeds.values())
+    outer = z.shape[0] if together else 1
+    inner = z.shape[1:] if together else z.shape
+    probes = next(iter(seeds.values())).shape[0]
+    adjoint = np.zeros((probes, outer, *inner))
+    for index in np.ndindex(*inner):
+        check_deadline()
+        at = (slice(None), *index) if together else index
+        ends = []
+        for sign in (1.0, -1.0):
+            disturbed = np.zeros((1, *inner) if together else inner, z.dtype)
+            disturbed[at] = sign * step
+            ends.append(session.run({**feeds, shift: feeds[shift] + disturbed}, names))
+        plus, minus = ends
+        taken = plus[target][at].astype(np.float64) - minus[target][at]
+        product = sum(
+            (s.astype(np.float64) * (plus[n].astype(np.float64) - minus[n]))
+            .reshape(probes, outer, -1)
+            .sum(axis=2)
+            for n, s in seeds.items()
+        )
+        adjoint[(slice(None), slice(None), *index)] = product / taken
+    return adjoint.reshape(probes, *z.shape)

@@ -1,0 +1,284 @@
+"""The observation service: what the network sees and how sensitive its outputs are, batch by batch.
+
+For every layer it yields the input rows ``a`` (groups, rows, in) and the adjoint rows
+``g = v dy/dz`` (P, groups, rows, out per group). Two engines: ``vjp`` (the reverse graph) and
+``numeric`` (central finite differences at the shift inputs: any operator, many runs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnx_ecp.calibration import Batch
+from onnx_ecp.errors import UsageError, did_you_mean
+from onnx_ecp.gradients.builder import Fact
+from onnx_ecp.gradients.numeric import PIECEWISE, numeric_adjoint
+from onnx_ecp.gradients.prepare import add_reverse, prepare, probe
+from onnx_ecp.gradients.seeds import plan
+from onnx_ecp.layers import Layer
+from onnx_ecp.model import Model, constants, read_tensor
+from onnx_ecp.runtime import Session
+
+ENGINES = ("vjp", "numeric")
+
+
+@dataclass(frozen=True)
+class State:
+    """All that pruning changes.
+
+    Args:
+        weights: by stored tensor, its values (float32 or float64) in the stored layout.
+        shifts: by layer name, (out,) float64 to be added to the pre-activation.
+        keep: by stored tensor, (out, in), True where the weight stays.
+    """
+
+    weights: dict[str, np.ndarray]
+    shifts: dict[str, np.ndarray]
+    keep: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def with_layer(self, layer: Layer, weight: np.ndarray, shift: np.ndarray) -> State:
+        """A state in which one layer's stored tensor and shift are new."""
+        return replace(
+            self,
+            weights={**self.weights, layer.weight.tensor: weight},
+            shifts={**self.shifts, layer.name: shift},
+        )
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One batch seen through one state.
+
+    Args:
+        samples: number of samples in the batch.
+        inputs: by layer name, rows (groups, rows, in).
+        adjoints: by layer name, rows (P, groups, rows, out per group).
+    """
+
+    samples: int
+    inputs: dict[str, np.ndarray]
+    adjoints: dict[str, np.ndarray]
+
+
+def original_state(model: Model, layers: Sequence[Layer]) -> State:
+    """The state before anything is pruned: stored values, half precision widened to float32."""
+    stored = constants(model.proto)
+    weights = {}
+    for name in dict.fromkeys(layer.weight.tensor for layer in layers):
+        values = read_tensor(model, stored[name])
+        weights[name] = values if values.dtype == np.float64 else values.astype(np.float32)
+    shifts = {layer.name: np.zeros(layer.shape[0]) for layer in layers}
+    keep = {x.weight.tensor: x.weight.matrix(weights[x.weight.tensor]) != 0 for x in layers}
+    return State(weights, shifts, keep)
+
+
+class Observer:
+    """Holds the sessions of the observation graph: built once, fed with one state after another.
+
+    Args:
+        model: its sparse initializers must be decoded.
+        layers: the layers to observe; those in ``blocked`` have no sensitivity.
+        first: a batch of calibration samples (two or more where the batch axis is free).
+        engine: "vjp" or "numeric".
+        metric: "l2" or "kl".
+        probes: Rademacher probes per sample; None chooses (see ``seeds.plan``).
+        seed: of the probes.
+        provider: execution provider.
+        threads: threads of ONNX Runtime.
+        reverse: whether sensitivities will be asked for.
+
+    Attributes:
+        blocked: by layer name, why the layer has no sensitivity.
+        outputs: names of the float outputs that are seeded.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        layers: Sequence[Layer],
+        first: Batch,
+        *,
+        engine: str = "vjp",
+        metric: str = "l2",
+        probes: int | None = None,
+        seed: int = 0,
+        provider: str = "cpu",
+        threads: int | None = None,
+        reverse: bool = True,
+    ) -> None:
+        if engine not in ENGINES:
+            raise UsageError(f"unknown gradients {engine!r}.", hint=did_you_mean(engine, ENGINES))
+        self._prepared = prepare(model.proto, model.base, layers)
+        self._options: dict[str, Any] = {
+            "provider": provider,
+            "threads": threads,
+            "base": model.base,
+        }
+        self._dtypes = _float_inputs(self._prepared.proto)
+        state = original_state(model, layers)
+        feeds = self._feeds(state, first.feeds)
+        self.facts: dict[str, Fact] = probe(self._prepared, feeds)
+        self._heads = _heads(self._prepared.proto, self.facts, metric)
+        self.outputs = tuple(self._heads)
+        self._forward = self._with_outputs(
+            [*self._heads.values(), *(layer.output for layer in layers)]
+        )
+        self.layers: tuple[Layer, ...] = tuple(layers)
+        self.blocked: dict[str, str] = {}
+        self._reverse: Session | None = None
+        if reverse and engine == "vjp":
+            proto, self._adjoints, self.blocked = add_reverse(
+                self._prepared, self.facts, self._heads.values()
+            )
+            self._reverse = Session(proto, **self._options)
+        y = self._forward.run(feeds, list(self._heads.values()))
+        self._plan = plan(y, first.samples, metric=metric, probes=probes, scales={}, seed=seed)
+        self._first = first.samples
+        self._batched = all(v.ndim and v.shape[0] == first.samples for v in y.values())
+        self._inputs = self._with_outputs([layer.input for layer in layers])
+
+    def scale_outputs(self, mean_squares: Mapping[str, float]) -> None:
+        """Divide each of several outputs by its root mean square (names as in ``outputs``)."""
+        if len(self._heads) > 1:
+            self._plan = replace(
+                self._plan,
+                scales={
+                    self._heads[n]: 1 / np.sqrt(m) for n, m in mean_squares.items() if m > 0
+                },
+            )
+
+    def forward(
+        self, state: State, feeds: Mapping[str, np.ndarray], tensors: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """Tensors of the observation graph, forward only: seeded outputs and pre-activations."""
+        return self._forward.run(self._feeds(state, feeds), tensors)
+
+    def observe(self, state: State, batch: Batch) -> Observation:
+        """Run one batch in one state; every layer that is not blocked is in the result."""
+        feeds = self._feeds(state, batch.feeds)
+        seeds = self._seeds(feeds, batch)
+        layers = [layer for layer in self.layers if layer.name not in self.blocked]
+        if self._reverse is None:
+            values = self._inputs.run(feeds, list(dict.fromkeys(x.input for x in layers)))
+            adjoints = {x.name: self._differences(x, feeds, seeds, batch.samples) for x in layers}
+        else:
+            names = {x.name: self._adjoints[x.name] for x in layers}
+            wanted = dict.fromkeys([*names.values(), *(x.input for x in layers)])
+            feeds |= {f"ecp/seed/{name}": seed for name, seed in seeds.items()}
+            values = self._reverse.run(feeds, list(wanted))
+            adjoints = {x.name: x.rows_out(values[names[x.name]]) for x in layers}
+        return Observation(
+            batch.samples,
+            {x.name: x.rows_in(values[x.input]) for x in layers},
+            adjoints,
+        )
+
+    def activations(self, state: State, batch: Batch) -> dict[str, np.ndarray]:
+        """Input rows (groups, rows, in) of every layer, forward only."""
+        names = list(dict.fromkeys(layer.input for layer in self.layers))
+        values = self._inputs.run(self._feeds(state, batch.feeds), names)
+        return {layer.name: layer.rows_in(values[layer.input]) for layer in self.layers}
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """What ``observe`` returns for one sample, in bytes."""
+        elements = sum(_size(self.facts[h]) for h in self._heads.values()) // self._first
+        probes = self._plan.probes or elements
+        inputs = {layer.input for layer in self.layers}
+        adjoints = {layer.output for layer in self.layers}
+        values = sum(_size(self.facts[n]) for n in inputs)
+        values += probes * sum(_size(self.facts[n]) for n in adjoints)
+        return 4 * values // self._first
+
+    @property
+    def one_position(self) -> bool:
+        """Whether every layer sees one position per sample, so that rows are samples."""
+        shapes = (self.facts[layer.output].shape for layer in self.layers)
+        return all(shape[0] == self._first and len(shape) == 2 for shape in shapes)
+
+    def _differences(
+        self, layer: Layer, feeds: dict[str, np.ndarray], seeds: dict[str, np.ndarray], n: int
+    ) -> np.ndarray:
+        kinds = {node.op_type for node in self._prepared.proto.graph.node}
+        step = 1e-3 if kinds & PIECEWISE else 1e-2
+        shift = self._prepared.shifts[layer.name]
+        adjoint = numeric_adjoint(
+            self._forward, feeds, shift, layer.output, seeds, samples=n, step=step
+        )
+        return layer.rows_out(adjoint)
+
+    def _seeds(self, feeds: dict[str, np.ndarray], batch: Batch) -> dict[str, np.ndarray]:
+        """Seeds need the values of y under kl; else its shape, which a batch axis tells."""
+        heads = list(self._heads.values())
+        if self._batched and self._plan.metric == "l2":
+            facts = {name: self.facts[name] for name in heads}
+            y = {n: np.zeros((batch.samples, *f.shape[1:]), f.dtype) for n, f in facts.items()}
+        else:
+            y = self._forward.run(feeds, heads)
+        return self._plan.seeds(y, batch.start, batch.samples)
+
+    def input_feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The model's own inputs in the dtypes of the observation graph."""
+        return {n: x.astype(self._dtypes.get(n, x.dtype), copy=False) for n, x in feeds.items()}
+
+    def state_feeds(self, state: State) -> dict[str, np.ndarray]:
+        """The inputs that carry a state: stored tensors and shifts."""
+        feeds = dict(state.weights)
+        for layer in self._prepared.layers:
+            name = self._prepared.shifts[layer.name]
+            shift = state.shifts[layer.name].astype(self._dtypes[name])
+            feeds[name] = shift.reshape(layer.shift_shape())
+        return feeds
+
+    def session(self, proto: onnx.ModelProto) -> Session:
+        """A session of a part of the observation graph, with this observer's settings."""
+        return Session(proto, **self._options)
+
+    @property
+    def proto(self) -> onnx.ModelProto:
+        """The forward observation graph."""
+        return self._prepared.proto
+
+    def _feeds(self, state: State, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.input_feeds(feeds) | self.state_feeds(state)
+
+    def _with_outputs(self, tensors: Sequence[str]) -> Session:
+        """A forward session with these tensors (and nothing else) as outputs."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self._prepared.proto)
+        del proto.graph.output[:]
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(tensors))
+        return self.session(proto)
+
+
+def _size(fact: Fact) -> int:
+    return int(np.prod(fact.shape))
+
+
+def _float_inputs(proto: onnx.ModelProto) -> dict[str, np.dtype]:
+    """Dtypes of the float inputs of the observation graph."""
+    found = {}
+    for value in proto.graph.input:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        if np.issubdtype(dtype, np.floating):
+            found[value.name] = dtype
+    return found
+
+
+def _heads(proto: onnx.ModelProto, facts: Mapping[str, Fact], metric: str) -> dict[str, str]:
+    """By name of a float output, the tensor to seed: under kl the logits before a softmax."""
+    producers = {y: node for node in proto.graph.node for y in node.output}
+    heads = {}
+    for value in proto.graph.output:
+        fact = facts.get(value.name)
+        if fact is None or not np.issubdtype(fact.dtype, np.floating):
+            continue
+        node = producers.get(value.name)
+        before = metric == "kl" and node is not None and node.op_type in ("Softmax", "LogSoftmax")
+        heads[value.name] = node.input[0] if before and node is not None else value.name
+    return heads

@@ -1,0 +1,223 @@
+"""The observation graph: a private copy of the model in which weights and bias shifts are inputs.
+
+See docs/architecture.md. The copy is normalised (sparse initializers decoded, local functions
+inlined, fused operators lowered, opset lifted, half precision widened to float32), so that the
+rules of the reverse graph meet standard operators only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx.version_converter
+import onnx_graphsurgeon as gs
+
+from onnx_ecp.errors import ModelError
+from onnx_ecp.gradients.builder import Builder, Fact
+from onnx_ecp.gradients.lowering import lower
+from onnx_ecp.gradients.reverse import adjoints
+from onnx_ecp.layers import Layer
+from onnx_ecp.runtime import Session
+
+# The rules use ReduceSum and ReduceMean with axes as inputs, Split with num_outputs and
+# ScatterElements with a reduction: all there from opset 18 on.
+MINIMUM_OPSET = 18
+
+_HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The observation graph, before a reverse graph is added.
+
+    Args:
+        proto: the forward model with weights and shifts as inputs.
+        base: directory of its external data.
+        layers: the layers that it observes.
+        outputs: names of the float outputs of the model.
+        shifts: by layer name, the input that carries its bias shift.
+        widths: by input name of the model, the float dtype it is widened to, where it is.
+    """
+
+    proto: onnx.ModelProto
+    base: Path | None
+    layers: tuple[Layer, ...]
+    outputs: tuple[str, ...]
+    shifts: dict[str, str]
+
+
+def prepare(proto: onnx.ModelProto, base: Path | None, layers: Sequence[Layer]) -> Prepared:
+    """Build the observation graph of a model whose sparse initializers are decoded.
+
+    Args:
+        proto: the model; it is not changed.
+        base: directory of its external data.
+        layers: layers of this model.
+
+    Raises:
+        ModelError: the opset cannot be lifted.
+    """
+    private = onnx.ModelProto()
+    private.CopyFrom(_without_values(proto, {layer.weight.tensor for layer in layers}))
+    if private.functions:
+        private = onnx.inliner.inline_local_functions(private)
+    graph = gs.import_onnx(_lifted(private))
+    _widen(graph)
+    lower(graph)
+    shifts = {layer.name: f"ecp/shift/{layer.output}" for layer in layers}
+    _insert_shifts(graph, {layer.output: shifts[layer.name] for layer in layers})
+    graph.toposort()
+    model = gs.export_onnx(graph, do_type_check=False)
+    model.ir_version = min(private.ir_version, 10) if private.ir_version >= 4 else 8
+    outputs = tuple(y.name for y in graph.outputs)
+    return Prepared(model, base, tuple(layers), outputs, shifts)
+
+
+def add_reverse(
+    prepared: Prepared, facts: Mapping[str, Fact], seeded: Iterable[str]
+) -> tuple[onnx.ModelProto, dict[str, str], dict[str, str]]:
+    """The observation graph with adjoints of every layer's pre-activation as further outputs.
+
+    Args:
+        prepared: from ``prepare``.
+        facts: from ``probe``.
+        seeded: names of the outputs that get a seed input ``ecp/seed/NAME``.
+
+    Returns:
+        The model; by layer name the output that carries its adjoint; by layer name the reason why
+        there is none.
+    """
+    graph = gs.import_onnx(prepared.proto)
+    op = Builder(graph, facts)
+    seeds = {}
+    for name in seeded:
+        rank = len(facts[name].shape)
+        seed = gs.Variable(f"ecp/seed/{name}", facts[name].dtype, [None] * (rank + 1))
+        graph.inputs.append(seed)
+        seeds[name] = seed
+    result = adjoints(graph, op, dict.fromkeys(layer.output for layer in prepared.layers), seeds)
+    names = {}
+    for layer in prepared.layers:
+        adjoint = result.tensors.get(layer.output)
+        if adjoint is not None:
+            names[layer.name] = adjoint.name
+    dtypes = {name: facts[layer.output].dtype for layer in prepared.layers
+              for name in [names.get(layer.name)] if name}  # fmt: skip
+    known = {y.name for y in graph.outputs} | {x.name for x in graph.inputs}
+    extra = dict.fromkeys([*names.values(), *(layer.input for layer in prepared.layers)])
+    tensors = graph.tensors()
+    for name in extra:
+        if name not in known:
+            tensors[name].dtype = tensors[name].dtype or dtypes.get(name) or facts[name].dtype
+            graph.outputs.append(tensors[name])
+    model = gs.export_onnx(graph, do_type_check=False)
+    model.ir_version = prepared.proto.ir_version
+    blocked = {layer.name: result.blocked[layer.output] for layer in prepared.layers
+               if layer.output in result.blocked}  # fmt: skip
+    return model, names, blocked
+
+
+def probe(prepared: Prepared, feeds: Mapping[str, np.ndarray], session: type[Session] = Session) -> dict[str, Fact]:
+    """Run the observation graph once and note shape and dtype of every tensor.
+
+    onnx shape inference knows ranks for only half of the tensors of a fused network; a run knows all.
+
+    Args:
+        prepared: from ``prepare``.
+        feeds: all inputs of the observation graph, with a batch of at least two where it is free.
+        session: what runs it.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(prepared.proto)
+    given = {y.name for y in model.graph.output}
+    names = dict.fromkeys(y for node in model.graph.node for y in node.output if y)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)
+    values = session(model, base=prepared.base).run(feeds)
+    facts = {n: Fact(v.shape, v.dtype) for n, v in values.items() if isinstance(v, np.ndarray)}
+    facts.update({n: Fact(np.shape(v), np.asarray(v).dtype) for n, v in feeds.items()})
+    return facts
+
+
+def _without_values(proto: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
+    """The model with the named stored tensors as graph inputs; no large value is copied."""
+    graph = proto.graph
+    skeleton = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import,
+                               functions=proto.functions)  # fmt: skip
+    new = skeleton.graph
+    new.name = graph.name or "graph"
+    initializers = {t.name for t in graph.initializer}
+    new.input.extend(x for x in graph.input if x.name not in initializers)
+    new.output.extend(graph.output)
+    new.value_info.extend(graph.value_info)
+    stored = {t.name: t for t in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.output[0] in names:
+            stored[node.output[0]] = next(a.t for a in node.attribute if a.name == "value")
+        else:
+            new.node.append(node)
+    for name, tensor in stored.items():
+        if name in names:
+            new.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+        else:
+            new.initializer.append(tensor)
+    return skeleton
+
+
+def _lifted(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model at opset MINIMUM_OPSET or later."""
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
+    if opset is None or opset >= MINIMUM_OPSET:
+        return model
+    try:
+        lifted = onnx.version_converter.convert_version(model, MINIMUM_OPSET)
+    except Exception as error:
+        raise ModelError(
+            f"opset {opset} cannot be lifted to {MINIMUM_OPSET}: {str(error).splitlines()[0][:200]}",
+            hint="Convert the model with onnx.version_converter or export it anew.",
+        ) from error
+    # The converter drops custom domains of operators it does not know.
+    have = {o.domain for o in lifted.opset_import}
+    lifted.opset_import.extend(o for o in model.opset_import if o.domain not in have | {"ai.onnx"})
+    return lifted
+
+
+def _widen(graph: gs.Graph) -> None:
+    """Turn half precision into float32 everywhere; the layers' inputs included."""
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Constant):
+            if _is_half(tensor.dtype):
+                tensor.values = tensor.values.astype(np.float32)
+        elif _is_half(tensor.dtype):
+            tensor.dtype = np.float32
+    for node in graph.nodes:
+        if node.attrs.get("to") in _HALF:
+            node.attrs["to"] = int(onnx.TensorProto.FLOAT)
+        if node.attrs.get("dtype") in _HALF:
+            node.attrs["dtype"] = int(onnx.TensorProto.FLOAT)
+        value = node.attrs.get("value")
+        if isinstance(value, gs.Constant) and _is_half(value.dtype):
+            value.values = value.values.astype(np.float32)
+
+
+def _is_half(dtype: object) -> bool:
+    if isinstance(dtype, int):
+        return dtype in _HALF
+    return str(np.dtype(dtype)) in ("float16", "bfloat16") if dtype is not None else False
+
+
+def _insert_shifts(graph: gs.Graph, shifts: Mapping[str, str]) -> None:
+    """Behind every named tensor z: ``z = Add(z/raw, shift)`` with shift a new graph input."""
+    tensors = graph.tensors()
+    for output, name in shifts.items():
+        z = tensors[output]
+        raw = gs.Variable(f"{output}/ecp/raw")
+        for node in list(z.inputs):
+            node.outputs = [raw if y is z else y for y in node.outputs]
+        shift = gs.Variable(name, z.dtype or np.float32, None)
+        graph.inputs.append(shift)
+        graph.nodes.append(gs.Node("Add", f"{output}/ecp/shift", inputs=[raw, shift], outputs=[z]))

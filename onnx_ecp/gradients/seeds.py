@@ -1,0 +1,143 @@
+"""Seeds: which directions of the output the sensitivities are measured in, and in what metric.
+
+With seeds R (one row per probe) the sensitivity of a pre-activation is ``s_i = sum_p (R_p J_i)^2``.
+
+- ``l2``: R = identity, so s_i = sum_k J_ki^2, the squared error of the outputs as they are (ECP).
+  Several outputs are divided by their own root mean square each.
+- ``kl``: for logits y and p = softmax(y), rows R_k = sqrt(p_k) (e_k - p), so that
+  R^T R = diag(p) - p p^T, the Fisher matrix of the softmax: second order of the KL divergence.
+
+Up to EXACT_LIMIT output elements per sample one probe per element is exact. Above, Rademacher probes
+v with E[v v^T] = I give E[(v^T R J_i)^2] = s_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnx_ecp.errors import UsageError, did_you_mean
+
+EXACT_LIMIT = 16
+METRICS = ("l2", "kl")
+
+
+@dataclass(frozen=True)
+class SeedPlan:
+    """How seeds are drawn; the same for every batch of a run.
+
+    Args:
+        metric: "l2" or "kl".
+        scales: by output name, the factor of its elements (l2 of several outputs).
+        probes: number of Rademacher probes; 0 stands for exact one-hot seeds.
+        seed: of the Rademacher signs.
+    """
+
+    metric: str = "l2"
+    scales: Mapping[str, float] = field(default_factory=dict)
+    probes: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise UsageError(
+                f"unknown metric {self.metric!r}.", hint=did_you_mean(self.metric, METRICS)
+            )
+
+    def seeds(
+        self, outputs: Mapping[str, np.ndarray], start: int, samples: int
+    ) -> dict[str, np.ndarray]:
+        """Seeds (P, *shape of y) for one batch, in the dtype of each output.
+
+        Args:
+            outputs: y by name; under ``kl`` they must be the logits.
+            start: index of the batch's first sample: the signs of a sample do not depend on the
+                batch that it comes in.
+            samples: number of samples in the batch.
+        """
+        raw = self._rademacher(outputs, start, samples) if self.probes else _one_hot(outputs)
+        return {
+            name: self._in_metric(v, outputs[name]) * self.scales.get(name, 1.0)
+            for name, v in raw.items()
+        }
+
+    def _in_metric(self, v: np.ndarray, y: np.ndarray) -> np.ndarray:
+        v = v.astype(y.dtype)
+        if self.metric == "l2":
+            return v
+        p = softmax(y).astype(y.dtype)
+        u = v * np.sqrt(p)
+        # v^T R with R_k = sqrt(p_k) (e_k - p)
+        return u - p * u.sum(axis=-1, keepdims=True)
+
+    def _rademacher(
+        self, outputs: Mapping[str, np.ndarray], start: int, samples: int
+    ) -> dict[str, np.ndarray]:
+        sizes = {name: y.size // samples for name, y in outputs.items()}
+        signs = _signs(self.seed, start, samples, self.probes * sum(sizes.values()))
+        signs = signs.reshape(samples, self.probes, -1).swapaxes(0, 1) / np.sqrt(self.probes)
+        ends = np.cumsum(list(sizes.values()))[:-1]
+        parts = np.split(signs, ends, axis=2)
+        return {
+            name: part.reshape(self.probes, *outputs[name].shape)
+            for name, part in zip(sizes, parts, strict=True)
+        }
+
+
+def plan(
+    outputs: Mapping[str, np.ndarray],
+    samples: int,
+    *,
+    metric: str,
+    probes: int | None,
+    scales: Mapping[str, float],
+    seed: int,
+) -> SeedPlan:
+    """Exact seeds where the outputs of one sample are few, else Rademacher probes.
+
+    Args:
+        outputs: y of a first batch.
+        samples: number of samples in it.
+        metric: "l2" or "kl".
+        probes: number of Rademacher probes; None chooses exact seeds or one probe.
+        scales: by output name.
+        seed: of the signs.
+    """
+    batched = all(y.ndim and y.shape[0] == samples for y in outputs.values())
+    size = sum(y.size for y in outputs.values()) // samples
+    if probes is None:
+        probes = 0 if batched and size <= EXACT_LIMIT else 1
+    return SeedPlan(metric, dict(scales), probes, seed)
+
+
+def softmax(y: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis, in float64."""
+    z = y.astype(np.float64)
+    z = np.exp(z - z.max(axis=-1, keepdims=True))
+    return np.asarray(z / z.sum(axis=-1, keepdims=True))
+
+
+def _one_hot(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One probe per output element of a sample, over all outputs together; axis 1 is the sample."""
+    sizes = {name: y[0].size for name, y in outputs.items()}
+    total, first, seeds = sum(sizes.values()), 0, {}
+    for name, y in outputs.items():
+        eye = np.zeros((total, 1, sizes[name]), y.dtype)
+        eye[first : first + sizes[name], 0] = np.eye(sizes[name])
+        seeds[name] = np.broadcast_to(eye, (total, y.shape[0], sizes[name])).reshape(
+            total, *y.shape
+        )
+        first += sizes[name]
+    return seeds
+
+
+def _signs(seed: int, start: int, samples: int, size: int) -> np.ndarray:
+    """Random signs (samples, size) in int8 that depend on the sample's index only."""
+    blocks = -(-size // 256)  # a Philox counter step yields 4 words of 64 bits
+    bits = np.random.Philox(key=seed)
+    bits.advance(start * blocks)
+    words = bits.random_raw(samples * blocks * 4).reshape(samples, blocks * 4)
+    flat = np.unpackbits(words.view(np.uint8), axis=1)[:, :size]
+    return flat.astype(np.int8) * 2 - 1

@@ -1,0 +1,100 @@
+"""What a user may choose, checked before any work; the command line's options are the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from onnx_ecp.errors import UsageError, did_you_mean
+from onnx_ecp.gradients.observer import ENGINES
+from onnx_ecp.gradients.seeds import METRICS
+from onnx_ecp.methods import COMPENSATIONS, METHODS, Method
+from onnx_ecp.model import ENCODINGS
+from onnx_ecp.selection import NM, SCOPES, Sparsity, parse_sparsity
+from onnx_ecp.statistics import POSITIONS
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices of ``optimize``; see ``onnx-ecp optimize --help`` for what each does.
+
+    Raises:
+        UsageError: an unknown name, or a value out of range.
+    """
+
+    method: str = "ecp"
+    sparsity: Sparsity = 0.5
+    importance: str | None = None
+    compensation: str | None = None
+    stages: int | None = None
+    metric: str = "l2"
+    probes: int | None = None
+    gradients: str = "vjp"
+    positions: str = "expand"
+    scope: str = "global"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    layer_sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
+    damping: float = 1e-2
+    format: str = "dense"
+    samples: int | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    provider: str = "cpu"
+    threads: int | None = None
+    timeout: float | None = None
+    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    labels: str | Path | None = None
+    force: bool = False
+    dry_run: bool = False
+
+    @staticmethod
+    def of(**choices: Any) -> Options:
+        """Options from loosely typed values: strings for sparsities, lists for tuples."""
+        known = {f.name for f in fields(Options)}
+        for name in choices:
+            if name not in known:
+                raise UsageError(f"unknown option {name!r}.", hint=did_you_mean(name, known))
+        for name in ("include", "exclude"):
+            value = choices.get(name, ())
+            choices[name] = (value,) if isinstance(value, str) else tuple(value)
+        choices["sparsity"] = parse_sparsity(choices.get("sparsity", 0.5))
+        own = dict(choices.get("layer_sparsity", {}))
+        choices["layer_sparsity"] = {k: parse_sparsity(v) for k, v in own.items()}
+        return Options(**choices)
+
+    def __post_init__(self) -> None:
+        one_of("method", self.method, METHODS)
+        one_of("importance", self.importance or self.method, METHODS)
+        one_of("compensation", self.compensation or "none", COMPENSATIONS)
+        one_of("metric", self.metric, METRICS)
+        one_of("gradients", self.gradients, ENGINES)
+        one_of("positions", self.positions, POSITIONS)
+        one_of("scope", self.scope, SCOPES)
+        one_of("format", self.format, ENCODINGS)
+        for name in ("samples", "batch_size", "threads", "stages", "probes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+        if not self.damping > 0:
+            raise UsageError(f"--damping is {self.damping}; it must be greater than 0.")
+
+    @property
+    def recipe(self) -> Method:
+        """The method with the importance and compensation that replace its own."""
+        return METHODS[self.method].with_parts(
+            METHODS[self.importance] if self.importance else None, self.compensation, self.stages
+        )
+
+    @property
+    def patterns(self) -> bool:
+        """Whether any sparsity is N:M."""
+        return any(isinstance(s, NM) for s in (self.sparsity, *self.layer_sparsity.values()))
+
+
+def one_of(what: str, name: str, known: Any) -> None:
+    """UsageError with "did you mean" unless the name is known."""
+    if name not in known:
+        raise UsageError(f"unknown {what} {name!r}.", hint=did_you_mean(name, known))

@@ -1,0 +1,310 @@
+"""The loop: observe, score, select, compensate; repeated in stages on the current network.
+
+One-shot pruning is one stage. Nothing here knows files or reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+from onnx_ecp.calibration import Calibration
+from onnx_ecp.gradients.observer import Observer, State
+from onnx_ecp.layers import Layer
+from onnx_ecp.measurement import (
+    Measured,
+    Progress,
+    effective_sample_size,
+    measure,
+    measure_activations,
+    silent,
+)
+from onnx_ecp.methods import Method, View, bias_shift
+from onnx_ecp.refit import Gram, excess, refit
+from onnx_ecp.runtime import check_deadline
+from onnx_ecp.selection import Group, select
+from onnx_ecp.walk import Passage, Segment, segments
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is pruned, and the data it is pruned on.
+
+    Args:
+        observer: of the layers.
+        original: the state before pruning.
+        fit: calibration samples for importance and compensation.
+        guard: other calibration samples, on which a refit must not be worse than a bias shift.
+        size: batch size.
+    """
+
+    observer: Observer
+    original: State
+    fit: Calibration
+    guard: Calibration
+    size: int
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers that are pruned."""
+        return self.observer.layers
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The cuts of the graph that a refit walks along."""
+        return segments(self.observer, self.layers)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a network is pruned.
+
+    Args:
+        method: importance, compensation, stages.
+        groups: which stored tensors are ranked together, and to what sparsity.
+        positions: "expand" or "reduce".
+        damping: ridge of the refit.
+        seed: of the methods' random numbers.
+    """
+
+    method: Method
+    groups: tuple[Group, ...]
+    positions: str = "expand"
+    damping: float = 1e-2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a run of the loop gave.
+
+    Args:
+        state: the pruned and compensated network.
+        removed: by layer name, the sum of the importances of the weights at their removal.
+        ess: by layer name, effective sample size in the last stage.
+        notes: by layer name, remarks such as a refit that was not kept.
+    """
+
+    state: State
+    removed: dict[str, float] = field(default_factory=dict)
+    ess: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def prune(network: Network, plan: Plan, progress: Progress = silent) -> Pruned:
+    """Prune a network to the targets of a plan, in as many stages as its method wants."""
+    result = Pruned(network.original)
+    for share in schedule(plan.method.stages):
+        check_deadline()
+        result = stage(network, plan, result, share, progress)
+    return result
+
+
+def schedule(stages: int) -> list[float]:
+    """Shares of the way to the target after each stage: 1 - (1 - t/T)^3, METHOD section 3.
+
+    >>> schedule(2)
+    [0.875, 1.0]
+    """
+    return [1 - (1 - t / stages) ** 3 for t in range(1, stages + 1)]
+
+
+def stage(
+    network: Network, plan: Plan, before: Pruned, share: float, progress: Progress = silent
+) -> Pruned:
+    """Observe, score, select and compensate once.
+
+    Args:
+        network: what is pruned.
+        plan: how.
+        before: the result of the stage before.
+        share: how far to go towards the targets, 1 = all the way.
+        progress: called as work goes on.
+    """
+    state = before.state
+    measured = observe(network, plan, state, progress)
+    scores = importances(network, plan, state, measured)
+    by_tensor = summed(network.layers, scores)
+    keep: dict[str, np.ndarray] = {}
+    for group in plan.groups:
+        keep |= select(
+            group,
+            by_tensor,
+            state.keep,
+            network.original.keep,
+            share=share,
+            floor=plan.method.floor,
+        )
+    after, notes = compensate(network, plan, state, replace(state, keep=keep), measured, progress)
+    removed = {
+        layer.name: before.removed.get(layer.name, 0.0)
+        + float(scores[layer.name][_victims(layer, state, keep)].sum())
+        for layer in network.layers
+    }
+    ess = {name: effective_sample_size(s) for name, s in measured.weights.items()}
+    return Pruned(after, removed, ess, before.notes | notes)
+
+
+def observe(network: Network, plan: Plan, state: State, progress: Progress = silent) -> Measured:
+    """Measure what the method needs to know, no more."""
+    needs = plan.method.measures
+    if needs == "nothing":
+        return Measured()
+    if needs == "activations":
+        return measure_activations(
+            network.observer, state, network.fit, size=network.size, progress=progress
+        )
+    return measure(
+        network.observer,
+        state,
+        network.fit,
+        size=network.size,
+        positions=plan.positions,
+        with_gradient=needs == "gradients",
+        progress=progress,
+    )
+
+
+def importances(
+    network: Network, plan: Plan, state: State, measured: Measured
+) -> dict[str, np.ndarray]:
+    """Importance (out, in) by layer name, in the method's own unit."""
+    scores = {}
+    for index, layer in enumerate(network.layers):
+        moments = measured.moments.get(layer.name)
+        if moments is not None and plan.method.shrinkage and plan.positions == "expand":
+            moments = moments.shrunk(plan.method.shrinkage)
+        weight = _matrix(layer, state)
+        rng = np.random.default_rng([plan.seed, index])
+        scores[layer.name] = plan.method.importance(View(weight, moments, rng))
+    return scores
+
+
+def summed(layers: Sequence[Layer], scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Importances by stored tensor: the sum over the layers that share it."""
+    totals: dict[str, np.ndarray] = {}
+    for layer in layers:
+        tensor = layer.weight.tensor
+        score = scores[layer.name]
+        totals[tensor] = totals[tensor] + score if tensor in totals else score
+    return totals
+
+
+def compensate(
+    network: Network,
+    plan: Plan,
+    before: State,
+    after: State,
+    measured: Measured,
+    progress: Progress = silent,
+) -> tuple[State, dict[str, str]]:
+    """Remove what ``after.keep`` says, and let shifts and kept weights make good for it.
+
+    Args:
+        network: what is pruned.
+        plan: how.
+        before: the state that was measured.
+        after: the same with new keep masks.
+        measured: what the measuring told.
+        progress: called as work goes on.
+
+    Returns:
+        The new state, and by layer name remarks about its compensation.
+    """
+    shifts = dict(before.shifts)
+    if plan.method.compensation != "none":
+        for layer in network.layers:
+            keep = after.keep[layer.weight.tensor]
+            gap = bias_shift(_matrix(layer, before), measured.moments[layer.name], keep)
+            shifts[layer.name] = before.shifts[layer.name] + gap
+    state = replace(after, weights=_removed(network, before, after), shifts=shifts)
+    if plan.method.compensation != "refit":
+        return state, {}
+    return refit_layers(network, plan, state, measured, progress)
+
+
+def refit_layers(
+    network: Network, plan: Plan, state: State, measured: Measured, progress: Progress = silent
+) -> tuple[State, dict[str, str]]:
+    """Refit one layer after the other, each in the network that the layers before it make now.
+
+    A refit stays only if its error on the guard samples is not larger than that of the bias shift.
+    """
+    notes = {}
+    runs = {name: _Run(network, data) for name, data in (("fit", network.fit), ("guard", network.guard))}
+    shrink = plan.method.shrinkage
+    for done, segment in enumerate(network.segments, 1):
+        check_deadline()
+        layer = segment.layer
+        fit = runs["fit"].gram(segment, state, measured.weights[layer.name], shrink)
+        guard = runs["guard"].gram(segment, state, None, shrink)
+        target = _matrix(layer, network.original)
+        current = _matrix(layer, state)
+        keep = state.keep[layer.weight.tensor]
+        weight, shift = refit(fit, target, keep, plan.damping)
+        old = excess(guard, target, current, state.shifts[layer.name]).sum()
+        new = excess(guard, target, weight, shift).sum()
+        if new <= old:
+            stored = layer.weight.unmatrix(weight).astype(state.weights[layer.weight.tensor].dtype)
+            state = state.with_layer(layer, stored, shift)
+        else:
+            notes[layer.name] = "refit not kept: the held-out error rose"
+        progress("refit", done, len(network.segments))
+    return state, notes
+
+
+class _Run:
+    """Both versions of the network on their way along the segments with the same samples."""
+
+    def __init__(self, network: Network, data: Calibration) -> None:
+        batches = list(data.batches(network.size))
+        self._original = network.original
+        self._before = Passage(network.observer, batches)
+        self._now = Passage(network.observer, batches)
+
+    def gram(
+        self, segment: Segment, state: State, weights: np.ndarray | None, shrink: float
+    ) -> Gram:
+        """Sums of the next layer's inputs over all samples, weighted by the row sensitivities."""
+        total, first = None, 0
+        for before, now in zip(
+            self._before.advance(segment, self._original),
+            self._now.advance(segment, state),
+            strict=True,
+        ):
+            rows = now.shape[1]
+            s = np.ones(now.shape[:2])
+            if weights is not None:
+                s = (1 - shrink) * weights[:, first : first + rows]
+                s = s + shrink * weights.mean(axis=1, keepdims=True)
+            centre = now.mean(axis=1, dtype=np.float64) if total is None else total.centre
+            part = Gram.of(now, before, s, centre)
+            total = part if total is None else total + part
+            first += rows
+        assert total is not None, "a calibration has at least one sample"
+        return total
+
+
+def _matrix(layer: Layer, state: State) -> np.ndarray:
+    return layer.weight.matrix(state.weights[layer.weight.tensor]).astype(np.float64)
+
+
+def _victims(layer: Layer, before: State, keep: dict[str, np.ndarray]) -> np.ndarray:
+    """(out, in) bool: what was there before and goes now."""
+    tensor = layer.weight.tensor
+    return np.asarray(before.keep[tensor] & ~keep[tensor])
+
+
+def _removed(network: Network, before: State, after: State) -> dict[str, np.ndarray]:
+    """Stored tensors with zeros where the new masks say so, everything else bit by bit the same."""
+    weights = {}
+    for layer in network.layers:
+        tensor = layer.weight.tensor
+        keep = layer.weight.layout(after.keep[tensor])
+        weights[tensor] = np.where(keep, before.weights[tensor], 0).astype(
+            before.weights[tensor].dtype
+        )
+    return weights

@@ -1,0 +1,241 @@
+"""The weights that stay absorb what the removed ones did: a weighted least-squares fit per layer.
+
+With the current network's input a', the original one's input a and W, and a weight s per row,
+
+    min over (w_i on its support, shift_i) of  E[ s (w_i a' + shift_i - W_i a)^2 ] + ridge |w_i - W_i|^2
+
+(METHOD section 3). The shift absorbs the weighted means, so the Gram matrix is the weighted
+covariance of a'. One Gram matrix serves all rows of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+# A batch of padded systems may take this much.
+CHUNK_BYTES = 64 * 2**20
+# Conjugate gradients stop at this residual relative to the right-hand side, or after so many steps:
+# further steps changed no digit of the accuracies in benchmarks/refit_scale.py.
+CG_TOLERANCE = 1e-4
+CG_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Weighted sums over rows of one layer's inputs in two versions of the network; they add up.
+
+    Args:
+        weight: (groups,), sum of s.
+        now: (groups, in), sum of s (a' - c).
+        before: (groups, in), sum of s (a - c).
+        gram: (groups, in, in), sum of s (a' - c) (a' - c)^T.
+        cross: (groups, in, in), sum of s (a - c) (a' - c)^T.
+        centre: (groups, in), the constant c.
+    """
+
+    weight: np.ndarray
+    now: np.ndarray
+    before: np.ndarray
+    gram: np.ndarray
+    cross: np.ndarray
+    centre: np.ndarray
+
+    @staticmethod
+    def of(a: np.ndarray, before: np.ndarray, s: np.ndarray, centre: np.ndarray) -> Gram:
+        """Sums of one batch.
+
+        Args:
+            a: a', rows (groups, rows, in) of the current network.
+            before: a, rows of the original network.
+            s: weight of every row (groups, rows).
+            centre: c, (groups, in).
+        """
+        x = a.astype(np.float64) - centre[:, None, :]
+        y = before.astype(np.float64) - centre[:, None, :]
+        weighted = x * s[:, :, None]
+        return Gram(
+            s.sum(axis=1),
+            weighted.sum(axis=1),
+            (y * s[:, :, None]).sum(axis=1),
+            x.swapaxes(1, 2) @ weighted,
+            y.swapaxes(1, 2) @ weighted,
+            centre,
+        )
+
+    def __add__(self, other: Gram) -> Gram:
+        """The sums over both sets of rows; both have the same centre."""
+        assert np.array_equal(self.centre, other.centre), "a walk has one centre per layer"
+        return Gram(
+            self.weight + other.weight,
+            self.now + other.now,
+            self.before + other.before,
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.centre,
+        )
+
+    @property
+    def mean_now(self) -> np.ndarray:
+        """(groups, in): the weighted mean of a'."""
+        return np.asarray(self.centre + self.now / self._weight[:, None])
+
+    @property
+    def mean_before(self) -> np.ndarray:
+        """(groups, in): the weighted mean of a."""
+        return np.asarray(self.centre + self.before / self._weight[:, None])
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """(groups, in, in): E[s (a' - mean)(a' - mean)^T] / E[s]."""
+        return self._centred(self.gram, self.now)
+
+    @property
+    def cross_covariance(self) -> np.ndarray:
+        """(groups, in, in): E[s (a - mean)(a' - mean)^T] / E[s]."""
+        return self._centred(self.cross, self.before)
+
+    def _centred(self, second: np.ndarray, first: np.ndarray) -> np.ndarray:
+        w = self._weight[:, None, None]
+        return np.asarray(second / w - first[:, :, None] * self.now[:, None, :] / w**2)
+
+    @property
+    def _weight(self) -> np.ndarray:
+        return np.where(self.weight > 0, self.weight, 1.0)
+
+
+def refit(
+    gram: Gram, target: np.ndarray, keep: np.ndarray, damping: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights on their support and bias shift that come closest to the original layer.
+
+    Args:
+        gram: of the layer.
+        target: W, (out, in), the original weights.
+        keep: (out, in), True where the weight stays.
+        damping: ridge as a share of the mean diagonal of the covariance; > 0.
+
+    Returns:
+        Weights (out, in), zero where not kept; shift (out,) against the original bias.
+    """
+    groups = len(gram.weight)
+    weight = np.zeros_like(target)
+    for h, k, rows in zip(gram.covariance, gram.cross_covariance, _rows(target, groups), strict=True):
+        ridge = damping * max(float(np.trace(h)) / len(h), np.finfo(np.float64).tiny)
+        system = h + ridge * np.eye(len(h))
+        right = target[rows] @ k + ridge * target[rows]
+        weight[rows] = solve(system, right, keep[rows], start=target[rows])
+    return weight, mean_shift(gram, target, weight)
+
+
+def mean_shift(gram: Gram, target: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Shift (out,) that makes the weighted means of both versions of the layer equal."""
+    out = len(target) // len(gram.weight)
+    before = np.repeat(gram.mean_before, out, axis=0)
+    now = np.repeat(gram.mean_now, out, axis=0)
+    return np.asarray((target * before - weight * now).sum(axis=1))
+
+
+def excess(gram: Gram, target: np.ndarray, weight: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """(out,): the weighted squared error of every unit, less what no choice of weights changes.
+
+    Args:
+        gram: sums of the rows on which the error is judged.
+        target: original weights (out, in).
+        weight: candidate (out, in).
+        shift: candidate (out,).
+    """
+    groups = len(gram.weight)
+    errors = np.zeros(len(target))
+    residual = shift - mean_shift(gram, target, weight)
+    for h, k, rows in zip(gram.covariance, gram.cross_covariance, _rows(target, groups), strict=True):
+        w = weight[rows]
+        errors[rows] = ((w @ h) * w).sum(axis=1) - 2 * ((target[rows] @ k) * w).sum(axis=1)
+    return errors + residual**2
+
+
+def solve(
+    system: np.ndarray, right: np.ndarray, keep: np.ndarray, start: np.ndarray
+) -> np.ndarray:
+    """Solve ``x_S system_SS = right_S`` for every row, each on its own support S.
+
+    Args:
+        system: (in, in), symmetric positive definite.
+        right: (rows, in).
+        keep: (rows, in), the supports.
+        start: (rows, in), where the iteration begins.
+
+    Returns:
+        (rows, in), zero outside the support.
+    """
+    rows, columns = keep.shape
+    widest = int(keep.sum(axis=1).max(initial=0))
+    # Direct: 2/3 k^3 per row. Iterative: a product with the system per step, 2 in^2 per row.
+    if widest**3 / 3 <= CG_STEPS * columns**2:
+        return _direct(system, right, keep)
+    return _conjugate_gradients(system, right, keep, start)
+
+
+def _direct(system: np.ndarray, right: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Batches of rows with about equally wide supports, padded with ones on the diagonal."""
+    solution = np.zeros_like(right)
+    widths = keep.sum(axis=1)
+    order = np.argsort(widths, kind="stable")
+    for rows in _chunks(order, widths):
+        width = int(widths[rows[-1]])
+        if width == 0:
+            continue
+        # argsort puts the kept columns first; the rest of the row is padding.
+        columns = np.argsort(~keep[rows], axis=1, kind="stable")[:, :width]
+        real = np.arange(width) < widths[rows][:, None]
+        systems = system[columns[:, :, None], columns[:, None, :]]
+        systems = np.where(real[:, :, None] & real[:, None, :], systems, np.eye(width))
+        wanted = np.where(real, np.take_along_axis(right[rows], columns, axis=1), 0.0)
+        found = np.linalg.solve(systems, wanted[:, :, None])[:, :, 0]
+        block = np.zeros((len(rows), right.shape[1]))
+        np.put_along_axis(block, columns, np.where(real, found, 0.0), axis=1)
+        solution[rows] = block
+    return solution
+
+
+def _chunks(order: np.ndarray, widths: np.ndarray) -> Iterator[np.ndarray]:
+    """Split rows in ascending order of width so that the padded systems of a chunk stay small."""
+    first = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or (end + 1 - first) * int(widths[order[end]]) ** 2 * 8 > CHUNK_BYTES:
+            yield order[first:end]
+            first = end
+
+
+def _conjugate_gradients(
+    system: np.ndarray, right: np.ndarray, keep: np.ndarray, start: np.ndarray
+) -> np.ndarray:
+    """All rows at once, preconditioned by the diagonal: one product with the system per step."""
+    inverse_diagonal = 1 / np.diagonal(system)
+    x = np.where(keep, start, 0.0)
+    residual = np.where(keep, right - x @ system, 0.0)
+    limit = CG_TOLERANCE * np.linalg.norm(np.where(keep, right, 0.0))
+    z = residual * inverse_diagonal
+    direction = z.copy()
+    product = (residual * z).sum(axis=1)
+    for _ in range(CG_STEPS):
+        if np.linalg.norm(residual) <= limit:
+            break
+        image = np.where(keep, direction @ system, 0.0)
+        curvature = (direction * image).sum(axis=1)
+        step = np.divide(product, curvature, out=np.zeros_like(product), where=curvature > 0)
+        x += step[:, None] * direction
+        residual -= step[:, None] * image
+        z = residual * inverse_diagonal
+        previous, product = product, (residual * z).sum(axis=1)
+        ratio = np.divide(product, previous, out=np.zeros_like(product), where=previous > 0)
+        direction = z + ratio[:, None] * direction
+    return x
+
+
+def _rows(target: np.ndarray, groups: int) -> list[slice]:
+    """The rows of W that belong to each group."""
+    out = len(target) // groups
+    return [slice(g * out, (g + 1) * out) for g in range(groups)]

@@ -1,0 +1,197 @@
+"""ONNX Runtime sessions that can be interrupted, and the truth about execution providers.
+
+``session.run`` cannot be interrupted by a signal, so it runs in a worker thread while the calling
+thread waits: an exception there (Ctrl-C, SIGTERM, the end of ``deadline``) terminates the run.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnx_ecp.errors import OnnxEcpError, ProviderError, UsageError, did_you_mean
+
+_DEADLINE: contextvars.ContextVar[tuple[float, float] | None] = contextvars.ContextVar(
+    "deadline", default=None
+)
+# Words by which ONNX Runtime and the C++ library say that memory ran out.
+_MEMORY_WORDS = ("bad_alloc", "allocate memory", "out of memory", "bad allocation")
+
+
+class OutOfMemory(ProviderError):
+    """A run needed more memory than there is; a smaller batch may help."""
+
+
+@contextmanager
+def deadline(seconds: float | None) -> Iterator[None]:
+    """Let everything inside end with ProviderError after this many seconds (None: no limit)."""
+    token = _DEADLINE.set(None if seconds is None else (time.monotonic() + seconds, seconds))
+    try:
+        yield
+    finally:
+        _DEADLINE.reset(token)
+
+
+def check_deadline() -> float | None:
+    """Seconds left, None without a limit; raises ProviderError when none are."""
+    limit = _DEADLINE.get()
+    if limit is None:
+        return None
+    left = limit[0] - time.monotonic()
+    if left <= 0:
+        raise ProviderError(
+            f"the time limit of {limit[1]:g} s is over.",
+            hint="Raise --timeout, or use fewer --samples.",
+        )
+    return left
+
+
+def onnxruntime() -> Any:
+    """The module onnxruntime; ProviderError with the two install commands when it is missing."""
+    try:
+        import onnxruntime as module
+    except ImportError as error:
+        raise ProviderError(
+            "ONNX Runtime is not installed.",
+            hint='pip install "onnx-ecp[cpu]"  or, for NVIDIA GPUs,  pip install "onnx-ecp[gpu]"',
+        ) from error
+    if not hasattr(module, "InferenceSession"):
+        raise ProviderError(
+            "the installed ONNX Runtime is broken: it has no InferenceSession.",
+            hint="Uninstall onnxruntime and onnxruntime-gpu, then install one of them.",
+        )
+    return module
+
+
+def available_providers() -> list[str]:
+    """What the installed ONNX Runtime was built with; whether a device is there, only a session tells."""
+    return list(onnxruntime().get_available_providers())
+
+
+def provider_name(asked: str) -> str:
+    """The full name of a provider given by a part of it, without regard to case.
+
+    Raises:
+        UsageError: no available provider, or more than one, has that part in its name.
+    """
+    names = available_providers()
+    exact = [n for n in names if n.lower() in (asked.lower(), f"{asked}ExecutionProvider".lower())]
+    found = exact or [n for n in names if asked.lower() in n.lower()]
+    if len(found) != 1:
+        short = [n.removesuffix("ExecutionProvider").lower() for n in names]
+        what = "matches no" if not found else f"matches {', '.join(found)}: more than one"
+        raise UsageError(
+            f"provider {asked!r} {what} execution provider of the installed ONNX Runtime.",
+            hint=did_you_mean(asked.lower(), short),
+        )
+    return found[0]
+
+
+class Session:
+    """A loaded model. Not thread safe; arrays in, arrays out.
+
+    Args:
+        model: a proto, its serialised bytes, or the path of a file.
+        provider: execution provider, by any unique part of its name.
+        threads: threads within an operator; None leaves it to ONNX Runtime.
+        base: directory of the external data of a proto or bytes.
+
+    Raises:
+        ProviderError: ONNX Runtime refuses the model, or does not use the provider.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto | bytes | str | Path,
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        base: Path | None = None,
+    ) -> None:
+        ort = onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        # Sessions live side by side with NumPy: a spinning pool would steal its cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if base is not None and not isinstance(model, str | Path):
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(base)
+            )
+        source: Any = model
+        if isinstance(model, onnx.ModelProto):
+            source = model.SerializeToString()
+        elif isinstance(model, Path):
+            source = str(model)
+        wanted = provider_name(provider)
+        providers = [wanted] + (["CPUExecutionProvider"] if "CPU" not in wanted else [])
+        try:
+            self._session = ort.InferenceSession(source, options, providers=providers)
+        except Exception as error:
+            raise _translated(error, "does not load the model") from error
+        used = self._session.get_providers()
+        if wanted not in used:
+            raise ProviderError(
+                f"{wanted} was asked for, but ONNX Runtime uses {', '.join(used)}.",
+                hint="Check the driver and its libraries with `onnx-ecp doctor`, or use --provider cpu.",
+            )
+        self._ort = ort
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="onnxruntime")
+        self.inputs: tuple[str, ...] = tuple(i.name for i in self._session.get_inputs())
+        self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """The execution providers that the session really uses, first choice first."""
+        return tuple(self._session.get_providers())
+
+    def run(
+        self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run once.
+
+        Args:
+            feeds: an array for every input.
+            outputs: names wanted; None for all.
+
+        Raises:
+            OutOfMemory: there was not enough memory for this batch.
+            ProviderError: the run failed, or the deadline passed.
+        """
+        names = list(self.outputs if outputs is None else outputs)
+        options = self._ort.RunOptions()
+        options.log_severity_level = 4
+        left = check_deadline()
+        future = self._worker.submit(self._session.run, names, dict(feeds), options)
+        try:
+            values = future.result(timeout=left)
+        except FutureTimeout:
+            options.terminate = True
+            check_deadline()
+            raise
+        except (KeyboardInterrupt, SystemExit, OnnxEcpError):
+            options.terminate = True
+            raise
+        except Exception as error:
+            raise _translated(error, "failed to run the model") from error
+        return dict(zip(names, values, strict=True))
+
+
+def _translated(error: Exception, what: str) -> ProviderError:
+    """ONNX Runtime's exception as ours, cut to its first line."""
+    text = " ".join(str(error).split())[:300]
+    if any(word in text.lower() for word in _MEMORY_WORDS):
+        return OutOfMemory(
+            f"ONNX Runtime ran out of memory: {text}", hint="Use a smaller --batch-size."
+        )
+    return ProviderError(f"ONNX Runtime {what}: {text}")

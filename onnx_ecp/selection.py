@@ -1,0 +1,180 @@
+"""Scores to keep masks. Scores are importances: what is smallest goes first.
+
+Counts are exact: of the weights concerned, ``round(sparsity * number)`` are zero afterwards, zeros
+that are already there included; ties go in order of layer and index.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_ecp.errors import UsageError
+
+
+@dataclass(frozen=True)
+class NM:
+    """N:M sparsity: at most n of every m consecutive weights along the reduction axis stay."""
+
+    n: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+Sparsity = float | NM
+SCOPES = ("global", "layer")
+
+
+def parse_sparsity(value: float | str | NM) -> Sparsity:
+    """0.5, "0.5" or "2:4".
+
+    >>> parse_sparsity("2:4")
+    NM(n=2, m=4)
+
+    Raises:
+        UsageError: not a number in [0, 1], nor N:M with 0 < N < M.
+    """
+    if isinstance(value, NM):
+        return value
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+):(\d+)", value.strip())):
+        n, m = int(match[1]), int(match[2])
+        if 0 < n < m:
+            return NM(n, m)
+    else:
+        try:
+            share = float(value)
+        except ValueError:
+            share = -1.0
+        if 0 <= share <= 1:
+            return share
+    raise UsageError(
+        f"sparsity {value!r} is neither a number from 0 to 1 nor N:M with 0 < N < M.",
+        hint="Examples: --sparsity 0.8, --sparsity 2:4.",
+    )
+
+
+def zeros_wanted(sparsity: float, number: int) -> int:
+    """``round(sparsity * number)``, halves up, whatever the binary fraction says.
+
+    >>> zeros_wanted(0.5, 5), zeros_wanted(0.7, 10)
+    (3, 7)
+    """
+    return int(np.floor(round(sparsity * number, 6) + 0.5))
+
+
+def lowest(
+    scores: Mapping[str, np.ndarray], keep: Mapping[str, np.ndarray], zeros: int
+) -> dict[str, np.ndarray]:
+    """Keep masks with ``zeros`` False entries over all arrays: the lowest scores, one ranking.
+
+    Args:
+        scores: importance >= 0 by name.
+        keep: what is still there; False stays False, even where more than ``zeros`` are.
+        zeros: number of False entries wanted.
+    """
+    flat = np.concatenate(
+        [np.where(keep[n], scores[n], -1.0).reshape(-1) for n in scores]
+        or [np.empty(0)]
+    )
+    gone = sum(int(np.count_nonzero(~keep[n])) for n in scores)
+    zeros = max(zeros, gone)
+    mask = np.ones(flat.size, np.bool_)
+    if zeros:
+        limit = np.partition(flat, zeros - 1)[zeros - 1]
+        mask[flat < limit] = False
+        ties = np.flatnonzero(flat == limit)
+        mask[ties[: zeros - np.count_nonzero(~mask)]] = False
+    ends = np.cumsum([scores[n].size for n in scores])[:-1]
+    return {
+        n: part.reshape(scores[n].shape)
+        for n, part in zip(scores, np.split(mask, ends), strict=True)
+    }
+
+
+def n_of_m(scores: np.ndarray, keep: np.ndarray, pattern: NM) -> np.ndarray:
+    """Keep mask in which of every m consecutive entries of a row at least m - n are False.
+
+    Args:
+        scores: (out, in) importances in N:M order; ``in`` is divisible by m.
+        keep: what is still there.
+        pattern: n kept of every m.
+    """
+    groups = np.where(keep, scores, -1.0).reshape(len(scores), -1, pattern.m)
+    order = np.argsort(groups, axis=2, kind="stable")
+    mask = keep.reshape(groups.shape).copy()
+    np.put_along_axis(mask, order[:, :, : pattern.m - pattern.n], False, axis=2)
+    return mask.reshape(scores.shape)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Stored tensors that are ranked together for one target.
+
+    Args:
+        tensors: their names.
+        sparsity: their common target.
+        orders: by name, the permutation of columns that makes N:M groups consecutive, where the
+            natural order does not.
+    """
+
+    tensors: tuple[str, ...]
+    sparsity: Sparsity
+    orders: Mapping[str, np.ndarray | None]
+
+
+def select(
+    group: Group,
+    scores: Mapping[str, np.ndarray],
+    keep: Mapping[str, np.ndarray],
+    initial: Mapping[str, np.ndarray],
+    *,
+    share: float = 1.0,
+    floor: float = 0.0,
+) -> dict[str, np.ndarray]:
+    """Keep masks of one group after a share of the way to its target.
+
+    Args:
+        group: what is ranked together.
+        scores: by name, importance (out, in) >= 0.
+        keep: by name, (out, in), what is still there.
+        initial: by name, (out, in), what was there before pruning began.
+        share: 1 reaches the target.
+        floor: least density of any one tensor, as a share of the group's density (N:M needs none).
+    """
+    scores = {n: scores[n] for n in group.tensors}
+    gone = sum(int(np.count_nonzero(~initial[n])) for n in group.tensors)
+    size = sum(score.size for score in scores.values())
+    if isinstance(group.sparsity, NM):
+        last = {n: _pattern(scores[n], keep[n], group.sparsity, group.orders[n]) for n in scores}
+        # On the way there only victims of the pattern may go, the least important of them first.
+        victims = sum(int(np.count_nonzero(~mask)) for mask in last.values())
+        ranked = {n: np.where(last[n], np.inf, scores[n]) for n in scores}
+    else:
+        victims = max(zeros_wanted(group.sparsity, size), gone)
+        density = floor * (1 - (gone + share * (victims - gone)) / max(size, 1))
+        ranked = {n: _protected(scores[n], density) for n in scores} if density else scores
+    return lowest(ranked, keep, round(gone + share * (victims - gone)))
+
+
+def _pattern(
+    scores: np.ndarray, keep: np.ndarray, pattern: NM, order: np.ndarray | None
+) -> np.ndarray:
+    if order is None:
+        return n_of_m(scores, keep, pattern)
+    mask = np.empty_like(keep)
+    mask[:, order] = n_of_m(scores[:, order], keep[:, order], pattern)
+    return mask
+
+
+def _protected(scores: np.ndarray, density: float) -> np.ndarray:
+    """Scores in which the best ``density`` of the tensor can only go last."""
+    number = int(np.ceil(density * scores.size))
+    best = np.argpartition(scores, scores.size - number, axis=None)[scores.size - number :]
+    guarded = scores.copy()
+    guarded.reshape(-1)[best] = np.inf
+    return guarded

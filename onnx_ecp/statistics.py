@@ -1,0 +1,215 @@
+"""Sums over samples that importance and compensation are computed from. All float64; they add up.
+
+For a layer ``z = W a + b`` with adjoints ``g = v dy/dz`` (METHOD section 1, arXiv:2602.20467):
+
+    bb_i = E[(dy/db_i)^2]    wb_ij = E[dy/dW_ij dy/db_i]    ww_ij = E[(dy/dW_ij)^2]
+
+Activations enter as ``a - c`` with a constant c per input. The importance does not depend on c, but
+without it ``ww - wb^2 / bb`` cancels to nothing when activations have a large mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+
+import numpy as np
+
+POSITIONS = ("expand", "reduce")
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over rows of one layer. ``first + second`` are the moments of both sets of rows.
+
+    Args:
+        count: number of samples summed: rows under ``expand``, samples under ``reduce``.
+        centre: (groups, in), the constant c.
+        bb: (out,), sum of (dy/db)^2.
+        wb: (out, in), sum of dy/dW dy/db, at a - c.
+        ww: (out, in), sum of (dy/dW)^2, at a - c.
+        gradient: (P, out, in), sum of dy/dW at a itself, one for each probe.
+        rows: number of rows summed.
+        a: (groups, in), sum of a - c over rows.
+        aa: (groups, in), sum of (a - c)^2 over rows.
+    """
+
+    count: int
+    centre: np.ndarray
+    bb: np.ndarray
+    wb: np.ndarray
+    ww: np.ndarray
+    gradient: np.ndarray | None
+    rows: int
+    a: np.ndarray
+    aa: np.ndarray
+
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of both sets; they must have the same centre, see ``recentred``."""
+        other = other.recentred(self.centre)
+        both = self.gradient is not None and other.gradient is not None
+        return Moments(
+            self.count + other.count,
+            self.centre,
+            self.bb + other.bb,
+            self.wb + other.wb,
+            self.ww + other.ww,
+            self.gradient + other.gradient if both else None,  # type: ignore[operator]
+            self.rows + other.rows,
+            self.a + other.a,
+            self.aa + other.aa,
+        )
+
+    def recentred(self, centre: np.ndarray) -> Moments:
+        """The same moments about another constant."""
+        if centre is self.centre or np.array_equal(centre, self.centre):
+            return self
+        d = self.centre - centre  # a - centre = (a - self.centre) + d
+        rows = self.per_row(d)
+        return replace(
+            self,
+            centre=centre,
+            wb=self.wb + self.bb[:, None] * rows,
+            ww=self.ww + 2 * rows * self.wb + self.bb[:, None] * rows**2,
+            a=self.a + self.rows * d,
+            aa=self.aa + 2 * d * self.a + self.rows * d**2,
+        )
+
+    def per_row(self, x: np.ndarray) -> np.ndarray:
+        """(groups, in) values repeated for the rows of W: (out, in)."""
+        return np.repeat(x, len(self.bb) // len(x), axis=0)
+
+    @property
+    def norms(self) -> np.ndarray:
+        """(groups, in): the l2 norm of every input over all rows."""
+        return np.sqrt(np.maximum(self.aa + self.centre * (2 * self.a + self.rows * self.centre), 0))
+
+    @property
+    def gain(self) -> np.ndarray:
+        """(out, in): the bias shift per unit of removed weight that compensates best, db*/W.
+
+        0 where the bias has no influence: there is nothing to compensate with.
+        """
+        safe = self._responsive
+        return np.where(
+            safe[:, None],
+            self.per_row(self.centre) + self.wb / np.where(safe, self.bb, 1)[:, None],
+            0.0,
+        )
+
+    @property
+    def variance(self) -> np.ndarray:
+        """(out, in): ``(ww - wb^2 / bb) / count``, what a removed unit weight costs after gain."""
+        safe = self._responsive
+        explained = np.where(
+            safe[:, None], self.wb**2 / np.where(safe, self.bb, 1)[:, None], 0.0
+        )
+        # Cauchy-Schwarz makes the difference >= 0; rounding may not.
+        return np.maximum(self.ww - explained, 0) / self.count
+
+    @property
+    def _responsive(self) -> np.ndarray:
+        """(out,) bool: the bias moves the outputs at all (guard of METHOD section 1).
+
+        bb may vanish while ww does not: dead units, and attention keys in ``reduce`` mode, where
+        the softmax does not feel a shift.
+        """
+        return np.asarray(self.bb > 1e-10 * self.ww.max(axis=1, initial=0.0))
+
+    def shrunk(self, q: float) -> Moments:
+        """Moments as if every sensitivity were ``(1 - q) s + q mean(s)`` of its unit.
+
+        A few samples near a decision boundary otherwise carry all the weight (METHOD section 3).
+        Defined for one position per row, so for ``expand``.
+        """
+        mean = q * self.bb[:, None] / self.rows
+        return replace(
+            self,
+            wb=(1 - q) * self.wb + mean * self.per_row(self.a),
+            ww=(1 - q) * self.ww + mean * self.per_row(self.aa),
+        )
+
+
+def total(parts: Iterable[Moments]) -> Moments:
+    """The sum of at least one."""
+    return reduce(add, parts)
+
+
+def expand(
+    a: np.ndarray, g: np.ndarray, centre: np.ndarray, *, with_gradient: bool = False
+) -> Moments:
+    """Moments in which every position is a sample of its own.
+
+    Args:
+        a: input rows (groups, rows, in).
+        g: adjoint rows (P, groups, rows, out per group).
+        centre: (groups, in).
+        with_gradient: also sum dy/dW per probe.
+    """
+    a = a.astype(np.float64)
+    shifted = a - centre[:, None, :]
+    s = sensitivities(g)
+    return Moments(
+        count=a.shape[1],
+        centre=centre,
+        bb=s.sum(axis=1).reshape(-1),
+        wb=_products(s, shifted),
+        ww=_products(s, shifted**2),
+        gradient=_gradients(g, a) if with_gradient else None,
+        rows=a.shape[1],
+        a=shifted.sum(axis=1),
+        aa=(shifted**2).sum(axis=1),
+    )
+
+
+def reduce_positions(
+    a: np.ndarray,
+    g: np.ndarray,
+    centre: np.ndarray,
+    samples: int,
+    *,
+    with_gradient: bool = False,
+) -> Moments:
+    """Moments of the whole layer per sample: dy/dW is summed over positions before it is squared.
+
+    Args:
+        a: input rows (groups, rows, in), the positions of a sample next to each other.
+        g: adjoint rows (P, groups, rows, out per group).
+        centre: (groups, in).
+        samples: rows is a multiple of it.
+        with_gradient: also sum dy/dW per probe.
+    """
+    a, g = a.astype(np.float64), g.astype(np.float64)
+    shifted = a - centre[:, None, :]
+    groups, rows, columns = a.shape
+    positions = rows // samples
+    x = shifted.reshape(groups, samples, positions, columns)
+    bb = np.zeros(groups * g.shape[3])
+    wb = np.zeros((len(bb), columns))
+    ww = np.zeros_like(wb)
+    for probe in g.reshape(len(g), groups, samples, positions, -1):
+        for sample in range(samples):
+            by_bias = probe[:, sample].sum(axis=1).reshape(-1)
+            by_weight = _products(probe[:, sample], x[:, sample])
+            bb += by_bias**2
+            wb += by_weight * by_bias[:, None]
+            ww += by_weight**2
+    gradient = _gradients(g, a) if with_gradient else None
+    a1, a2 = shifted.sum(axis=1), (shifted**2).sum(axis=1)
+    return Moments(samples, centre, bb, wb, ww, gradient, rows, a1, a2)
+
+
+def sensitivities(g: np.ndarray) -> np.ndarray:
+    """``s = sum_p g_p^2``: adjoints (P, groups, rows, out) to (groups, rows, out), float64."""
+    return np.square(g.astype(np.float64)).sum(axis=0)
+
+
+def _products(s: np.ndarray, a: np.ndarray) -> np.ndarray:
+    """Sum over rows of s_i a_j: (groups, rows, out) and (groups, rows, in) to (all out, in)."""
+    return np.asarray(s.swapaxes(1, 2) @ a).reshape(-1, a.shape[2])
+
+
+def _gradients(g: np.ndarray, a: np.ndarray) -> np.ndarray:
+    return np.stack([_products(probe, a) for probe in g.astype(np.float64)])
