@@ -1,0 +1,206 @@
+"""Reads arrays from files that nobody vouches for.
+
+Declared sizes are compared with what is there before memory is taken; pickles are refused, so
+nothing in a file is ever executed. Whatever is wrong with a file is a CalibrationError.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import lzma
+import math
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import numpy as np
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import TensorProto, numpy_helper
+
+from onnx_ecp.errors import CalibrationError
+
+# Used where the system does not say how much memory is free.
+FALLBACK_BUDGET = 4 * 2**30
+# What zipfile and its decompressors raise on damaged, encrypted or exotic archives.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def memory_budget() -> int:
+    """Bytes that the arrays of one file may take: half of the memory that is free now."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 // 2 if found else FALLBACK_BUDGET
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array of a .npy file, mapped into memory read-only."""
+    try:
+        with path.open("rb") as stream:
+            shape, fortran, dtype = _header(stream, str(path))
+            offset = stream.tell()
+            _check_size(shape, dtype, os.fstat(stream.fileno()).st_size - offset, str(path))
+        order: Any = "F" if fortran else "C"
+        return np.memmap(path, dtype, mode="r", offset=offset, shape=shape, order=order)
+    except (OSError, ValueError) as error:
+        _unreadable(path, error)
+
+
+def npz_names(path: Path) -> list[str]:
+    """Names of the arrays of an .npz file; nothing but its directory is read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except _ZIP_ERRORS as error:
+        _unreadable(path, error)
+
+
+def read_npz(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
+    """The arrays called ``names`` of an .npz file; CalibrationError beyond ``memory_budget()``."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            wanted = {name: members[name] for name in names}
+            _check_budget(sum(info.file_size for info in wanted.values()), str(path))
+            return {name: _member(archive, info, path) for name, info in wanted.items()}
+    except _ZIP_ERRORS as error:
+        _unreadable(path, error)
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.ndarray:
+    origin = f"{path}: {info.filename}"
+    with archive.open(info) as stream:
+        header = _header(stream, origin)
+        return _array(*header, stream.read(), origin)
+
+
+def read_tensor(path: Path) -> tuple[str, np.ndarray]:
+    """Name (may be empty) and values of a TensorProto file such as ``input_0.pb``."""
+    try:
+        tensor = TensorProto.FromString(path.read_bytes())
+        if tensor.data_location == TensorProto.EXTERNAL:
+            raise CalibrationError(
+                f"{path}: the values are in another file, which is not read.",
+                hint="Save the tensor with its values inside.",
+            )
+        return tensor.name, numpy_helper.to_array(tensor)
+    except (DecodeError, OSError, ValueError, TypeError, KeyError) as error:
+        _unreadable(path, error)
+
+
+def read_polygraphy(path: Path) -> list[dict[str, np.ndarray]]:
+    """The feeds of a file written by ``polygraphy run --save-inputs``."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        _unreadable(path, error)
+    if not isinstance(content, list) or not all(isinstance(feed, dict) for feed in content):
+        raise CalibrationError(
+            f"{path}: not a list of named inputs.",
+            hint="Write it with `polygraphy run MODEL --onnxrt --save-inputs FILE.json`.",
+        )
+    return [
+        {name: _polygraphy_array(value, f"{path}: {name!r}") for name, value in feed.items()}
+        for feed in content
+    ]
+
+
+def _polygraphy_array(value: Any, origin: str) -> np.ndarray:
+    """From {"array": base64 of a .npy file, "polygraphy_class": "ndarray"}."""
+    # Files of old versions have another mark, and nothing under this one.
+    known = isinstance(value, dict) and value.get("polygraphy_class", "ndarray") == "ndarray"
+    if not known or not isinstance(value.get("array"), str):
+        raise CalibrationError(
+            f"{origin}: not a NumPy array as Polygraphy writes it.",
+            hint="Save NumPy arrays; other kinds, such as torch tensors, are pickles.",
+        )
+    try:
+        stream = io.BytesIO(base64.b64decode(value["array"], validate=True))
+        header = _header(stream, origin)
+        return _array(*header, stream.read(), origin)
+    except ValueError as error:
+        raise CalibrationError(f"{origin}: cannot be read: {error}.") from error
+
+
+def _header(stream: IO[bytes], origin: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and dtype that the header of a .npy stream declares, checked."""
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    try:
+        shape, fortran, dtype = read[np.lib.format.read_magic(stream)](stream)
+    except _ZIP_ERRORS:
+        raise
+    except Exception as error:
+        # NumPy lets pass whatever Python's tokenizer and literal parser raise on a hostile header.
+        raise ValueError(f"damaged .npy header ({type(error).__name__})") from error
+    if dtype.hasobject:
+        raise CalibrationError(
+            f"{origin}: holds pickled Python objects, which are not read: they could run code.",
+            hint="Save plain numeric arrays.",
+        )
+    if dtype.kind not in "biuf":
+        raise CalibrationError(
+            f"{origin}: holds {dtype}, not numbers.", hint="Save plain numeric arrays."
+        )
+    if any(size < 0 for size in shape):
+        raise ValueError(f"negative size in shape {shape}")
+    return shape, fortran, dtype
+
+
+def _array(
+    shape: tuple[int, ...], fortran: bool, dtype: np.dtype, data: bytes, origin: str
+) -> np.ndarray:
+    _check_size(shape, dtype, len(data), origin)
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _check_size(shape: tuple[int, ...], dtype: np.dtype, there: int, origin: str) -> None:
+    """In Python integers, which do not overflow."""
+    declared = math.prod(shape) * dtype.itemsize
+    if declared == 0:
+        raise CalibrationError(f"{origin}: the array is empty, shape {shape}.")
+    if declared != there:
+        raise CalibrationError(
+            f"{origin}: shape {shape} of {dtype} takes {declared} bytes, but {there} are there.",
+            hint="The file is truncated or damaged: write it again, one array per file.",
+        )
+
+
+def _check_budget(declared: int, origin: str) -> None:
+    budget = memory_budget()
+    if declared > budget:
+        raise CalibrationError(
+            f"{origin}: unpacks to {declared} bytes; at most {budget}, "
+            "half of the free memory, are read.",
+            hint="Use fewer samples, or .npy files, which need no unpacking.",
+        )
+
+
+def _unreadable(path: Path, error: Exception) -> NoReturn:
+    hint = "Write the file again; it is damaged or of another format."
+    try:
+        with path.open("rb") as stream:
+            if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                hint = "It is a git-lfs pointer: run `git lfs pull`."
+    except OSError:
+        hint = "Check the path and its permissions."
+    raise CalibrationError(f"{path}: cannot be read: {error}.", hint=hint) from error
