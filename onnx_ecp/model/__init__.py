@@ -1,0 +1,30 @@
+"""Model files: loaded and validated, read, written back whole, whatever their size."""
+
+from onnx_ecp.model.encodings import ENCODINGS
+from onnx_ecp.model.loading import compressed_size, data_files, digest, load
+from onnx_ecp.model.printable import printable
+from onnx_ecp.model.proto import InputSpec, Model, constants, output_names, signature
+from onnx_ecp.model.saving import check_output, save
+from onnx_ecp.model.sparse import decode_sparse
+from onnx_ecp.model.support import runtime_support
+from onnx_ecp.model.tensors import read_tensor, write_tensor
+
+__all__ = [
+    "ENCODINGS",
+    "InputSpec",
+    "Model",
+    "check_output",
+    "compressed_size",
+    "constants",
+    "data_files",
+    "decode_sparse",
+    "digest",
+    "load",
+    "output_names",
+    "printable",
+    "read_tensor",
+    "runtime_support",
+    "save",
+    "signature",
+    "write_tensor",
+]
