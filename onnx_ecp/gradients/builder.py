@@ -60,12 +60,12 @@ class Builder:
         return len(self.shape(tensor))
 
     def dtype(self, tensor: gs.Tensor) -> np.dtype:
-        """Element type of a forward tensor, of one built here, or of a typed graph input."""
+        """Element type of a tensor; float32 where neither a fact nor an annotation tells it."""
         if tensor.name in self._dtypes:
             return self._dtypes[tensor.name]
         if tensor.name in self.facts:
             return self.facts[tensor.name].dtype
-        own: np.dtype = np.dtype(tensor.dtype)
+        own: np.dtype = np.dtype(tensor.dtype or np.float32)
         return own
 
     def fresh(self, stem: str) -> str:
@@ -123,6 +123,12 @@ class Builder:
         if not name[:1].isupper():
             raise AttributeError(name)
         return lambda *inputs, **keywords: self.op(name, *inputs, **keywords)
+
+    def rename(self, tensor: gs.Tensor, name: str) -> gs.Tensor:
+        """Give a tensor that was built here a name of the caller's choice."""
+        self._dtypes[name] = self.dtype(tensor)
+        tensor.name = name
+        return tensor
 
     # What nearly every rule needs.
 

@@ -69,7 +69,7 @@ def _cells_averaged(op: Builder, node: gs.Node, window: Window) -> Any:
 
 
 def _is_explicit(node: gs.Node) -> bool:
-    return node.attrs.get("auto_pad", "NOTSET") == "NOTSET"
+    return bool(node.attrs.get("auto_pad", "NOTSET") == "NOTSET")
 
 
 @rule("LpPool")
