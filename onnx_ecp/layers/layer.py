@@ -9,6 +9,7 @@ one group.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -102,32 +103,54 @@ class Skip:
 
 
 class Layer(Protocol):
-    """An affine layer that can be pruned. The spellings are the other files of this package.
+    """An affine layer that can be pruned. The spellings are the other files of this package."""
 
-    Attributes:
-        name: unique name for the user: the node's name, or its output's where it has none.
-        op: operator type of the node, such as "Gemm".
-        input: name of the tensor that carries ``a``.
-        output: name of the tensor that carries ``z`` in the prepared graph (before a fused
-            activation); no bias shift is lost by adding to it.
-        weight: the stored tensor behind W.
-        groups: 1, but for a grouped Conv.
-        reduction: number of consecutive columns of W (out, in) that N:M groups may span, and
-            stride: see ``selection``; plain layers reduce over the whole row.
-        has_bias: whether the model already has a bias that ``store`` can edit.
-    """
+    @property
+    def name(self) -> str:
+        """Unique name for the user: the node's name, or its output's where it has none."""
 
-    name: str
-    op: str
-    input: str
-    output: str
-    weight: Weight
-    groups: int
-    has_bias: bool
+    @property
+    def op(self) -> str:
+        """Operator type of the node, such as "Gemm"."""
+
+    @property
+    def input(self) -> str:
+        """Name of the tensor that carries ``a``."""
+
+    @property
+    def output(self) -> str:
+        """Name of the tensor that carries ``z`` in the prepared graph (before a fused activation).
+
+        Adding a constant to this tensor is what a bias shift does. A bias that a later node adds
+        (MatMul + Add) is not in it yet.
+        """
+
+    @property
+    def weight(self) -> Weight:
+        """The stored tensor behind W."""
+
+    @property
+    def groups(self) -> int:
+        """1, but for a grouped Conv."""
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the model already has a bias that ``store`` can edit."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the matrix W; with groups, ``in`` is what one group sees."""
+
+    @property
+    def reduction(self) -> int:
+        """How many columns in a row, in the order of ``nm_order``, N:M groups may divide.
+
+        N:M needs a length that M divides; it is ``in``, but for a Conv the input channels of one
+        kernel position.
+        """
+
+    def nm_order(self) -> np.ndarray | None:
+        """Permutation of the columns of W after which N:M groups are consecutive; None: as is."""
 
     def rows_in(self, a: np.ndarray) -> np.ndarray:
         """The array of tensor ``input`` as rows (groups, rows, in)."""
@@ -135,21 +158,31 @@ class Layer(Protocol):
     def rows_out(self, z: np.ndarray) -> np.ndarray:
         """An array (P, *shape of tensor ``output``) as rows (P, groups, rows, out // groups)."""
 
-    def shift_shape(self, rank: int) -> tuple[int, ...]:
+    @property
+    def shift_shape(self) -> tuple[int, ...]:
         """Shape in which a per-unit vector (out,) broadcasts against tensor ``output``."""
 
     def store(
-        self, model: onnx.ModelProto, weight: np.ndarray | None, shift: np.ndarray | None
+        self,
+        model: onnx.ModelProto,
+        weight: np.ndarray | None,
+        shift: np.ndarray | None,
+        base: Path | None = None,
     ) -> bool:
-        """Write into ``model``, our own copy: the only function that changes a graph.
+        """Write into ``model``, our own copy, once: the only function that changes a graph.
 
         Args:
             model: a copy of the model in which this layer was found.
             weight: new stored tensor (``weight.shape``), or None to leave it.
             shift: (out,) float64 to add to the bias, or None; all zeros count as None.
+            base: directory of the model's external data, where it has any.
 
         Returns:
-            Whether a bias was created (a new initializer or Add node).
+            Whether a bias was created: an Add node, or an operator input that was not there.
+
+        Raises:
+            ModelError: a value is beyond the range of the element type, or external data that
+                must be read cannot be.
         """
 
 

@@ -1,0 +1,56 @@
+"""What all spellings of an affine layer share: its names, its weight, its bias, and ``store``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from onnx_ecp.layers import edit
+from onnx_ecp.layers.bias import Bias
+from onnx_ecp.layers.layer import Weight
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The part of a ``Layer`` that does not depend on how rows are cut out of tensors.
+
+    Args:
+        name: unique name for the user.
+        op: operator type.
+        input: tensor that carries ``a``.
+        output: tensor that carries ``z`` in the prepared graph.
+        weight: the stored tensor behind W.
+        shape: (out, in) of W.
+        bias: where a shift of z goes.
+    """
+
+    name: str
+    op: str
+    input: str
+    output: str
+    weight: Weight
+    shape: tuple[int, int]
+    bias: Bias
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the model already has a bias that ``store`` can edit."""
+        return self.bias.exists
+
+    def store(
+        self,
+        model: onnx.ModelProto,
+        weight: np.ndarray | None,
+        shift: np.ndarray | None,
+        base: Path | None = None,
+    ) -> bool:
+        """Write a stored tensor and a shift (out,) of z into our copy; see ``Layer.store``."""
+        if weight is not None:
+            edit.write(model, self.weight.tensor, weight, base)
+        if shift is None or not np.any(shift):
+            return False
+        self.bias.add(model, np.asarray(shift, np.float64), self.name, base)
+        return not self.has_bias

@@ -1,0 +1,141 @@
+"""Conv in one to three dimensions: z = W a over patches a of the input, groups side by side."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.lib.stride_tricks import sliding_window_view
+
+from onnx_ecp.layers.affine import Affine
+from onnx_ecp.layers.bias import operator_bias
+from onnx_ecp.layers.layer import Layer, Reshape, Skip
+from onnx_ecp.layers.trace import Scope
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a kernel moves over the spatial axes: the attributes of Conv.
+
+    Args:
+        kernel: size per spatial axis; strides and dilations likewise.
+        strides: step per spatial axis.
+        dilations: distance of the kernel's elements per spatial axis.
+        pads: zeros before and after, per spatial axis; not used with ``auto_pad`` SAME.
+        auto_pad: NOTSET, VALID, SAME_UPPER or SAME_LOWER.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
+    auto_pad: str
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """What the dilated kernel covers, per spatial axis."""
+        return tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True))
+
+    def padding(self, spatial: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        """Zeros (before, after) per spatial axis, for an input of this size."""
+        if not self.auto_pad.startswith("SAME"):
+            return self.pads
+        totals = [
+            max((math.ceil(size / stride) - 1) * stride + extent - size, 0)
+            for size, stride, extent in zip(spatial, self.strides, self.extent, strict=True)
+        ]
+        # The odd zero goes behind in SAME_UPPER, in front in SAME_LOWER.
+        halves = [(total // 2, total - total // 2) for total in totals]
+        return tuple(h if self.auto_pad == "SAME_UPPER" else h[::-1] for h in halves)
+
+    def patches(self, a: np.ndarray) -> np.ndarray:
+        """(samples, channels, *spatial) as a view (samples, channels, *positions, *kernel)."""
+        axes = tuple(range(2, a.ndim))
+        a = np.pad(a, ((0, 0), (0, 0), *self.padding(a.shape[2:])))
+        windows = sliding_window_view(a, self.extent, axes)
+        steps = [slice(None, None, step) for step in (*self.strides, *self.dilations)]
+        return windows[(slice(None), slice(None), *steps)]
+
+
+@dataclass(frozen=True)
+class Conv(Affine):
+    """A convolution; every patch of every sample is one row.
+
+    W is (out, in): the channels of one group times the kernel, kernel positions varying fastest.
+    """
+
+    window: Window
+    groups: int = 1
+
+    @property
+    def reduction(self) -> int:
+        """N:M groups divide the input channels of one kernel position."""
+        return self.shape[1] // math.prod(self.window.kernel)
+
+    def nm_order(self) -> np.ndarray | None:
+        """All channels of the first kernel position, then of the next one."""
+        if self.reduction == self.shape[1]:
+            return None
+        return np.arange(self.shape[1]).reshape(self.reduction, -1).T.ravel()
+
+    def rows_in(self, a: np.ndarray) -> np.ndarray:
+        """(samples, channels, *spatial) as patches (groups, samples * positions, in)."""
+        patches = self.window.patches(a)
+        dims = len(self.window.kernel)
+        samples, channels, *rest = patches.shape
+        patches = patches.reshape(samples, self.groups, channels // self.groups, *rest)
+        positions = range(3, 3 + dims)
+        patches = patches.transpose(1, 0, *positions, 2, *range(3 + dims, 3 + 2 * dims))
+        return patches.reshape(self.groups, -1, self.shape[1])
+
+    def rows_out(self, z: np.ndarray) -> np.ndarray:
+        """(P, samples, out, *positions) as (P, groups, samples * positions, out // groups)."""
+        units = self.shape[0] // self.groups
+        probes, samples, _, *positions = z.shape
+        z = z.reshape(probes, samples, self.groups, units, *positions)
+        z = z.transpose(0, 2, 1, *range(4, z.ndim), 3)
+        return z.reshape(probes, self.groups, -1, units)
+
+    @property
+    def shift_shape(self) -> tuple[int, ...]:
+        """(out, 1, 1, ...): the units lie on the second axis."""
+        return (self.shape[0],) + (1,) * len(self.window.kernel)
+
+
+def match(node: gs.Node, scope: Scope) -> Layer | Skip | None:
+    """A Conv as a layer, or why it is none; FusedConv has the same attributes."""
+    a, w = scope.operands(node)
+    seen = scope.weight(w)
+    if seen is None:
+        return scope.skip(node, "its kernel is computed from the inputs of the model")
+    if isinstance(seen, str):
+        return scope.skip(node, seen)
+    if scope.is_constant(a):
+        return scope.skip(node, "both operands are constant: it does not depend on the inputs")
+    out, kernel = seen.seen_shape[0], seen.seen_shape[2:]
+    if not 1 <= len(kernel) <= 3:
+        return scope.skip(node, f"a convolution in {len(kernel)} dimensions; 1 to 3 are supported")
+    shape = (out, math.prod(seen.seen_shape[1:]))
+    behind = (out,) + (1,) * len(kernel)
+    bias = operator_bias(scope, node, 2, out=out, units_behind=behind, dtype=seen.seen_dtype)
+    name, z = scope.names[id(node)], node.outputs[0].name
+    groups = int(node.attrs.get("group", 1))
+    window = _window(node, kernel)
+    return Conv(name, node.op, a.name, z, seen.weight(Reshape(shape)), shape, bias, window, groups)
+
+
+def _window(node: gs.Node, kernel: tuple[int, ...]) -> Window:
+    dims = len(kernel)
+    auto_pad = node.attrs.get("auto_pad", "NOTSET")
+    pads = [0] * 2 * dims
+    if auto_pad == "NOTSET":
+        pads = node.attrs.get("pads", pads)
+    return Window(
+        kernel,
+        tuple(node.attrs.get("strides", [1] * dims)),
+        tuple(node.attrs.get("dilations", [1] * dims)),
+        tuple(zip(pads[:dims], pads[dims:], strict=True)),
+        auto_pad,
+    )

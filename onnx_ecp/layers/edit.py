@@ -1,0 +1,139 @@
+"""Edits of a ModelProto that leave everything else as it was, field by field.
+
+Nodes are addressed by their first output, which is unique in a graph; names are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from onnx_ecp.model.proto import nested
+from onnx_ecp.model.tensors import values, write_tensor
+
+# Before IR version 4 an initializer had to be listed as a graph input, too.
+_FREE_INITIALIZERS = 4
+
+
+def read(model: onnx.ModelProto, name: str, base: Path | None) -> np.ndarray:
+    """The values of a stored tensor, in its own type; ``base`` holds external data."""
+    return values(_stored(model, name), base)
+
+
+def write(model: onnx.ModelProto, name: str, array: np.ndarray, base: Path | None) -> None:
+    """Give a stored tensor new values; those that are equal keep their bits (-0.0 stays -0.0)."""
+    tensor = _stored(model, name)
+    old = values(tensor, base)
+    new = numpy_helper.to_array(_rounded(name, array, tensor.data_type))
+    same = (new == old) | ((new != new) & (old != old))  # NaN counts as equal to NaN
+    if not same.all():
+        write_tensor(tensor, np.where(same, old, new))
+
+
+def add_constant(
+    model: onnx.ModelProto, stem: str, array: np.ndarray, dtype: int, *, before: str
+) -> str:
+    """A new stored tensor under a fresh name: an initializer, or a Constant node in old models.
+
+    Args:
+        model: what is edited.
+        stem: the name that it should have.
+        array: its values, rounded once to ``dtype``.
+        dtype: ONNX element type.
+        before: first output of the node that will read it.
+
+    Returns:
+        Its name.
+    """
+    name = fresh_name(model, stem)
+    tensor = _rounded(name, array, dtype)
+    if model.ir_version >= _FREE_INITIALIZERS:
+        model.graph.initializer.append(tensor)
+    else:
+        constant = onnx.helper.make_node("Constant", [], [name], name=name, value=tensor)
+        model.graph.node.insert(node_index(model, before), constant)
+    return name
+
+
+def node_index(model: onnx.ModelProto, output: str) -> int:
+    """Position of the node whose first output has this name."""
+    return next(i for i, n in enumerate(model.graph.node) if n.output and n.output[0] == output)
+
+
+def set_input(model: onnx.ModelProto, output: str, index: int, name: str) -> None:
+    """Let one input of a node read another tensor; omitted inputs before it stay omitted."""
+    node = model.graph.node[node_index(model, output)]
+    old = node.input[index] if index < len(node.input) else ""
+    node.input.extend([""] * (index + 1 - len(node.input)))
+    node.input[index] = name
+    if old:
+        _drop_unread(model, old)
+
+
+def fresh_name(model: onnx.ModelProto, stem: str) -> str:
+    """``stem``, or ``stem`` with a number behind it, whatever no tensor and no node is called."""
+    taken = set(_all_names(model.graph))
+    if stem not in taken:
+        return stem
+    return next(name for i in range(2, len(taken) + 3) if (name := f"{stem}_{i}") not in taken)
+
+
+def _rounded(name: str, array: np.ndarray, dtype: int) -> onnx.TensorProto:
+    tensor = onnx.TensorProto(name=name, data_type=dtype)
+    write_tensor(tensor, array)
+    return tensor
+
+
+def _stored(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    """The tensor in place. A Constant's ``value_float(s)`` becomes a ``value`` first."""
+    tensor: onnx.TensorProto
+    for tensor in model.graph.initializer:
+        if tensor.name == name:
+            return tensor
+    attribute = model.graph.node[node_index(model, name)].attribute[0]
+    if attribute.name != "value":
+        numbers = np.array(onnx.helper.get_attribute_value(attribute), np.float32)
+        tensor = numpy_helper.from_array(numbers)
+        attribute.CopyFrom(onnx.helper.make_attribute("value", tensor))
+    value: onnx.TensorProto = attribute.t
+    return value
+
+
+def _drop_unread(model: onnx.ModelProto, name: str) -> None:
+    """Remove a tensor that nothing reads any longer, and what was computed for it alone."""
+    graph = model.graph
+    if name in {info.name for info in graph.input} or name in set(_read_names(graph)):
+        return
+    _remove(graph.initializer, name)
+    _remove(graph.value_info, name)
+    producer = next((node for node in graph.node if list(node.output) == [name]), None)
+    if producer is not None:
+        inputs = list(producer.input)
+        graph.node.remove(producer)
+        for tensor in inputs:
+            _drop_unread(model, tensor)
+
+
+def _remove(protos: Iterable, name: str) -> None:
+    for proto in [proto for proto in protos if proto.name == name]:
+        protos.remove(proto)  # type: ignore[attr-defined]
+
+
+def _read_names(root: onnx.GraphProto) -> Iterator[str]:
+    """Names of the tensors that nodes read or bodies give back, those in bodies included."""
+    for body in nested(root):
+        for node in body.node:
+            yield from node.input
+        yield from (info.name for info in body.output)
+
+
+def _all_names(root: onnx.GraphProto) -> Iterator[str]:
+    for graph in nested(root):
+        for infos in (graph.input, graph.output, graph.value_info, graph.initializer):
+            yield from (info.name for info in infos)
+        for node in graph.node:
+            yield from (node.name, *node.input, *node.output)
