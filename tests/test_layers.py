@@ -449,6 +449,16 @@ def test_a_bias_that_others_read_is_unshared(rng):
     np.testing.assert_allclose(run(copy, {"x": values["x"]}), expected, **tolerance(np.float32))
 
 
+def test_a_shift_reaches_a_pre_activation_that_is_an_output_itself():
+    model = parse("z = MatMul(x, W) y = Add(z, B)", x="float[3,3]", W="float[3,3]", B="float[3]")
+    model.graph.output.append(onnx.helper.make_tensor_value_info("z", 1, [3, 3]))
+    feeds = {"x": np.ones((3, 3), np.float32)}
+    before = [run(model, feeds, name) for name in "yz"]
+    assert only_layer(find_layers(model)).store(model, None, np.ones(3))
+    for name, old in zip("yz", before, strict=True):
+        np.testing.assert_array_equal(run(model, feeds, name), old + 1)
+
+
 def test_new_names_are_fresh():
     model = parse("q = Relu(x) y = MatMul(q, W)", x="float[3,3]", W="float[3,3]")
     model.graph.node[0].output[0] = model.graph.node[1].input[0] = "y/ecp_bias"
