@@ -1,0 +1,432 @@
+"""The command line: read, call, write, print.
+
+Only click is imported at the top: ``onnx-ecp --help`` must not wait for numpy, onnx or rich. What
+an option's value may be, the library decides; here is only what is peculiar to a command line.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from onnx_ecp.errors import Interrupted, OnnxEcpError, OutputError, UsageError, did_you_mean
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Pair(click.ParamType):
+    """NAME, a separator, VALUE: the last separator counts, so names may contain it.
+
+    Args:
+        separator: one character.
+        value: what VALUE is converted with; ValueError if it cannot be.
+        example: for the hint.
+    """
+
+    name = "pair"
+
+    def __init__(self, separator: str, value: Callable[[str], Any], example: str) -> None:
+        self.separator, self.value, self.example = separator, value, example
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Any]:
+        """(name, converted value)."""
+        if isinstance(value, tuple):
+            return value
+        name, _, text = str(value).rpartition(self.separator)
+        try:
+            if not name:
+                raise ValueError
+            return name, self.value(text)
+        except ValueError:
+            raise UsageError(
+                f"{param.opts[0]}: cannot read {value!r}.", hint=f"Write it like {self.example}."
+            ) from None
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(",")) if text else ()
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
+    """Make the values of a TOML file the defaults of this command's options."""
+    if path is None:
+        return
+    import tomllib
+
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+    except (OSError, ValueError) as error:  # TOML and UTF-8 errors are ValueErrors
+        raise UsageError(f"{path}: cannot be read: {error}.") from error
+    options = {
+        option.opts[-1].removeprefix("--"): option
+        for option in ctx.command.params
+        if isinstance(option, click.Option) and option is not param
+    }
+    defaults = {}
+    for key, value in values.items():
+        option = options.get(key.replace("_", "-"))
+        if option is None:
+            raise UsageError(f"{path}: no option {key!r}.", hint=did_you_mean(key, options))
+        assert option.name, "click names every option"
+        defaults[option.name] = _config_value(f"{path}: {key}", option, value)
+    ctx.default_map = defaults
+
+
+def _config_value(where: str, option: click.Option, value: Any) -> Any:
+    """A TOML value in the form in which click takes defaults."""
+    if isinstance(option.type, Pair) and isinstance(value, dict):
+        texts = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in value.items()}
+        return [f"{name}{option.type.separator}{text}" for name, text in texts.items()]
+    if option.multiple and not isinstance(value, dict):
+        return [str(item) for item in (value if isinstance(value, list) else [value])]
+    if isinstance(value, dict | list) or isinstance(value, bool) != option.is_flag:
+        raise UsageError(f"{where} cannot be {value!r}.", hint="See onnx-ecp optimize --help.")
+    return value
+
+
+BATCH_SIZE = click.option(
+    "--batch-size", type=int, metavar="N", help="Samples per run.  [default: what fits]"
+)
+PROVIDER = click.option(
+    "--provider", metavar="NAME", default="cpu", show_default=True,
+    help="Execution provider, by a part of its name: cpu, cuda, ...",
+)  # fmt: skip
+THREADS = click.option(
+    "--threads", type=int, metavar="N",
+    help="Threads of ONNX Runtime.  [default: its own choice]",
+)  # fmt: skip
+TRACEBACK = click.option("--traceback", is_flag=True, help="Show the traceback of an error.")
+JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
+VERBOSE = click.option("-v", "--verbose", is_flag=True, help="All layers, however many.")
+
+
+def _choice(flag: str, values: str, default: str | None, text: str) -> Callable[[F], F]:
+    """An option with a few values; the library says which exist, and what to do about others."""
+    return click.option(
+        *flag.split(), metavar=values, default=default, show_default=default is not None, help=text
+    )
+
+
+# One row per option of `optimize`; its name is the keyword of `pipeline.optimize`.
+OPTIONS = (
+    click.option(
+        "-c", "--calibration", metavar="PATH",
+        help="Calibration inputs: .npz (one array per input, first axis = sample), .npy, a folder "
+        "of them, test_data_set_N/input_*.pb, Polygraphy .json, SCRIPT.py[:function].  [default: "
+        "MODEL.npz beside the model, else made-up inputs]",
+    ),
+    click.option(
+        "-m", "--method", metavar="NAME", default="ecp", show_default=True,
+        help="ecp, magnitude, random, gradient-magnitude, wanda or obd.",
+    ),
+    click.option(
+        "-s", "--sparsity", metavar="VALUE", default="0.5", show_default=True,
+        help="Share of zeros, or N:M (N kept of every M along the reduction axis).",
+    ),
+    _choice("--importance", "NAME", None, "Rank weights as this method does.  [default: METHOD]"),
+    _choice("--compensation", "NAME", None, "none, bias or refit.  [default: the method's own]"),
+    click.option(
+        "--damping", type=float, metavar="X", default=0.01, show_default=True,
+        help="Ridge of the refit, as a share of the mean variance.",
+    ),
+    click.option("--stages", type=int, metavar="N", help="Stages.  [default: the method's own]"),
+    _choice("--scope", "global|layer", "global", "Rank over all layers, or within each."),
+    _choice("--metric", "l2|kl", "l2", "Distance of outputs; kl takes them as logits."),
+    click.option(
+        "--probes", type=int, metavar="N",
+        help="Random output directions per sample.  [default: exact for few outputs, else one]",
+    ),
+    _choice(
+        "--gradients", "vjp|numeric", "vjp",
+        "Reverse-mode graph, or finite differences (slow, any operator).",
+    ),
+    _choice("--positions", "expand|reduce", "expand", "Tokens as samples, or summed."),
+    click.option(
+        "--include", metavar="REGEX", multiple=True,
+        help="Prune only layers whose name matches (repeatable).",
+    ),
+    click.option(
+        "--exclude", metavar="REGEX", multiple=True,
+        help="Leave layers whose name matches (repeatable).",
+    ),
+    click.option(
+        "--layer-sparsity", type=Pair("=", str, "'fc1=0.9'"), metavar="REGEX=VALUE", multiple=True,
+        help="Sparsity of the layers whose name matches (repeatable).",
+    ),
+    _choice("--format", "dense|sparse|packed", "dense", "Storage of zeros; dense loads anywhere."),
+    click.option("--samples", type=int, metavar="N", help="Use at most N calibration samples."),
+    BATCH_SIZE,
+    click.option(
+        "--seed", type=int, metavar="N", default=0, show_default=True,
+        help="Seed of everything random.",
+    ),
+    PROVIDER,
+    THREADS,
+    click.option("--timeout", type=float, metavar="S", help="Give up after S seconds."),
+    click.option(
+        "--input-shapes", type=Pair(":", _sizes, "x:1,3,224,224"), metavar="NAME:D1,D2,...",
+        multiple=True, help="Shape of an input with free dimensions (repeatable).",
+    ),
+    click.option(
+        "--labels", metavar="PATH",
+        help="Labels of the calibration samples: adds accuracy to the report.",
+    ),
+    click.option("--masks", metavar="FILE.npz", help="Write the keep masks (True = stays)."),
+    click.option("--force", is_flag=True, help="Overwrite OUTPUT."),
+    click.option("--dry-run", is_flag=True, help="Do everything but write OUTPUT."),
+)  # fmt: skip
+
+# Options that the library does not know.
+PRESENTATION = (
+    click.option(
+        "--config", metavar="FILE.toml", is_eager=True, expose_value=False, callback=_read_config,
+        help="Options from a file, by their long names; the command line wins.",
+    ),
+    click.option(
+        "--report", metavar="FILE.json|FILE.html", multiple=True,
+        help="Write a report (repeatable).",
+    ),
+    click.option("-q", "--quiet", is_flag=True, help="Print only the last line."),
+    VERBOSE,
+    TRACEBACK,
+)  # fmt: skip
+
+
+def _with(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several option decorators as one, in the order in which the help shows them."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+class Program(click.Group):
+    """The group of commands; every exception becomes one line, one hint and an exit code."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **keywords: Any) -> Any:
+        """Run and exit; see ``click.Group.main``."""
+        args = list(sys.argv[1:] if args is None else args)
+        keywords["standalone_mode"] = False
+        with _signals_raise():
+            try:
+                code = super().main(args, *rest, **keywords)
+            except Exception as error:
+                code = _failed(error, with_traceback="--traceback" in args)
+        sys.exit(code or 0)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, or UsageError with the closest names."""
+        command = super().get_command(ctx, cmd_name)
+        if command is None and not ctx.resilient_parsing:
+            known = self.list_commands(ctx)
+            raise UsageError(f"no command {cmd_name!r}.", hint=did_you_mean(cmd_name, known))
+        return command
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Make SIGINT and SIGTERM exceptions, so that nothing half-written stays behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise Interrupted(number)
+
+    before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _failed(error: Exception, with_traceback: bool) -> int:
+    """Say on stderr what went wrong and what to do; the exit code."""
+    message, hint, code = _explained(error)
+    if with_traceback:
+        import traceback
+
+        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    click.echo(f"error: {_one_line(message)}", err=True)
+    if hint:
+        click.echo(f"hint: {_one_line(hint)}", err=True)
+    return code
+
+
+def _explained(error: Exception) -> tuple[str, str, int]:
+    """(message, hint, exit code) of an exception."""
+    match error:
+        case OnnxEcpError():
+            return error.message, error.hint, error.exit_code
+        case click.NoSuchOption(ctx=ctx, option_name=name):
+            options = ctx.command.params if ctx is not None else []
+            known = [flag for option in options for flag in option.opts if flag.startswith("--")]
+            return f"no option {name}.", did_you_mean(name, known), UsageError.exit_code
+        case click.ClickException():
+            return error.format_message(), "See onnx-ecp --help.", error.exit_code
+        case MemoryError():
+            return "out of memory.", "Use a smaller --batch-size or fewer --samples.", 6
+        case BrokenPipeError():
+            # Python flushes stdout once more when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return "nobody reads the output.", "", OutputError.exit_code
+    what = f"{type(error).__name__}: {error} (a bug in onnx-ecp)"
+    return what, "Run it again with --traceback and report what it prints.", 1
+
+
+def _one_line(text: str) -> str:
+    """Text with line breaks and terminal escapes made harmless."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.splitlines()))
+
+
+def _show_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        import onnx_ecp
+
+        click.echo(f"onnx-ecp {onnx_ecp.__version__}")
+        ctx.exit()
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version,
+    help="Show the version.",
+)  # fmt: skip
+def main() -> None:
+    """Prune trained ONNX models: no labels, no training, no framework.
+
+    \b
+    onnx-ecp optimize in.onnx out.onnx -c calibration.npz -s 0.8
+    """  # noqa: D301 - the \b is for click
+
+
+@main.command()
+@click.argument("model")
+@click.argument("output", required=False)
+@_with(*OPTIONS, *PRESENTATION)
+def optimize(
+    model: str,
+    output: str | None,
+    report: Sequence[str],
+    quiet: bool,
+    verbose: bool,
+    traceback: bool,
+    **options: Any,
+) -> None:
+    """Prune MODEL, repair what stays, write OUTPUT, compare both.
+
+    OUTPUT may be left out with --dry-run.
+    """
+    if output is None and not options["dry_run"]:
+        raise UsageError("OUTPUT is missing.", hint="Name the file to write, or add --dry-run.")
+    from onnx_ecp import pipeline
+    from onnx_ecp import report as reports
+    from onnx_ecp.report import text
+
+    for path in report:
+        reports.check_target(path)
+    options |= {name: dict(options[name]) for name in ("layer_sparsity", "input_shapes")}
+    calibration = options.pop("calibration")
+    with _progress(quiet) as progress:
+        result = pipeline.optimize(model, calibration, output=output, progress=progress, **options)
+    for path in report:
+        reports.write(result.report, path)
+    if quiet:
+        for warning in result.report.warnings:
+            click.echo(f"warning: {_one_line(warning)}", err=True)
+    else:
+        text.show(text.report_tables(result.report, verbose=verbose))
+    click.echo(text.ok_line(result.report))
+
+
+@main.command()
+@click.argument("model")
+@_with(JSON, VERBOSE, TRACEBACK)
+def inspect(model: str, as_json: bool, verbose: bool, traceback: bool) -> None:
+    """Show what of MODEL is prunable, what is not, and why."""
+    from onnx_ecp import inspection
+
+    found = inspection.inspect(model)
+    if as_json:
+        _print_json(found)
+        return
+    from onnx_ecp.report import text
+
+    text.show(text.inspection_tables(found, verbose=verbose))
+
+
+@main.command()
+@click.argument("model_a")
+@click.argument("model_b")
+@click.option("-d", "--data", metavar="PATH", required=True, help="Inputs, as of optimize -c.")
+@click.option("--labels", metavar="PATH", help="Labels of the inputs: .npy, or .npz with y.")
+@click.option("--measure", is_flag=True, help="Measure latency too, the models in turns.")
+@_with(BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
+def compare(
+    model_a: str, model_b: str, data: str, as_json: bool, traceback: bool, **options: Any
+) -> None:
+    """Compare the outputs of MODEL_B with those of MODEL_A."""
+    from onnx_ecp import evaluate
+
+    comparison = evaluate.compare(model_a, model_b, data, **options)
+    if as_json:
+        _print_json(comparison)
+        return
+    from onnx_ecp.report import text
+
+    text.show(text.comparison_tables(comparison))
+
+
+@main.command()
+@_with(JSON, TRACEBACK)
+def doctor(as_json: bool, traceback: bool) -> None:
+    """Check this installation: versions, ONNX Runtime, execution providers."""
+    from onnx_ecp.doctor import diagnose
+
+    diagnosis = diagnose()
+    if as_json:
+        _print_json(diagnosis)
+    else:
+        from onnx_ecp.report import text
+
+        text.show(text.diagnosis_tables(diagnosis))
+    if not diagnosis.ok:
+        raise click.exceptions.Exit(6)
+
+
+def _print_json(value: Any) -> None:
+    from onnx_ecp.report.as_json import dumps, encode
+
+    click.echo(dumps(encode(value)), nl=False)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on stderr, one for each kind of work; nothing where nobody would see them."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda what, done, of: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=of)
+
+        yield advance

@@ -1,0 +1,204 @@
+"""A report as one HTML page: no network, no script, names escaped, light and dark.
+
+It stays under 500 kB: of very many layers the middle is left out, as the page says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+
+from onnx_ecp.model import printable
+from onnx_ecp.report import LayerRow, Report
+from onnx_ecp.report.as_json import dumps, encode
+
+# Rows at either end of a table; a row takes at most 2 kB, whatever the names are.
+_ENDS = 60
+_BAR = 160
+
+_STYLE = """
+:root { color-scheme: light dark; --fg: #1c2024; --bg: #fff; --soft: #e6e8eb; --bar: #3b7dd8;
+  --old: #9db8dc; --warn: #a35200; }
+@media (prefers-color-scheme: dark) { :root { --fg: #e4e6e8; --bg: #16181b; --soft: #33373c;
+  --bar: #6aa5f0; --old: #44618a; --warn: #f0a860; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--fg); background: var(--bg);
+  max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--soft); text-align: left;
+  overflow-wrap: anywhere; }
+td.n, th.n { text-align: right; white-space: nowrap; }
+rect.all { fill: var(--soft); } rect.new { fill: var(--bar); } rect.old { fill: var(--old); }
+.warning { color: var(--warn); font-weight: 600; }
+pre { overflow-x: auto; }
+"""
+
+
+def page(report: Report) -> str:
+    """The page as text."""
+    title = f"onnx-ecp: {_text(report.original.path or 'model in memory', 200)}"
+    parts = [
+        f"<h1>{title}</h1>",
+        *(f'<p class="warning">{_text(warning, 500)}</p>' for warning in report.warnings),
+        _headline(report),
+        _sizes(report),
+        _scores(report),
+        _outputs(report),
+        _layers(report),
+        _skips(report),
+        _origin(report),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def bar(before: float, after: float) -> str:
+    """An inline SVG bar: the share of zeros in the result, and within it that of the original.
+
+    Args:
+        before: share of zeros in the given model, in [0, 1].
+        after: share in the result.
+    """
+    label = f"{100 * after:.2f} % zeros, {100 * before:.2f} % before"
+    rects = "".join(
+        f'<rect class="{kind}" width="{_BAR * share:.1f}" height="12"/>'
+        for kind, share in (("all", 1.0), ("new", after), ("old", before))
+    )
+    return (
+        f'<svg width="{_BAR}" height="12" role="img" aria-label="{label}">'
+        f"<title>{label}</title>{rects}</svg>"
+    )
+
+
+def _headline(report: Report) -> str:
+    error = ""
+    if report.gap is not None:
+        error = (
+            f" Relative output error on {report.gap.samples:,} held-out samples: "
+            f"<b>{report.gap.relative_error:.4g}</b>."
+        )
+    return (
+        f"<p><b>{100 * report.sparsity:.2f} %</b> of {report.weights:,} prunable weights are zero "
+        f"({100 * report.zeros_before / max(report.weights, 1):.2f} % before).{error}</p>\n"
+        f"<p>{_text(report.speed, 500)}</p>"
+    )
+
+
+def _sizes(report: Report) -> str:
+    a, b = report.original, report.result
+    rows = [
+        ["file", _text(a.path or "in memory", 200), _text(b.path or "not written", 200)],
+        ["sha256", a.sha256, b.sha256],
+        ["parameters", f"{a.parameters:,}", f"{b.parameters:,}"],
+        ["zeros", f"{a.zeros:,}", f"{b.zeros:,}"],
+        ["bytes", f"{a.bytes:,}", f"{b.bytes:,}"],
+        ["bytes after gzip", f"{a.compressed_bytes:,}", f"{b.compressed_bytes:,}"],
+    ]
+    return _table("Model", ["", "original", "result"], rows)
+
+
+def _scores(report: Report) -> str:
+    scores = () if report.gap is None else report.gap.scores
+    rows = [[_text(s.output), s.metric, f"{s.a:.5g}", f"{s.b:.5g}"] for s in scores]
+    return _table("On labels", ["output", "metric", "original>", "result>"], rows)
+
+
+def _outputs(report: Report) -> str:
+    rows = [
+        [
+            _text(d.output),
+            f"{d.relative_error:.4g}",
+            f"{d.mean_squared_error:.4g}",
+            f"{d.largest:.4g}",
+            str(d.largest_at),
+            "" if d.agreement is None else f"{d.agreement:.2f} %",
+        ]
+        for d in (() if report.gap is None else report.gap.outputs)
+    ]
+    columns = ["output", "relative error>", "mean squared error>", "largest deviation>"]
+    return _table("Outputs", [*columns, "at sample>", "agreement>"], rows)
+
+
+def _layers(report: Report) -> str:
+    columns = ["layer", "op", "out x in>", "zeros before>", "zeros after>", "sparsity"]
+    columns += ["importance removed>", "largest bias shift>", "effective samples>", "note"]
+    return _table("Layers", columns, [_layer(row) for row in report.layers])
+
+
+def _layer(row: LayerRow) -> list[str]:
+    before = row.zeros_before / row.weights if row.weights else 0.0
+    return [
+        _text(row.name),
+        _text(row.op, 30),
+        f"{row.shape[0]} x {row.shape[1]}",
+        f"{row.zeros_before:,}",
+        f"{row.zeros_after:,}",
+        f"{bar(before, row.sparsity)} {100 * row.sparsity:.2f} %",
+        _number(row.importance_removed),
+        _number(row.largest_shift),
+        _number(row.ess),
+        _text("; ".join(["bias created"] * row.bias_created + [row.note] * bool(row.note)), 120),
+    ]
+
+
+def _skips(report: Report) -> str:
+    rows = [[_text(s.name), _text(s.op, 30), _text(s.reason, 120)] for s in report.skips]
+    return _table("Not pruned", ["node", "op", "reason"], rows)
+
+
+def _origin(report: Report) -> str:
+    """Everything that is needed to repeat the run."""
+    data = report.calibration
+    rows = {
+        "calibration": f"{printable(data.source, 200)}"
+        + (" (made-up inputs)" if data.synthetic else ""),
+        "samples": f"{data.samples:,}, {data.held_out:,} held out",
+        **{name: str(value) for name, value in encode(report.recipe).items()},
+        "seed": str(report.seed),
+        "predicted error": _number(report.predicted_error),
+        "seconds": f"{report.seconds:.1f}",
+        **{f"{name} version": value for name, value in encode(report.versions).items()},
+    }
+    return _table("How", ["", ""], [[_text(k), _text(v, 300)] for k, v in rows.items()]) + _options(
+        report.options
+    )
+
+
+def _options(options: Mapping[str, object]) -> str:
+    text = "".join(
+        f"{printable(line, 300)}\n" for line in dumps(encode(options)).splitlines()[:200]
+    )
+    return f"<details><summary>Options</summary><pre>{escape(text)}</pre></details>"
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A titled table; cells are HTML; a column that ends in ``>`` is aligned at the right."""
+    if not rows:
+        return ""
+    kinds = [' class="n"' if column.endswith(">") else "" for column in columns]
+    head = _row("th", [escape(column.rstrip(">")) for column in columns], kinds)
+    lines = [_row("td", row, kinds) for row in rows]
+    if len(lines) > 2 * _ENDS:
+        omitted = f"... {len(lines) - 2 * _ENDS:,} more, all in the JSON report"
+        middle = f'<tr><td colspan="{len(columns)}">{omitted}</td></tr>'
+        lines = [*lines[:_ENDS], middle, *lines[-_ENDS:]]
+    body = "\n".join([head, *lines])
+    return f'<h2>{title}</h2>\n<div class="wide"><table>\n{body}\n</table></div>'
+
+
+def _row(tag: str, cells: Iterable[str], kinds: Iterable[str]) -> str:
+    inner = "".join(f"<{tag}{kind}>{cell}</{tag}>" for cell, kind in zip(cells, kinds, strict=True))
+    return f"<tr>{inner}</tr>"
+
+
+def _text(value: object, limit: int = 60) -> str:
+    return escape(printable(value, limit))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,335 @@
+"""Reports for the terminal: tables of at most 100 columns, readable without colour.
+
+Names come from files that others made: they pass through ``printable``, and the console takes
+nothing as markup.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from onnx_ecp.doctor import Diagnosis
+from onnx_ecp.evaluate import Comparison, Gap, Latency, ModelFacts
+from onnx_ecp.inspection import Inspection
+from onnx_ecp.layers.layer import Skip
+from onnx_ecp.model import printable
+from onnx_ecp.report import LayerRow, Report
+
+WIDTH = 100
+# Rows of a long table that are shown at its beginning and at its end.
+_HEAD = _TAIL = 15
+_WIDEST = 200
+
+Row = TypeVar("Row")
+
+
+def show(renderable: RenderableType, file: TextIO | None = None) -> None:
+    """Print tables on stdout, or into ``file``; 100 columns wide where that is no terminal."""
+    console = Console(file=file, markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(
+            file=file, markup=False, emoji=False, highlight=False, width=WIDTH, color_system=None
+        )
+    console.print(renderable)
+
+
+def plain(renderable: RenderableType) -> str:
+    """The same as text, without trailing blanks."""
+    file = io.StringIO()
+    show(renderable, file)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
+def ok_line(report: Report) -> str:
+    """The last line on stdout: one record for scripts, ``key=value`` separated by blanks."""
+    path = "(nothing written)" if report.result.path is None else printable(report.result.path)
+    fields = {"sparsity": f"{report.sparsity:.4f}"}
+    if report.gap is not None:
+        fields["error"] = _number(report.gap.relative_error)
+        if report.gap.agreement is not None:
+            fields["agreement"] = f"{report.gap.agreement:.2f}"
+    fields["zeros"] = f"{report.zeros_after}/{report.weights}"
+    fields["bytes"] = str(report.result.bytes)
+    fields["gzip"] = str(report.result.compressed_bytes)
+    return " ".join(["OK", path, *(f"{name}={value}" for name, value in fields.items())])
+
+
+def report_tables(report: Report, *, verbose: bool = False) -> Group:
+    """Before and after, layer by layer, what was skipped and why, and what it is worth.
+
+    Args:
+        report: what to show.
+        verbose: show all layers and skips, however many.
+    """
+    parts: list[RenderableType] = [_summary(report), _layer_table(report, verbose)]
+    if any(row.note for row in report.layers):
+        parts.append(_notes(report.layers, verbose))
+    if report.skips:
+        parts.append(_skip_table(report.skips, verbose))
+    if report.gap is not None:
+        parts.append(_gap_table(report.gap))
+    parts.append(_facts(report))
+    parts += [_warning(text) for text in report.warnings]
+    return Group(*parts)
+
+
+def inspection_tables(inspection: Inspection, *, verbose: bool = False) -> Group:
+    """What is prunable, what is not and why."""
+    parts: list[RenderableType] = [_signature_table(inspection)]
+    table = _table("Prunable layers", "layer", "op", "out x in>", "weights>", "zeros>", "2:4")
+    for row in _cut(inspection.layers, verbose):
+        if isinstance(row, int):
+            table.add_row(_omitted(row))
+            continue
+        zeros = f"{row.zeros:,} ({_percent(row.zeros, row.weights)})"
+        two_four = f"no: {row.two_four}" if row.two_four else "yes"
+        size = f"{row.weights:,}"
+        table.add_row(printable(row.name), row.op, _shape(row.shape), size, zeros, two_four)
+    total, zeros_now = inspection.weights, inspection.zeros
+    table.add_section()
+    table.add_row(
+        f"{len(inspection.layers)} layers", "", "", f"{total:,}",
+        f"{zeros_now:,} ({_percent(zeros_now, total)})", "",
+    )  # fmt: skip
+    parts.append(table)
+    if inspection.skips:
+        parts.append(_skip_table(inspection.skips, verbose))
+    parts += [_warning(text) for text in inspection.warnings]
+    return Group(*parts)
+
+
+def comparison_tables(comparison: Comparison) -> Group:
+    """Two models side by side."""
+    table = _sides("A", "B")
+    _size_rows(table, comparison.a, comparison.b)
+    _score_rows(table, comparison.gap)
+    if comparison.latency is not None:
+        _latency_row(table, comparison.latency)
+    parts: list[RenderableType] = [table, _gap_table(comparison.gap)]
+    parts += [_warning(text) for text in comparison.gap.warnings]
+    return Group(*parts)
+
+
+def diagnosis_tables(diagnosis: Diagnosis) -> Group:
+    """What is installed, and what to do about what is wrong."""
+    table = _table(None, "", "found", "")
+    for check in diagnosis.checks:
+        table.add_row(check.name, printable(check.found), "ok" if check.ok else "PROBLEM")
+    advice = [_warning(check.advice) for check in diagnosis.checks if check.advice]
+    return Group(table, *advice)
+
+
+def _summary(report: Report) -> Table:
+    table = _sides("original", "result")
+    _size_rows(table, report.original, report.result)
+    total = report.weights
+    table.add_row(
+        "zeros in prunable layers",
+        f"{report.zeros_before:,} ({_percent(report.zeros_before, total)})",
+        f"{report.zeros_after:,} ({_percent(report.zeros_after, total)})",
+        f"of {total:,}",
+    )
+    if report.gap is not None:
+        _score_rows(table, report.gap)
+    return table
+
+
+def _sides(a: str, b: str) -> Table:
+    return _table(None, "", f"{a}>", f"{b}>", "change>")
+
+
+def _size_rows(table: Table, a: ModelFacts, b: ModelFacts) -> None:
+    table.add_row("file", _path(a), _path(b), "")
+    table.add_row("sha256", a.sha256[:12], b.sha256[:12], "")
+    table.add_row("parameters", f"{a.parameters:,}", f"{b.parameters:,}", "")
+    table.add_row("zeros", f"{a.zeros:,}", f"{b.zeros:,}", "")
+    table.add_row("size", _bytes(a.bytes), _bytes(b.bytes), _ratio(a.bytes, b.bytes))
+    packed_a, packed_b = a.compressed_bytes, b.compressed_bytes
+    table.add_row("size, gzip", _bytes(packed_a), _bytes(packed_b), _ratio(packed_a, packed_b))
+
+
+def _score_rows(table: Table, gap: Gap) -> None:
+    for score in gap.scores:
+        unit = " %" if score.metric == "accuracy" else ""
+        change = f"{score.b - score.a:+.4g}{unit and ' points'}"
+        table.add_row(score.metric, f"{score.a:.5g}{unit}", f"{score.b:.5g}{unit}", change)
+
+
+def _latency_row(table: Table, latency: Latency) -> None:
+    table.add_row(
+        f"latency, batch {latency.batch}",
+        f"{1e3 * latency.median_a:.3g} ms",
+        f"{1e3 * latency.median_b:.3g} ms",
+        f"x{latency.ratio:.2f}",
+    )
+
+
+def _layer_table(report: Report, verbose: bool) -> Table:
+    """Columns that would be empty or all zeros are left out: names need the room."""
+    pruned_before = any(row.zeros_before for row in report.layers)
+    has_ess = any(row.ess is not None for row in report.layers)
+    columns = ["layer", "op", "out x in>", *(["zeros\nbefore>"] if pruned_before else [])]
+    columns += ["zeros\nafter>", "sparsity>", "importance\nremoved>", "bias\nshift>"]
+    table = _table("Layers", *columns, *(["effective\nsamples>"] if has_ess else []))
+
+    def add(layer: str, op: str, shape: str, before: int, after: int, *rest: str) -> None:
+        table.add_row(layer, op, shape, *([f"{before:,}"] * pruned_before), f"{after:,}", *rest)
+
+    for row in _cut(report.layers, verbose):
+        if isinstance(row, int):
+            table.add_row(_omitted(row))
+            continue
+        shift = f"{'new ' if row.bias_created else ''}{_number(row.largest_shift)}"
+        rest = [
+            _optional(row.importance_removed),
+            shift,
+            *([_optional(row.ess)] if has_ess else []),
+        ]
+        share = _percent(row.zeros_after, row.weights)
+        add(
+            printable(row.name), printable(row.op), _shape(row.shape),
+            row.zeros_before, row.zeros_after, share, *rest,
+        )  # fmt: skip
+    table.add_section()
+    share = _percent(report.zeros_after, report.weights)
+    total = f"{report.weights:,}"
+    add(f"{len(report.layers)} layers", "", total, report.zeros_before, report.zeros_after, share)
+    return table
+
+
+def _notes(layers: Sequence[LayerRow], verbose: bool) -> Text:
+    noted = [row for row in layers if row.note]
+    lines = [
+        _omitted(row) if isinstance(row, int) else f"{printable(row.name)}: {printable(row.note)}"
+        for row in _cut(noted, verbose)
+    ]
+    return Text("\n".join(lines))
+
+
+def _skip_table(skips: Sequence[Skip], verbose: bool) -> Table:
+    table = _table("Not pruned", "node", "op", "reason")
+    for skip in _cut(skips, verbose):
+        if isinstance(skip, int):
+            table.add_row(_omitted(skip))
+        else:
+            table.add_row(printable(skip.name), printable(skip.op), printable(skip.reason))
+    return table
+
+
+def _gap_table(gap: Gap) -> Table:
+    columns = ["output", "relative error>", "mean squared error>", "largest deviation>"]
+    table = _table(f"Outputs on {gap.samples:,} samples", *columns, "agreement>")
+    for d in gap.outputs:
+        largest = f"{_number(d.largest)} (sample {d.largest_at})"
+        agreement = "" if d.agreement is None else f"{d.agreement:.2f} %"
+        error, squared = _number(d.relative_error), _number(d.mean_squared_error)
+        table.add_row(printable(d.output), error, squared, largest, agreement)
+    if len(gap.outputs) > 1:
+        table.add_section()
+        table.add_row("all", _number(gap.relative_error))
+    return table
+
+
+def _facts(report: Report) -> Table:
+    recipe, data = report.recipe, report.calibration
+    errors = {"predicted": report.predicted_error}
+    errors["measured"] = None if report.gap is None else report.gap.relative_error
+    known = [f"{name} {_number(error)}" for name, error in errors.items() if error is not None]
+    origin = printable(data.source, _WIDEST)
+    table = Table.grid(padding=(0, 2))
+    table.add_row(
+        "method",
+        f"{recipe.method}: importance {recipe.importance}, compensation {recipe.compensation}, "
+        f"metric {recipe.metric}, stages {recipe.stages}",
+    )
+    table.add_row("calibration", f"{origin}: {data.samples:,} samples, {data.held_out:,} held out")
+    table.add_row("output error", ", ".join(known) or "not measured")
+    table.add_row("speed", report.speed)
+    table.add_row("time", f"{report.seconds:.1f} s")
+    return table
+
+
+def _warning(text: str) -> Text:
+    return Text(f"warning: {printable(text)}", style="bold yellow")
+
+
+def _table(title: str | None, *columns: str) -> Table:
+    """An empty table; a column whose title ends in ``>`` holds numbers and never wraps."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in columns:
+        number = column.endswith(">")
+        name = column.rstrip(">")
+        table.add_column(
+            name, justify="right" if number else "left", no_wrap=number, overflow="fold"
+        )
+    return table
+
+
+def _cut(rows: Sequence[Row], verbose: bool) -> Iterable[Row | int]:
+    """All rows; of a long table the first and last ones, with the number left out between."""
+    if verbose or len(rows) <= _HEAD + _TAIL:
+        return rows
+    return [*rows[:_HEAD], len(rows) - _HEAD - _TAIL, *rows[-_TAIL:]]
+
+
+def _omitted(count: int) -> str:
+    return f"... {count} more (-v)"
+
+
+def _signature_table(inspection: Inspection) -> Table:
+    table = _table(printable(inspection.path or "model in memory"), "", "name", "type", "shape")
+    for role, values in (("input", inspection.inputs), ("output", inspection.outputs)):
+        for value in values:
+            table.add_row(
+                role, printable(value.name), str(value.dtype or "other"), _axes(value.shape)
+            )
+    return table
+
+
+def _axes(shape: Sequence[int | str | None] | None) -> str:
+    if shape is None:
+        return "unknown"
+    return " x ".join("?" if size is None else printable(size) for size in shape) or "scalar"
+
+
+def _path(facts: ModelFacts) -> str:
+    if facts.path is None:
+        return "(in memory)"
+    return printable(Path(facts.path).name)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(str(size) for size in shape)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100.0 * part / whole:.2f} %" if whole else "0.00 %"
+
+
+def _ratio(before: int, after: int) -> str:
+    return f"x{after / before:.3f}" if before else ""
+
+
+def _bytes(count: int) -> str:
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _optional(value: float | None) -> str:
+    return "" if value is None else _number(value)

@@ -1,0 +1,331 @@
+"""A report says the same in every form, and nothing that a model is called can break one."""
+
+import dataclasses
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from onnx_ecp.errors import OnnxEcpError, OutputError, UsageError
+from onnx_ecp.evaluate import Deviation, Gap, ModelFacts, Score
+from onnx_ecp.layers import Skip
+from onnx_ecp.report import (
+    CalibrationFacts,
+    LayerRow,
+    Recipe,
+    Report,
+    Versions,
+    check_target,
+    html,
+    text,
+    write,
+)
+from onnx_ecp.report.as_json import dumps
+
+HOSTILE = {
+    "markup": "<script>alert(1)</script>",
+    "rich markup": "[bold red]fc[/bold red] :smile:",
+    "terminal escape": "\x1b[31mred\x1b[0m",
+    "line break": "fc1\nOK out.onnx sparsity=1.0",
+    "a megabyte": 'w"' * 500_000,
+    "right to left": "\u202egnol",
+}
+
+
+def layer(name: str = "fc1", **changes: object) -> LayerRow:
+    row = LayerRow(
+        name=name,
+        op="Gemm",
+        tensor=f"{name}.weight",
+        shape=(40, 784),
+        weights=31360,
+        zeros_before=0,
+        zeros_after=25088,
+        importance_removed=0.0123,
+        largest_shift=0.25,
+        ess=812.5,
+    )
+    return dataclasses.replace(row, **changes)
+
+
+def gap(**changes: object) -> Gap:
+    whole = Gap(
+        samples=200,
+        relative_error=0.0456,
+        outputs=(Deviation("logits", 0.0456, 1e-4, 0.31, 17, 98.5, 0, 0),),
+        scores=(Score("accuracy", "logits", 97.5, 97.0),),
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+def report(**changes: object) -> Report:
+    whole = Report(
+        original=ModelFacts("in.onnx", "a" * 64, 130_000, 120_000, 31_370, 0),
+        result=ModelFacts("out.onnx", "b" * 64, 130_000, 40_000, 31_370, 25_088),
+        versions=Versions("0.1.0", "1.23.0", "onnxruntime 1.31.0", "2.4.0", "3.11.0"),
+        recipe=Recipe("ecp", "ecp", "bias", "l2", "expand", "vjp", 1),
+        options={"sparsity": 0.8, "include": ["fc"], "labels": None},
+        seed=0,
+        calibration=CalibrationFacts("in.npz", 1800, 200, synthetic=False),
+        layers=(layer(), layer("fc2", shape=(10, 40), weights=400, zeros_after=100, ess=None)),
+        skips=(Skip("head", "MatMul", "its weight is not constant"),),
+        predicted_error=0.05,
+        gap=gap(),
+        seconds=1.25,
+        warnings=("the effective sample size of fc1 is small.",),
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+VARIANTS = {
+    "everything there": report(),
+    "dry run, nothing measured": report(
+        result=ModelFacts(None, "b" * 64, 130_000, 40_000, 31_370, 25_088),
+        gap=None,
+        predicted_error=None,
+    ),
+    "nothing finite": report(
+        gap=gap(
+            relative_error=math.inf,
+            outputs=(Deviation("y", math.inf, math.inf, math.inf, 3, None, 2, 7),),
+            scores=(Score("r2", "y", -math.inf, 0.5),),
+        )
+    ),
+    "two outputs": report(gap=gap(outputs=gap().outputs * 2)),
+    "no layers, no skips": report(layers=(), skips=(), warnings=()),
+    "bias created, note": report(layers=(layer(bias_created=True, note="refit not kept"),)),
+}
+each_variant = pytest.mark.parametrize("whole", VARIANTS.values(), ids=VARIANTS)
+
+
+@each_variant
+def test_json_and_back_is_the_identity(whole):
+    assert Report.from_dict(json.loads(dumps(whole.to_dict()))) == whole
+
+
+@each_variant
+def test_json_has_no_literals_that_are_not_json(whole):
+    def refuse(literal):
+        raise AssertionError(literal)
+
+    json.loads(dumps(whole.to_dict()), parse_constant=refuse)
+
+
+def test_json_schema_is_this_one():
+    values = report().to_dict()
+    assert {key: _keys(value) for key, value in values.items()} == {
+        "schema": None,
+        "totals": ["weights", "zeros_before", "zeros_after", "sparsity"],
+        "original": ["path", "sha256", "bytes", "compressed_bytes", "parameters", "zeros"],
+        "result": ["path", "sha256", "bytes", "compressed_bytes", "parameters", "zeros"],
+        "versions": ["onnx_ecp", "onnx", "onnxruntime", "numpy", "python"],
+        "recipe": [
+            "method", "importance", "compensation", "metric", "positions", "gradients", "stages",
+        ],
+        "options": ["sparsity", "include", "labels"],
+        "seed": None,
+        "calibration": ["source", "samples", "held_out", "synthetic"],
+        "layers": [
+            "name", "op", "tensor", "shape", "weights", "zeros_before", "zeros_after",
+            "importance_removed", "largest_shift", "bias_created", "ess", "note", "sparsity",
+        ],
+        "skips": ["name", "op", "reason"],
+        "predicted_error": None,
+        "gap": ["samples", "relative_error", "outputs", "scores"],
+        "seconds": None,
+        "warnings": None,
+        "speed": None,
+    }  # fmt: skip
+    assert list(values) == ["schema", "totals", *[f.name for f in dataclasses.fields(Report)]]
+
+
+def _keys(value):
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = value[0]
+    return list(value) if isinstance(value, dict) else None
+
+
+BROKEN = {
+    "another schema": lambda v: v | {"schema": 2},
+    "no schema": lambda v: {k: x for k, x in v.items() if k != "schema"},
+    "a field missing": lambda v: {k: x for k, x in v.items() if k != "seed"},
+    "no layers": lambda v: {k: x for k, x in v.items() if k != "layers"},
+    "a field too many": lambda v: v | {"sed": 1},
+    "a part of another kind": lambda v: v | {"recipe": "ecp"},
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+def test_what_is_no_report_is_refused(broken):
+    with pytest.raises(OnnxEcpError):
+        Report.from_dict(broken(report().to_dict()))
+
+
+def test_a_shared_tensor_counts_once():
+    twice = report(layers=(layer("a", tensor="W"), layer("b", tensor="W")))
+    assert (twice.weights, twice.zeros_after) == (31360, 25088)
+    assert twice.sparsity == 0.8
+
+
+GOLDEN = """\
+
+                                 original             result        change
+ ──────────────────────────────────────────────────────────────────────────
+  file                            in.onnx           out.onnx
+  sha256                     aaaaaaaaaaaa       bbbbbbbbbbbb
+  parameters                       31,370             31,370
+  zeros                                 0             25,088
+  size                          127.0 KiB          127.0 KiB        x1.000
+  size, gzip                    117.2 KiB           39.1 KiB        x0.333
+  zeros in prunable layers     0 (0.00 %)   25,188 (79.31 %)     of 31,760
+  accuracy                         97.5 %               97 %   -0.5 points
+
+Layers
+
+                                zeros              importance    bias   effective
+  layer      op     out x in    after   sparsity      removed   shift     samples
+ ─────────────────────────────────────────────────────────────────────────────────
+  fc1        Gemm   40 x 784   25,088    80.00 %       0.0123    0.25       812.5
+  fc2        Gemm    10 x 40      100    25.00 %       0.0123    0.25
+
+  2 layers            31,760   25,188    79.31 %
+
+Not pruned
+
+  node   op       reason
+ ────────────────────────────────────────────
+  head   MatMul   its weight is not constant
+
+Outputs on 200 samples
+
+  output   relative error   mean squared error   largest deviation   agreement
+ ──────────────────────────────────────────────────────────────────────────────
+  logits           0.0456               0.0001    0.31 (sample 17)     98.50 %
+
+method        ecp: importance ecp, compensation bias, metric l2, stages 1
+calibration   in.npz: 1,800 samples, 200 held out
+output error  predicted 0.05, measured 0.0456
+speed         Scattered zeros do not make ONNX Runtime faster (measured x0.93 to x1.03 at every
+              sparsity); they make the compressed file smaller.
+time          1.2 s
+warning: the effective sample size of fc1 is small.
+"""
+
+
+def test_text_is_this_one():
+    assert text.plain(text.report_tables(report())) == GOLDEN
+
+
+@each_variant
+def test_text_fits_a_hundred_columns(whole):
+    assert max(map(len, text.plain(text.report_tables(whole)).splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_names_break_neither_text_nor_html(name):
+    whole = report(
+        original=dataclasses.replace(report().original, path=name),
+        layers=(layer(name, note=name),) * 300,
+        skips=(Skip(name, name, name),) * 300,
+        warnings=(name,),
+        calibration=CalibrationFacts(name, 1, 1, synthetic=True),
+        gap=gap(outputs=(Deviation(name, 0.0, 0.0, 0.0, 0, None, 0, 0),) * 300),
+        options={"include": [name]},
+    )
+    shown = text.plain(text.report_tables(whole)) + text.ok_line(whole)
+    assert all(c.isprintable() or c == "\n" for c in shown)
+    assert max(map(len, shown.splitlines())) <= 100
+    assert not any(line.startswith("OK") for line in shown.splitlines()[:-1])
+    page = html.page(whole)
+    assert len(page.encode()) < 500_000
+    assert "<script" not in page
+    assert _balanced(page)
+
+
+def test_the_line_for_scripts_is_one_line_of_fields():
+    assert text.ok_line(report()) == (
+        "OK out.onnx sparsity=0.7931 error=0.0456 agreement=98.50 zeros=25188/31760 "
+        "bytes=130000 gzip=40000"
+    )
+    bare = text.ok_line(VARIANTS["dry run, nothing measured"])
+    assert bare.startswith("OK (nothing written) sparsity=0.7931 zeros=")
+
+
+@pytest.mark.parametrize("layers", [30, 31, 1000])
+def test_long_tables_are_cut_and_say_so(layers):
+    whole = report(layers=tuple(layer(f"layer{i:04}", tensor=str(i)) for i in range(layers)))
+    short = text.plain(text.report_tables(whole))
+    shown = len(re.findall(r"layer\d{4}", short))
+    assert shown == min(layers, 30)
+    assert (f"... {layers - 30} more" in short) == (layers > 30)
+    full = text.plain(text.report_tables(whole, verbose=True))
+    assert len(re.findall(r"layer\d{4}", full)) == layers
+
+
+class _Balance(HTMLParser):
+    VOID = ("meta",)
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+        self.links = []
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for key, value in attrs if key in ("src", "href", "xlink:href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def _balanced(page):
+    parser = _Balance()
+    parser.feed(page)
+    return not parser.open and not parser.links
+
+
+@each_variant
+def test_html_is_well_formed_and_needs_no_network(whole):
+    page = html.page(whole)
+    assert _balanced(page)
+    assert "http" not in page
+    assert "url(" not in page
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_html_shows_what_the_report_says():
+    page = html.page(report())
+    for fact in ("fc1", "fc2", "25,088", "not constant", "0.0456", "a" * 64, "1.23.0", "98.50 %"):
+        assert fact in page
+    assert page.count("<svg") == 2
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.html", "R.JSON"])
+def test_writing_leaves_one_whole_file(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("old")
+    write(report(), path)
+    assert path.read_text().rstrip().endswith(("}", "</html>"))
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+UNWRITABLE = {
+    "no format of that name": ("r.pdf", UsageError),
+    "no suffix": ("report", UsageError),
+    "no such directory": ("missing/r.json", OutputError),
+    "a directory": ("folder.json", OutputError),
+}
+
+
+@pytest.mark.parametrize(("name", "error"), UNWRITABLE.values(), ids=UNWRITABLE)
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path, name, error):
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(error) as caught:
+        check_target(tmp_path / name)
+    assert caught.value.hint
