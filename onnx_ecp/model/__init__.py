@@ -4,7 +4,7 @@ from onnx_ecp.model.encodings import ENCODINGS
 from onnx_ecp.model.loading import compressed_size, data_files, digest, load
 from onnx_ecp.model.printable import printable
 from onnx_ecp.model.proto import InputSpec, Model, constants, output_names, signature
-from onnx_ecp.model.saving import check_output, save
+from onnx_ecp.model.saving import check_output, save, write_whole
 from onnx_ecp.model.sparse import decode_sparse
 from onnx_ecp.model.support import runtime_support
 from onnx_ecp.model.tensors import read_tensor, write_tensor
@@ -27,4 +27,5 @@ __all__ = [
     "save",
     "signature",
     "write_tensor",
+    "write_whole",
 ]

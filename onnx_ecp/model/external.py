@@ -88,7 +88,7 @@ def extent(tensor: TensorProto, size: int, base: Path | None) -> Extent:
 def _number(key: str, value: str) -> int:
     if not re.fullmatch(r"[0-9]{1,19}", value):
         raise ModelError(
-            f"external data: {key} {printable(value, 30)!r} is not a number of bytes.",
+            f"external data: {key} '{printable(value, 30)}' is not a number of bytes.",
             hint="The model is damaged: export it again.",
         )
     return int(value)
@@ -104,19 +104,19 @@ def _regular_file(base: Path, place: str) -> tuple[Path, int]:
             found = os.lstat(file)
         except OSError as error:
             raise ModelError(
-                f"external data file {printable(place)!r}: {error.strerror}.", hint=_MOVE_HINT
+                f"external data file '{printable(place)}': {error.strerror}.", hint=_MOVE_HINT
             ) from error
         if stat.S_ISLNK(found.st_mode):
             raise ModelError(
-                f"external data {printable(place)!r} is a symbolic link.", hint=_MOVE_HINT
+                f"external data '{printable(place)}' is a symbolic link.", hint=_MOVE_HINT
             )
     assert found is not None, "a safe location has at least one part"
     if not stat.S_ISREG(found.st_mode):
         raise ModelError(
-            f"external data {printable(place)!r} is not a regular file.", hint=_MOVE_HINT
+            f"external data '{printable(place)}' is not a regular file.", hint=_MOVE_HINT
         )
     if found.st_nlink > 1:
-        raise ModelError(f"external data {printable(place)!r} is a hard link.", hint=_MOVE_HINT)
+        raise ModelError(f"external data '{printable(place)}' is a hard link.", hint=_MOVE_HINT)
     return file, found.st_size
 
 
@@ -126,11 +126,11 @@ def _safe_parts(place: str) -> tuple[str, ...]:
         raise ModelError("external data: the location is empty.", hint=_MOVE_HINT)
     if posix.is_absolute() or windows.drive or windows.root:
         raise ModelError(
-            f"external data location {printable(place)!r} is absolute.", hint=_MOVE_HINT
+            f"external data location '{printable(place)}' is absolute.", hint=_MOVE_HINT
         )
     if ".." in windows.parts or _MEMORY_MARK in place or not place.isprintable():
         raise ModelError(
-            f"external data location {printable(place)!r} leaves the model's directory.",
+            f"external data location '{printable(place)}' leaves the model's directory.",
             hint=_MOVE_HINT,
         )
     return posix.parts
@@ -148,6 +148,6 @@ def map_bytes(place: Extent) -> np.ndarray:
             return np.memmap(stream, np.uint8, "r", place.offset, (place.length,))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"external data file {printable(place.file.name)!r} cannot be read: {error}.",
+            f"external data file '{printable(place.file.name)}' cannot be read: {error}.",
             hint=_MOVE_HINT,
         ) from error

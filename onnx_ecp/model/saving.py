@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
@@ -103,7 +102,7 @@ def save(
     check_output(path, force=force, source=source)
     if encoding not in ENCODINGS:
         raise UsageError(
-            f"unknown format {printable(encoding)!r}.", hint=did_you_mean(encoding, ENCODINGS)
+            f"unknown format '{printable(encoding)}'.", hint=did_you_mean(encoding, ENCODINGS)
         )
     encoded = ENCODINGS[encoding](proto, pruned, base)
     stale = _stale_data(path, keep=_identities(_data_of(source)) | _identities(_files(proto, base)))
@@ -119,6 +118,24 @@ def save(
         with suppress(OSError):
             file.unlink()
     return written
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Write a file so that it is there completely, or what was there before is.
+
+    Raises:
+        OutputError: it cannot be written; nothing was changed.
+    """
+    path = Path(path)
+    try:
+        with _staged(path.parent, [content]) as stage:
+            os.replace(stage, path)
+            _sync_directory(path.parent)
+    except OSError as error:
+        raise OutputError(
+            f"{printable(path, 200)}: {error.strerror or error}.",
+            hint="Free some space or choose another directory; nothing was changed.",
+        ) from error
 
 
 def _write(proto: onnx.ModelProto, path: Path, base: Path | None) -> list[Path]:
@@ -140,13 +157,13 @@ def _write(proto: onnx.ModelProto, path: Path, base: Path | None) -> list[Path]:
 
 
 @contextmanager
-def _staged(directory: Path, blocks: Iterable[bytes | np.ndarray]) -> Iterator[Path]:
+def _staged(directory: Path, blocks: Iterable[bytes | memoryview]) -> Iterator[Path]:
     """A temporary file with this content, safe on the disk; it is gone in the end, or renamed."""
     stage = directory / f".onnx-ecp-{secrets.token_hex(8)}.tmp"
     try:
         with stage.open("xb") as stream:
             for block in blocks:
-                stream.write(memoryview(block))
+                stream.write(block)
             stream.flush()
             os.fsync(stream.fileno())
         yield stage
@@ -238,14 +255,14 @@ def _movable(
     yield from ((a, b) for (_, a), (_, b) in everywhere if is_external(a))
 
 
-def _blocks(places: Iterable[_Place], base: Path | None) -> Iterator[bytes | np.ndarray]:
+def _blocks(places: Iterable[_Place], base: Path | None) -> Iterator[bytes | memoryview]:
     """The content of the data file, piece by piece: no tensor is ever in memory as a whole."""
     end = 0
     for place in places:
         yield bytes(place.offset - end)
         raw = stored_bytes(place.tensor, base)
         for start in range(0, raw.size, _BLOCK):
-            yield raw[start : start + _BLOCK]
+            yield raw[start : start + _BLOCK].data
         end = place.offset + raw.size
 
 

@@ -41,7 +41,7 @@ def check_sparse(found: Iterable[tuple[str, SparseTensorProto]]) -> None:
             linear_indices(sparse)
         except ModelError as error:
             raise ModelError(
-                f"sparse tensor {printable(label)!r}: {error.message}", hint=error.hint
+                f"sparse tensor '{printable(label)}': {error.message}", hint=error.hint
             ) from error
 
 

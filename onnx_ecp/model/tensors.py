@@ -48,17 +48,17 @@ def byte_size(tensor: TensorProto) -> int:
     label = printable(tensor.name)
     if not known_type(tensor.data_type):
         raise ModelError(
-            f"tensor {label!r} has the unknown element type {tensor.data_type}.", hint=_DAMAGED
+            f"tensor '{label}' has the unknown element type {tensor.data_type}.", hint=_DAMAGED
         )
     if any(size < 0 for size in tensor.dims):
-        raise ModelError(f"tensor {label!r} has a negative size.", hint=_DAMAGED)
+        raise ModelError(f"tensor '{label}' has a negative size.", hint=_DAMAGED)
     bits = _bits(tensor.data_type)
     # Axes of size zero hide the others from the product, but not from NumPy.
     if (
         math.prod(size or 1 for size in tensor.dims) * max(bits, 8) >= 2**63
         or len(tensor.dims) > 64
     ):
-        raise ModelError(f"tensor {label!r} is too large for any memory.", hint=_DAMAGED)
+        raise ModelError(f"tensor '{label}' is too large for any memory.", hint=_DAMAGED)
     return -(-math.prod(map(int, tensor.dims)) * bits // 8)
 
 
@@ -74,22 +74,22 @@ def check_tensor(tensor: TensorProto, base: Path | None) -> None:
     fields += ["raw_data"] * tensor.HasField("raw_data")
     if is_external(tensor):
         if fields or tensor.data_type == TensorProto.STRING:
-            raise ModelError(f"tensor {label!r} is stored inside and outside.", hint=_DAMAGED)
+            raise ModelError(f"tensor '{label}' is stored inside and outside.", hint=_DAMAGED)
         extent(tensor, size, base)
         return
     if len(fields) > 1 or tensor.HasField("segment"):
-        raise ModelError(f"tensor {label!r} has its values in several fields.", hint=_DAMAGED)
+        raise ModelError(f"tensor '{label}' has its values in several fields.", hint=_DAMAGED)
     field = fields[0] if fields else _field(tensor)
     raw_allowed = tensor.data_type != TensorProto.STRING
     if field != _field(tensor) and not (raw_allowed and field == "raw_data"):
         raise ModelError(
-            f"tensor {label!r} has its values in {field}, a wrong field.", hint=_DAMAGED
+            f"tensor '{label}' has its values in {field}, a wrong field.", hint=_DAMAGED
         )
     found, wanted = len(getattr(tensor, field)), _entries(tensor, field)
     if found != wanted:
         unit = "bytes" if field == "raw_data" else "values"
         raise ModelError(
-            f"tensor {label!r} of shape {list(tensor.dims)} needs {wanted} {unit}, "
+            f"tensor '{label}' of shape {list(tensor.dims)} needs {wanted} {unit}, "
             f"but {found} are stored.",
             hint=_DAMAGED,
         )
@@ -161,7 +161,7 @@ def write_tensor(tensor: TensorProto, array: np.ndarray) -> None:
     rounded = _round_once(np.asarray(array), dtype)
     if not np.isfinite(rounded[np.isfinite(array)].astype(np.float64)).all():
         raise ModelError(
-            f"new values of {printable(tensor.name)!r} are beyond the range of {dtype}.",
+            f"new values of '{printable(tensor.name)}' are beyond the range of {dtype}.",
             hint="Convert the model to float32 first.",
         )
     raw = numpy_helper.from_array(rounded).raw_data

@@ -104,7 +104,7 @@ def _check_names(proto: onnx.ModelProto) -> None:
     """Protobuf hands out names that are not UTF-8 as bytes, on which all later code stumbles."""
     for name in _names(proto):
         if not isinstance(name, str):
-            raise ModelError(f"the name {printable(name)!r} is not UTF-8.", hint=_DAMAGED)
+            raise ModelError(f"the name '{printable(name)}' is not UTF-8.", hint=_DAMAGED)
 
 
 def _names(proto: onnx.ModelProto) -> Iterator[str | bytes]:
@@ -180,7 +180,7 @@ def _check_definitions(root: Body) -> None:
         body, outer = open_bodies.pop()
         known, later = _defined_before(body), _defined_by_nodes(body)
         for name in later & known:
-            raise ModelError(f"tensor {printable(name)!r} is defined twice.", hint=_DAMAGED)
+            raise ModelError(f"tensor '{printable(name)}' is defined twice.", hint=_DAMAGED)
         inner = (*outer, known | later)
         open_bodies += [(graph, inner) for node in body.node for graph in subgraphs(node)]
         _check_order(body, outer, known, later)
@@ -196,7 +196,7 @@ def _check_order(body: Body, outer: tuple[set[str], ...], known: set[str], later
     for output in body.output:
         name = output if isinstance(output, str) else output.name
         if name not in known and not any(name in names for names in outer):
-            raise ModelError(f"nothing computes the output {printable(name)!r}.", hint=_DAMAGED)
+            raise ModelError(f"nothing computes the output '{printable(name)}'.", hint=_DAMAGED)
 
 
 def _defined_before(body: Body) -> set[str]:
@@ -215,20 +215,20 @@ def _defined_by_nodes(body: Body) -> set[str]:
 def _unique(what: str, names: list[str]) -> set[str]:
     if len(set(names)) != len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
-        raise ModelError(f"{what} {printable(twice)!r} is defined twice.", hint=_DAMAGED)
+        raise ModelError(f"{what} '{printable(twice)}' is defined twice.", hint=_DAMAGED)
     return set(names)
 
 
 def _refuse_input(body: Body, node: onnx.NodeProto, name: str, later: set[str]) -> None:
-    reader = f"{printable(node.op_type)} node {printable(_label(node))!r}"
+    reader = f"{printable(node.op_type)} node '{printable(_label(node))}'"
     if name not in later:
         raise ModelError(
-            f"{reader} reads {printable(name)!r}, which does not exist.", hint=_DAMAGED
+            f"{reader} reads '{printable(name)}', which does not exist.", hint=_DAMAGED
         )
     if _is_cyclic(body):
         raise ModelError(f"the graph is cyclic: {reader} reads its own result.", hint=_DAMAGED)
     raise ModelError(
-        f"the nodes are not sorted: {reader} reads {printable(name)!r} before it is computed.",
+        f"the nodes are not sorted: {reader} reads '{printable(name)}' before it is computed.",
         hint="Sort them, for example with onnx-graphsurgeon's Graph.toposort().",
     )
 
@@ -282,8 +282,8 @@ def _check_operator(node: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
         if domain.startswith(_RUNTIME_DOMAIN):
             return
         raise ModelError(
-            f"{printable(node.op_type)} node {printable(_label(node))!r}: the model imports no "
-            f"opset for the domain {printable(domain)!r}.",
+            f"{printable(node.op_type)} node '{printable(_label(node))}': the model imports no "
+            f"opset for the domain '{printable(domain)}'.",
             hint=_DAMAGED,
         )
     if domain not in _STANDARD or (domain == "" and node.op_type in _RUNTIME_OPS):
@@ -294,7 +294,7 @@ def _check_operator(node: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
         onnx.defs.get_schema(node.op_type, version, domain)
     except onnx.defs.SchemaError as error:
         raise ModelError(
-            f"unknown operator {printable(node.op_type)!r} (node {printable(_label(node))!r}): "
+            f"unknown operator '{printable(node.op_type)}' (node '{printable(_label(node))}'): "
             f"opset {opsets[domain]} of domain {domain or 'ai.onnx'!r} does not have it.",
             hint="A custom operator needs a domain of its own.",
         ) from error
@@ -370,7 +370,7 @@ def _check_finite(proto: onnx.ModelProto, base: Path | None) -> None:
         if tensor.data_type in _FLOATS:
             nan, infinite = _count_nonfinite(values(tensor, base))
             if nan or (infinite and label in weights):
-                bad.append(f"{printable(label)!r} ({nan} NaN, {infinite} infinite)")
+                bad.append(f"'{printable(label)}' ({nan} NaN, {infinite} infinite)")
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise ModelError(
