@@ -152,7 +152,9 @@ def _function_body(op: Builder, node: gs.Node) -> Outputs:
         gs.Variable.empty() if y.is_empty() else gs.Variable(f"y{k}", op.dtype(y))
         for k, y in enumerate(node.outputs)
     ]
-    call = gs.Node(node.op, attrs=node.attrs, inputs=given, outputs=results)
+    # The inliner leaves attributes out that the node does not spell out.
+    attrs = {**_default_attributes(node.op, op.graph.opset), **node.attrs}
+    call = gs.Node(node.op, attrs=attrs, inputs=given, outputs=results)
     named = [y for y in results if not y.is_empty()]
     model = gs.export_onnx(
         gs.Graph([call], list(inputs.values()), named, opset=op.graph.opset), do_type_check=False
@@ -170,6 +172,13 @@ def _function_body(op: Builder, node: gs.Node) -> Outputs:
     op.graph.nodes = list(body.nodes)
     found = iter(body.outputs)
     return [None if y.is_empty() else next(found) for y in results]
+
+
+def _default_attributes(op_type: str, opset: int) -> dict[str, Any]:
+    schema = onnx.defs.get_schema(op_type, opset)
+    defaults = {n: a.default_value for n, a in schema.attributes.items() if a.default_value.name}
+    values = {n: onnx.helper.get_attribute_value(value) for n, value in defaults.items()}
+    return {n: v.decode() if isinstance(v, bytes) else v for n, v in values.items()}
 
 
 # Affine layers with something fused into them.
