@@ -47,6 +47,7 @@ class Options:
     timeout: float | None = None
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     labels: str | Path | None = None
+    masks: str | Path | None = None
     force: bool = False
     dry_run: bool = False
 
@@ -88,10 +89,17 @@ class Options:
             METHODS[self.importance] if self.importance else None, self.compensation, self.stages
         )
 
-    @property
-    def patterns(self) -> bool:
-        """Whether any sparsity is N:M."""
-        return any(isinstance(s, NM) for s in (self.sparsity, *self.layer_sparsity.values()))
+    def as_json(self) -> dict[str, Any]:
+        """JSON values by name, for the report."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, NM | Path) else value
 
 
 def one_of(what: str, name: str, known: Any) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,30 +14,26 @@ import numpy as np
 import onnx
 
 from onnx_ecp import calibration as calibrating
+from onnx_ecp import doctor, evaluate
 from onnx_ecp import model as modelling
-from onnx_ecp.calibration import Batch, Calibration
-from onnx_ecp.errors import CalibrationError, TargetError, UsageError, did_you_mean
-from onnx_ecp.evaluate import Gap, ModelFacts, measure_gap, model_facts
+from onnx_ecp.calibration import Calibration
+from onnx_ecp.errors import ModelError, TargetError, UsageError, did_you_mean
+from onnx_ecp.evaluate import Comparison
 from onnx_ecp.gradients.observer import Observer, State, original_state
 from onnx_ecp.layers import Layer, Skip, find_layers
 from onnx_ecp.measurement import Progress, batch_size, silent
 from onnx_ecp.model import Model
 from onnx_ecp.options import Options
 from onnx_ecp.pruning import Network, Plan, Pruned, importances, observe, prune
-from onnx_ecp.report import (
-    SYNTHETIC_WARNING,
-    CalibrationFacts,
-    LayerRow,
-    Recipe,
-    Report,
-    installed_versions,
-)
+from onnx_ecp.report import SYNTHETIC_WARNING, CalibrationFacts, LayerRow, Recipe, Report
 from onnx_ecp.runtime import deadline
 from onnx_ecp.selection import NM, Group, Sparsity
 
 # Shares of the calibration samples that are set aside, and how many at most: to judge refits, and
 # to measure the error that the report states. Neither is used for anything else.
 HELD_OUT, HELD_OUT_MOST = 0.1, 512
+# Below this effective sample size the user is warned that few samples carry all the weight.
+FEW_SAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,8 @@ class Data:
     fit: Calibration
     guard: Calibration
     held_out: Calibration
+    labels: np.ndarray | None = None
+    """Of the held-out samples."""
 
 
 def optimize(
@@ -87,24 +86,41 @@ def optimize(
     began = time.monotonic()
     options = Options.of(**choices)
     with deadline(options.timeout):
-        source = modelling.load(model)
-        if output is not None:
-            modelling.check_output(output, force=options.force, source=source.path)
+        source = load(model)
+        check_outputs(source, output, options)
         layers, skips = choose_layers(source, options)
         data = gather(source, calibration, options)
         network, blocked = observe_network(source, layers, data, options)
         plan = make_plan(network.layers, options)
         pruned = prune(network, plan, progress)
-        proto, created = stored(source, network, pruned.state)
-        written = None
+        result, created = stored(source, network, pruned.state)
         if output is not None and not options.dry_run:
-            written = save(source, proto, network.layers, output, options)
-        gap = compare(source, proto, written, data.held_out, options)
-    report = describe(
-        source, proto, written, options, data, network, pruned, created,
-        (*skips, *blocked), gap, time.monotonic() - began,
-    )  # fmt: skip
-    return Result(proto, report, stored_masks(network.layers, pruned.state))
+            result = save(result, source, network.layers, output, options)
+        comparison = compare(source, result, data, options)
+        masks = stored_masks(network.layers, pruned.state)
+        if options.masks is not None and not options.dry_run:
+            save_masks(masks, options.masks)
+    report = Report(
+        original=comparison.a,
+        result=comparison.b,
+        versions=doctor.versions(),
+        recipe=recipe_of(options),
+        options=options.as_json(),
+        seed=options.seed,
+        calibration=CalibrationFacts(
+            data.fit.source,
+            len(data.fit) + len(data.guard),
+            len(data.held_out),
+            data.fit.synthetic,
+        ),
+        layers=tuple(layer_rows(network, pruned, created)),
+        skips=(*skips, *blocked),
+        predicted_error=predicted_error(network, plan, pruned),
+        gap=comparison.gap,
+        seconds=time.monotonic() - began,
+        warnings=tuple(warnings(data, network, pruned, comparison)),
+    )
+    return Result(result.proto, report, masks)
 
 
 def importance(
@@ -122,13 +138,44 @@ def importance(
     """
     options = Options.of(**choices)
     with deadline(options.timeout):
-        source = modelling.load(model)
+        source = load(model)
         layers, _ = choose_layers(source, options)
         data = gather(source, calibration, options)
         network, _ = observe_network(source, layers, data, options)
         plan = make_plan(network.layers, options)
         measured = observe(network, plan, network.original)
         return importances(network, plan, network.original, measured)
+
+
+def load(model: str | Path | onnx.ModelProto) -> Model:
+    """A validated model that the installed ONNX Runtime takes.
+
+    Raises:
+        ModelError: it is not valid, or too new.
+    """
+    source = modelling.load(model)
+    refusal = modelling.runtime_support(source.proto)
+    if refusal is not None:
+        raise ModelError(
+            f"{_label(source)}: {refusal}",
+            hint="Install a newer onnxruntime, or export the model for an older opset.",
+        )
+    return source
+
+
+def check_outputs(source: Model, output: str | Path | None, options: Options) -> None:
+    """Find out before the long work what cannot be written in the end.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    for path in (output, options.masks):
+        if path is not None and not options.dry_run:
+            modelling.check_output(path, force=options.force, source=source.path)
+
+
+def _label(source: Model) -> str:
+    return modelling.printable(source.path or "model")
 
 
 def choose_layers(source: Model, options: Options) -> tuple[list[Layer], list[Skip]]:
@@ -175,14 +222,14 @@ def gather(source: Model, calibration: Any, options: Options) -> Data:
         CalibrationError: they do not fit the model, or are none.
     """
     inputs = modelling.signature(source.proto)
+    # Labels are counted against all samples, so with labels the samples are chosen afterwards.
+    limit = None if options.labels is not None else options.samples
     if calibration is None and source.path is not None:
         calibration = calibrating.sidecar(source.path)
     if isinstance(calibration, Calibration):
         everything = calibration
     elif calibration is not None:
-        everything = calibrating.load(
-            calibration, inputs, samples=options.samples, seed=options.seed
-        )
+        everything = calibrating.load(calibration, inputs, samples=limit, seed=options.seed)
     else:
         everything = calibrating.synthetic(
             source.proto,
@@ -191,9 +238,22 @@ def gather(source: Model, calibration: Any, options: Options) -> Data:
             seed=options.seed,
             shapes=options.input_shapes,
         )
+    labels = None
+    if options.labels is not None:
+        labels = _labels(options, len(everything))
+    everything = everything.limit(options.samples or len(everything), options.seed)
     rest, held_out = everything.split(_share(len(everything)), options.seed)
     fit, guard = rest.split(_share(len(rest)), options.seed + 1)
-    return Data(fit, guard, held_out)
+    return Data(fit, guard, held_out, labels)
+
+
+def _labels(options: Options, samples: int) -> np.ndarray:
+    """The labels of the held-out samples: drawn and split as the samples themselves are."""
+    assert options.labels is not None, "the caller has looked"
+    labels = {"labels": calibrating.load_labels(options.labels, samples)}
+    everything = Calibration(labels, True, str(options.labels), False, options.seed)
+    everything = everything.limit(options.samples or samples, options.seed)
+    return everything.split(_share(len(everything)), options.seed)[1].arrays["labels"]
 
 
 def _share(samples: int) -> float:
@@ -237,6 +297,7 @@ def observe_network(
         observer = observing(rest)
     size = batch_size(observer, options.batch_size)
     original = original_state(dense, observer.layers)
+    observer.normalise_outputs(original, data.fit.batches(size))
     return Network(observer, original, data.fit, data.guard, size), skips
 
 
@@ -278,9 +339,7 @@ def _group(tensors: tuple[str, ...], layers: Mapping[str, Layer], sparsity: Spar
     return Group(tensors, sparsity, {name: layers[name].nm_order() for name in tensors})
 
 
-def stored(
-    source: Model, network: Network, state: State
-) -> tuple[onnx.ModelProto, frozenset[str]]:
+def stored(source: Model, network: Network, state: State) -> tuple[Model, frozenset[str]]:
     """A copy of the model in which the new weights and biases stand, and who got a new bias."""
     proto = onnx.ModelProto()
     proto.CopyFrom(modelling.decode_sparse(source.proto))
@@ -291,12 +350,117 @@ def stored(
             state.weights[tensor], network.original.weights[tensor]
         )
         written.add(tensor)
-        if layer.store(proto, state.weights[tensor] if changed else None, state.shifts[layer.name]):
+        weight = state.weights[tensor] if changed else None
+        if layer.store(proto, weight, state.shifts[layer.name], source.base):
             created.add(layer.name)
-    return proto, frozenset(created)
+    return Model(proto, None, source.base), frozenset(created)
 
 
 def stored_masks(layers: Sequence[Layer], state: State) -> dict[str, np.ndarray]:
     """Keep masks by stored tensor, in its own layout."""
     by_tensor = {layer.weight.tensor: layer.weight for layer in layers}
     return {name: weight.layout(state.keep[name]) for name, weight in by_tensor.items()}
+
+
+def save(
+    result: Model, source: Model, layers: Sequence[Layer], output: str | Path, options: Options
+) -> Model:
+    """Write the result and read it back.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    modelling.save(
+        result.proto,
+        output,
+        base=source.base,
+        encoding=options.format,
+        pruned={layer.weight.tensor for layer in layers},
+        force=options.force,
+        source=source.path,
+    )
+    return modelling.load(output)
+
+
+def save_masks(masks: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """Write keep masks as .npz, whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **masks)
+    modelling.write_whole(path, buffer.getvalue())
+
+
+def compare(source: Model, result: Model, data: Data, options: Options) -> Comparison:
+    """Original against result, through ONNX Runtime, on samples that nothing else has seen."""
+    return evaluate.compare(
+        source,
+        result,
+        data.held_out,
+        data.labels,
+        provider=options.provider,
+        threads=options.threads,
+        batch_size=options.batch_size,
+    )
+
+
+def recipe_of(options: Options) -> Recipe:
+    """What was done in the end, defaults resolved."""
+    method = options.recipe
+    return Recipe(
+        method=options.method,
+        importance=options.importance or options.method,
+        compensation=method.compensation,
+        metric=options.metric,
+        positions=options.positions,
+        gradients=options.gradients,
+        stages=method.stages,
+    )
+
+
+def layer_rows(network: Network, pruned: Pruned, created: frozenset[str]) -> Iterator[LayerRow]:
+    """What happened to every layer."""
+    for layer in network.layers:
+        tensor = layer.weight.tensor
+        before, after = network.original.keep[tensor], pruned.state.keep[tensor]
+        yield LayerRow(
+            name=layer.name,
+            op=layer.op,
+            tensor=tensor,
+            shape=layer.shape,
+            weights=after.size,
+            zeros_before=int(before.size - np.count_nonzero(before)),
+            zeros_after=int(after.size - np.count_nonzero(after)),
+            importance_removed=pruned.removed.get(layer.name),
+            largest_shift=float(np.abs(pruned.state.shifts[layer.name]).max(initial=0.0)),
+            bias_created=layer.name in created,
+            ess=pruned.ess.get(layer.name),
+            note=pruned.notes.get(layer.name, ""),
+        )
+
+
+def predicted_error(network: Network, plan: Plan, pruned: Pruned) -> float | None:
+    """Relative output error that the removed importances add up to; only one-shot runs have one.
+
+    The sum leaves out how removals act together, so it is the method's own, linearised expectation.
+    """
+    if not plan.method.in_output_units or plan.method.stages > 1 or network.observer.metric != "l2":
+        return None
+    energy = network.observer.output_energy(network.original, network.guard.batches(network.size))
+    return float(np.sqrt(sum(pruned.removed.values()) / energy)) if energy else None
+
+
+def warnings(data: Data, network: Network, pruned: Pruned, comparison: Comparison) -> Iterator[str]:
+    """What the user must know, one sentence each."""
+    if data.fit.synthetic:
+        yield SYNTHETIC_WARNING
+    yield from dict.fromkeys(part.note for part in (data.fit, data.held_out) if part.note)
+    few = [name for name, ess in pruned.ess.items() if ess < FEW_SAMPLES]
+    if few:
+        yield (
+            f"the sensitivities of {len(few)} layers, such as {modelling.printable(few[0])}, rest on "
+            f"fewer than {FEW_SAMPLES} effective samples; give more calibration data."
+        )
+    yield from comparison.gap.warnings

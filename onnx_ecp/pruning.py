@@ -5,7 +5,7 @@ One-shot pruning is one stage. Nothing here knows files or reports.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -172,15 +172,32 @@ def importances(
     network: Network, plan: Plan, state: State, measured: Measured
 ) -> dict[str, np.ndarray]:
     """Importance (out, in) by layer name, in the method's own unit."""
-    scores = {}
-    for index, layer in enumerate(network.layers):
+    method, scores = plan.method, {}
+    index = {layer.name: i for i, layer in enumerate(network.layers)}
+    for layer, gram in _with_grams(network, plan, state, measured):
         moments = measured.moments.get(layer.name)
-        if moments is not None and plan.method.shrinkage and plan.positions == "expand":
-            moments = moments.shrunk(plan.method.shrinkage)
-        weight = _matrix(layer, state)
-        rng = np.random.default_rng([plan.seed, index])
-        scores[layer.name] = plan.method.importance(View(weight, moments, rng))
+        if moments is not None and method.shrinkage and plan.positions == "expand":
+            moments = moments.shrunk(method.shrinkage)
+        rng = np.random.default_rng([plan.seed, index[layer.name]])
+        view = View(_matrix(layer, state), moments, rng, gram, plan.damping)
+        scores[layer.name] = method.importance(view)
     return scores
+
+
+def _with_grams(
+    network: Network, plan: Plan, state: State, measured: Measured
+) -> Iterator[tuple[Layer, Gram | None]]:
+    """Every layer, with the Gram matrix of its input where the method reads it; one at a time."""
+    if not plan.method.needs_gram:
+        yield from ((layer, None) for layer in network.layers)
+        return
+    run = _Run(network, network.fit)
+    for segment in network.segments:
+        name = segment.layer.name
+        yield (
+            segment.layer,
+            run.gram(segment, state, measured.weights[name], plan.method.shrinkage),
+        )
 
 
 def summed(layers: Sequence[Layer], scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -234,7 +251,9 @@ def refit_layers(
     A refit stays only if its error on the guard samples is not larger than that of the bias shift.
     """
     notes = {}
-    runs = {name: _Run(network, data) for name, data in (("fit", network.fit), ("guard", network.guard))}
+    runs = {
+        name: _Run(network, data) for name, data in (("fit", network.fit), ("guard", network.guard))
+    }
     shrink = plan.method.shrinkage
     for done, segment in enumerate(network.segments, 1):
         check_deadline()

@@ -122,7 +122,9 @@ def refit(
     """
     groups = len(gram.weight)
     weight = np.zeros_like(target)
-    for h, k, rows in zip(gram.covariance, gram.cross_covariance, _rows(target, groups), strict=True):
+    for h, k, rows in zip(
+        gram.covariance, gram.cross_covariance, _rows(target, groups), strict=True
+    ):
         ridge = damping * max(float(np.trace(h)) / len(h), np.finfo(np.float64).tiny)
         system = h + ridge * np.eye(len(h))
         right = target[rows] @ k + ridge * target[rows]
@@ -150,15 +152,15 @@ def excess(gram: Gram, target: np.ndarray, weight: np.ndarray, shift: np.ndarray
     groups = len(gram.weight)
     errors = np.zeros(len(target))
     residual = shift - mean_shift(gram, target, weight)
-    for h, k, rows in zip(gram.covariance, gram.cross_covariance, _rows(target, groups), strict=True):
+    for h, k, rows in zip(
+        gram.covariance, gram.cross_covariance, _rows(target, groups), strict=True
+    ):
         w = weight[rows]
         errors[rows] = ((w @ h) * w).sum(axis=1) - 2 * ((target[rows] @ k) * w).sum(axis=1)
     return errors + residual**2
 
 
-def solve(
-    system: np.ndarray, right: np.ndarray, keep: np.ndarray, start: np.ndarray
-) -> np.ndarray:
+def solve(system: np.ndarray, right: np.ndarray, keep: np.ndarray, start: np.ndarray) -> np.ndarray:
     """Solve ``x_S system_SS = right_S`` for every row, each on its own support S.
 
     Args:

@@ -77,10 +77,7 @@ def lowest(
         keep: what is still there; False stays False, even where more than ``zeros`` are.
         zeros: number of False entries wanted.
     """
-    flat = np.concatenate(
-        [np.where(keep[n], scores[n], -1.0).reshape(-1) for n in scores]
-        or [np.empty(0)]
-    )
+    flat = np.concatenate([np.where(keep[n], scores[n], -1.0).reshape(-1) for n in scores])
     gone = sum(int(np.count_nonzero(~keep[n])) for n in scores)
     zeros = max(zeros, gone)
     mask = np.ones(flat.size, np.bool_)

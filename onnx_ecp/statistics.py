@@ -84,7 +84,9 @@ class Moments:
     @property
     def norms(self) -> np.ndarray:
         """(groups, in): the l2 norm of every input over all rows."""
-        return np.sqrt(np.maximum(self.aa + self.centre * (2 * self.a + self.rows * self.centre), 0))
+        return np.sqrt(
+            np.maximum(self.aa + self.centre * (2 * self.a + self.rows * self.centre), 0)
+        )
 
     @property
     def gain(self) -> np.ndarray:
@@ -103,9 +105,7 @@ class Moments:
     def variance(self) -> np.ndarray:
         """(out, in): ``(ww - wb^2 / bb) / count``, what a removed unit weight costs after gain."""
         safe = self._responsive
-        explained = np.where(
-            safe[:, None], self.wb**2 / np.where(safe, self.bb, 1)[:, None], 0.0
-        )
+        explained = np.where(safe[:, None], self.wb**2 / np.where(safe, self.bb, 1)[:, None], 0.0)
         # Cauchy-Schwarz makes the difference >= 0; rounding may not.
         return np.maximum(self.ww - explained, 0) / self.count
 

@@ -16,8 +16,26 @@ from onnx_ecp.runtime import Session, check_deadline
 
 # Where these occur, a small step crosses few kinks (h = 1e-3); a smooth network takes h = 1e-2.
 PIECEWISE = frozenset(
-    "Relu LeakyRelu PRelu Clip Abs Max Min MaxPool HardSwish HardSigmoid ThresholdedRelu "
-    "ReduceMax ReduceMin TopK Sign Floor Ceil Round".split()
+    [
+        "Relu",
+        "LeakyRelu",
+        "PRelu",
+        "Clip",
+        "Abs",
+        "Max",
+        "Min",
+        "MaxPool",
+        "HardSwish",
+        "HardSigmoid",
+        "ThresholdedRelu",
+        "ReduceMax",
+        "ReduceMin",
+        "TopK",
+        "Sign",
+        "Floor",
+        "Ceil",
+        "Round",
+    ]
 )
 
 

@@ -7,7 +7,7 @@ For every layer it yields the input rows ``a`` (groups, rows, in) and the adjoin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -95,6 +95,7 @@ class Observer:
     Attributes:
         blocked: by layer name, why the layer has no sensitivity.
         outputs: names of the float outputs that are seeded.
+        metric: "l2" or "kl".
     """
 
     def __init__(
@@ -125,9 +126,10 @@ class Observer:
         self.facts: dict[str, Fact] = probe(self._prepared, feeds)
         self._heads = _heads(self._prepared.proto, self.facts, metric)
         self.outputs = tuple(self._heads)
-        self._forward = self._with_outputs(
-            [*self._heads.values(), *(layer.output for layer in layers)]
-        )
+        tensors = [*self._heads.values(), *(layer.input for layer in layers)]
+        if engine == "numeric":
+            tensors += [layer.output for layer in layers]
+        self._forward = self._with_outputs(tensors)
         self.layers: tuple[Layer, ...] = tuple(layers)
         self.blocked: dict[str, str] = {}
         self._reverse: Session | None = None
@@ -137,26 +139,10 @@ class Observer:
             )
             self._reverse = Session(proto, **self._options)
         y = self._forward.run(feeds, list(self._heads.values()))
-        self._plan = plan(y, first.samples, metric=metric, probes=probes, scales={}, seed=seed)
+        self._plan = plan(y, first.samples, metric=metric, probes=probes, seed=seed)
         self._first = first.samples
+        self.metric = metric
         self._batched = all(v.ndim and v.shape[0] == first.samples for v in y.values())
-        self._inputs = self._with_outputs([layer.input for layer in layers])
-
-    def scale_outputs(self, mean_squares: Mapping[str, float]) -> None:
-        """Divide each of several outputs by its root mean square (names as in ``outputs``)."""
-        if len(self._heads) > 1:
-            self._plan = replace(
-                self._plan,
-                scales={
-                    self._heads[n]: 1 / np.sqrt(m) for n, m in mean_squares.items() if m > 0
-                },
-            )
-
-    def forward(
-        self, state: State, feeds: Mapping[str, np.ndarray], tensors: Sequence[str]
-    ) -> dict[str, np.ndarray]:
-        """Tensors of the observation graph, forward only: seeded outputs and pre-activations."""
-        return self._forward.run(self._feeds(state, feeds), tensors)
 
     def observe(self, state: State, batch: Batch) -> Observation:
         """Run one batch in one state; every layer that is not blocked is in the result."""
@@ -164,13 +150,13 @@ class Observer:
         seeds = self._seeds(feeds, batch)
         layers = [layer for layer in self.layers if layer.name not in self.blocked]
         if self._reverse is None:
-            values = self._inputs.run(feeds, list(dict.fromkeys(x.input for x in layers)))
+            values = self._read(self._forward, feeds, (x.input for x in layers))
             adjoints = {x.name: self._differences(x, feeds, seeds, batch.samples) for x in layers}
         else:
             names = {x.name: self._adjoints[x.name] for x in layers}
-            wanted = dict.fromkeys([*names.values(), *(x.input for x in layers)])
+            wanted = [*names.values(), *(x.input for x in layers)]
             feeds |= {f"ecp/seed/{name}": seed for name, seed in seeds.items()}
-            values = self._reverse.run(feeds, list(wanted))
+            values = self._read(self._reverse, feeds, wanted)
             adjoints = {x.name: x.rows_out(values[names[x.name]]) for x in layers}
         return Observation(
             batch.samples,
@@ -178,10 +164,32 @@ class Observer:
             adjoints,
         )
 
+    def normalise_outputs(self, state: State, batches: Iterable[Batch]) -> None:
+        """Under l2, divide each of several outputs by its own root mean square over samples."""
+        if self._plan.metric == "l2" and len(self._heads) > 1:
+            energies = self._output_energies(state, batches)
+            scales = {name: 1 / np.sqrt(e) for name, e in energies.items() if e > 0}
+            self._plan = replace(self._plan, scales=scales)
+
+    def output_energy(self, state: State, batches: Iterable[Batch]) -> float:
+        """Mean over samples of the squared outputs, in the units of the l2 metric."""
+        energies = self._output_energies(state, batches)
+        return sum(self._plan.scales.get(name, 1.0) ** 2 * e for name, e in energies.items())
+
+    def _output_energies(self, state: State, batches: Iterable[Batch]) -> dict[str, float]:
+        """Mean over samples of the sum of squares, by seeded output."""
+        heads, samples = list(self._heads.values()), 0
+        totals = dict.fromkeys(heads, 0.0)
+        for batch in batches:
+            for name, y in self._forward.run(self._feeds(state, batch.feeds), heads).items():
+                totals[name] += float(np.square(y, dtype=np.float64).sum())
+            samples += batch.samples
+        return {name: total / samples for name, total in totals.items()}
+
     def activations(self, state: State, batch: Batch) -> dict[str, np.ndarray]:
         """Input rows (groups, rows, in) of every layer, forward only."""
-        names = list(dict.fromkeys(layer.input for layer in self.layers))
-        values = self._inputs.run(self._feeds(state, batch.feeds), names)
+        feeds = self._feeds(state, batch.feeds)
+        values = self._read(self._forward, feeds, (layer.input for layer in self.layers))
         return {layer.name: layer.rows_in(values[layer.input]) for layer in self.layers}
 
     @property
@@ -200,6 +208,15 @@ class Observer:
         """Whether every layer sees one position per sample, so that rows are samples."""
         shapes = (self.facts[layer.output].shape for layer in self.layers)
         return all(shape[0] == self._first and len(shape) == 2 for shape in shapes)
+
+    @staticmethod
+    def _read(
+        session: Session, feeds: Mapping[str, np.ndarray], names: Iterable[str]
+    ) -> dict[str, np.ndarray]:
+        """Tensors by name, whether a session computes them or they are fed."""
+        wanted = dict.fromkeys(names)
+        found = {name: feeds[name] for name in wanted if name in feeds}
+        return found | session.run(feeds, [name for name in wanted if name not in found])
 
     def _differences(
         self, layer: Layer, feeds: dict[str, np.ndarray], seeds: dict[str, np.ndarray], n: int
@@ -232,7 +249,7 @@ class Observer:
         for layer in self._prepared.layers:
             name = self._prepared.shifts[layer.name]
             shift = state.shifts[layer.name].astype(self._dtypes[name])
-            feeds[name] = shift.reshape(layer.shift_shape())
+            feeds[name] = shift.reshape(layer.shift_shape)
         return feeds
 
     def session(self, proto: onnx.ModelProto) -> Session:
@@ -252,7 +269,9 @@ class Observer:
         proto = onnx.ModelProto()
         proto.CopyFrom(self._prepared.proto)
         del proto.graph.output[:]
-        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(tensors))
+        fed = {x.name for x in proto.graph.input}
+        wanted = [name for name in dict.fromkeys(tensors) if name not in fed]
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
         return self.session(proto)
 
 

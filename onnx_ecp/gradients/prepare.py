@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -105,15 +106,16 @@ def add_reverse(
     for layer in prepared.layers:
         adjoint = result.tensors.get(layer.output)
         if adjoint is not None:
-            names[layer.name] = adjoint.name
-    dtypes = {name: facts[layer.output].dtype for layer in prepared.layers
-              for name in [names.get(layer.name)] if name}  # fmt: skip
-    known = {y.name for y in graph.outputs} | {x.name for x in graph.inputs}
-    extra = dict.fromkeys([*names.values(), *(layer.input for layer in prepared.layers)])
+            # An output must be some node's: the adjoint of an output itself is its seed, an input.
+            own = op.Identity(adjoint)
+            own.dtype = facts[layer.output].dtype
+            graph.outputs.append(own)
+            names[layer.name] = own.name
     tensors = graph.tensors()
-    for name in extra:
+    known = {y.name for y in graph.outputs} | {x.name for x in graph.inputs}
+    for name in dict.fromkeys(layer.input for layer in prepared.layers):
         if name not in known:
-            tensors[name].dtype = tensors[name].dtype or dtypes.get(name) or facts[name].dtype
+            tensors[name].dtype = facts[name].dtype
             graph.outputs.append(tensors[name])
     model = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = prepared.proto.ir_version
@@ -122,7 +124,9 @@ def add_reverse(
     return model, names, blocked
 
 
-def probe(prepared: Prepared, feeds: Mapping[str, np.ndarray], session: type[Session] = Session) -> dict[str, Fact]:
+def probe(
+    prepared: Prepared, feeds: Mapping[str, np.ndarray], session: type[Session] = Session
+) -> dict[str, Fact]:
     """Run the observation graph once and note shape and dtype of every tensor.
 
     onnx shape inference knows ranks for only half of the tensors of a fused network; a run knows all.
@@ -162,7 +166,9 @@ def _without_values(proto: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
             new.node.append(node)
     for name, tensor in stored.items():
         if name in names:
-            new.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+            new.input.append(
+                onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
+            )
         else:
             new.initializer.append(tensor)
     return skeleton
@@ -204,10 +210,11 @@ def _widen(graph: gs.Graph) -> None:
             value.values = value.values.astype(np.float32)
 
 
-def _is_half(dtype: object) -> bool:
-    if isinstance(dtype, int):
+def _is_half(dtype: Any) -> bool:
+    """Whether graphsurgeon's idea of a type, an ONNX number or a NumPy one, is half precision."""
+    if dtype is None or isinstance(dtype, int):
         return dtype in _HALF
-    return str(np.dtype(dtype)) in ("float16", "bfloat16") if dtype is not None else False
+    return str(np.dtype(dtype)) in ("float16", "bfloat16")
 
 
 def _insert_shifts(graph: gs.Graph, shifts: Mapping[str, str]) -> None:

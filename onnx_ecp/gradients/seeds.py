@@ -3,7 +3,7 @@
 With seeds R (one row per probe) the sensitivity of a pre-activation is ``s_i = sum_p (R_p J_i)^2``.
 
 - ``l2``: R = identity, so s_i = sum_k J_ki^2, the squared error of the outputs as they are (ECP).
-  Several outputs are divided by their own root mean square each.
+  Each of several outputs is divided by its own norm.
 - ``kl``: for logits y and p = softmax(y), rows R_k = sqrt(p_k) (e_k - p), so that
   R^T R = diag(p) - p p^T, the Fisher matrix of the softmax: second order of the KL divergence.
 
@@ -92,7 +92,6 @@ def plan(
     *,
     metric: str,
     probes: int | None,
-    scales: Mapping[str, float],
     seed: int,
 ) -> SeedPlan:
     """Exact seeds where the outputs of one sample are few, else Rademacher probes.
@@ -102,14 +101,13 @@ def plan(
         samples: number of samples in it.
         metric: "l2" or "kl".
         probes: number of Rademacher probes; None chooses exact seeds or one probe.
-        scales: by output name.
         seed: of the signs.
     """
     batched = all(y.ndim and y.shape[0] == samples for y in outputs.values())
     size = sum(y.size for y in outputs.values()) // samples
     if probes is None:
         probes = 0 if batched and size <= EXACT_LIMIT else 1
-    return SeedPlan(metric, dict(scales), probes, seed)
+    return SeedPlan(metric, {}, probes, seed)
 
 
 def softmax(y: np.ndarray) -> np.ndarray:

@@ -1,11 +1,12 @@
 """Pruning methods: one file each, one row here."""
 
-from onnx_ecp.methods import ecp, simple
+from onnx_ecp.methods import ecp, obs, simple
 from onnx_ecp.methods.method import COMPENSATIONS, NEEDS, Importance, Method, View, bias_shift
 
 METHODS: dict[str, Method] = {
     "ecp-refit": ecp.ECP_REFIT,
     "ecp": ecp.ECP,
+    "obs": obs.OBS,
     "magnitude": simple.MAGNITUDE,
     "random": simple.RANDOM,
     "gradient-magnitude": simple.GRADIENT_MAGNITUDE,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from onnx_ecp.refit import Gram
 from onnx_ecp.statistics import Moments
 
 # Each step needs all that the steps before it need.
@@ -23,11 +24,15 @@ class View:
         weight: (out, in) float64, the weights as they are now.
         moments: of the layer; None where the method needs nothing.
         rng: seeded generator of this layer.
+        gram: of the layer's inputs; None where the method does not walk.
+        damping: ridge as a share of the mean diagonal of the Gram matrix.
     """
 
     weight: np.ndarray
     moments: Moments | None
     rng: np.random.Generator
+    gram: Gram | None = None
+    damping: float = 1e-2
 
     @property
     def seen(self) -> Moments:
@@ -51,6 +56,7 @@ class Method:
         importance: from a View to (out, in) float64 >= 0; the smallest goes first.
         compensation: a name in COMPENSATIONS.
         needs: what the importance reads: a name in NEEDS.
+        needs_gram: whether it reads the Gram matrix too; costs a walk per stage.
         stages: how many times observe, score, select, compensate are repeated.
         shrinkage: q of ``Moments.shrunk``.
         floor: least density of a layer as a share of the density of all layers.
@@ -61,6 +67,7 @@ class Method:
     importance: Importance
     compensation: str = "none"
     needs: str = "nothing"
+    needs_gram: bool = False
     stages: int = 1
     shrinkage: float = 0.0
     floor: float = 0.0
@@ -77,6 +84,7 @@ class Method:
                 method,
                 importance=ranking.importance,
                 needs=ranking.needs,
+                needs_gram=ranking.needs_gram,
                 in_output_units=ranking.in_output_units,
             )
         return replace(
