@@ -7,7 +7,9 @@ from onnx_ecp.gradients.rules import (  # noqa: F401  (each fills the table)
     movement,
     normalization,
     pooling,
+    recurrent,
     reduction,
+    resize,
 )
 from onnx_ecp.gradients.rules.registry import RULES, Rule, Unsupported, rule
 
