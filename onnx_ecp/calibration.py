@@ -194,21 +194,39 @@ def sidecar(model_path: str | Path) -> Path | None:
 
 
 def load_labels(path: str | Path, n: int) -> np.ndarray:
-    """Class indices, int64 (n,), from a .npy file or from ``y`` or ``labels`` of an .npz file.
+    """Labels from a .npy file or from ``y`` or ``labels`` of an .npz file.
+
+    Args:
+        path: of the file.
+        n: number of samples.
+
+    Returns:
+        Class indices, int64 (n,), or the targets of a regression, float64 (n, ...).
 
     Raises:
-        CalibrationError: when they are missing, are no class indices, or are not ``n``.
+        CalibrationError: when they are missing, are neither, or are not ``n``.
     """
     path = Path(path)
     labels = _labels_array(path)
-    if labels.shape != (n,) or labels.dtype.kind not in "iu":
+    regression = labels.dtype.kind == "f" and labels.ndim > 0
+    if (labels.shape[:1] if regression else labels.shape) != (n,) or labels.dtype.kind not in "iuf":
         raise CalibrationError(
-            f"{path}: labels are {labels.dtype} {_shape(labels.shape)}; integers ({n}) expected.",
+            f"{path}: labels are {labels.dtype} {_shape(labels.shape)}; integers ({n}) expected, "
+            f"or floating-point targets ({n}, ...).",
             hint="One class index per sample; of one-hot labels take the argmax.",
         )
+    if regression:
+        _check_targets(path, labels)
+        return np.array(labels, dtype=np.float64)
     if labels.min() < 0 or labels.max() > np.iinfo(np.int64).max:
         raise CalibrationError(f"{path}: label {labels.min()} is no class index.")
     return np.array(labels, dtype=np.int64)
+
+
+def _check_targets(path: Path, targets: np.ndarray) -> None:
+    bad = ~np.isfinite(targets).reshape(len(targets), -1).all(axis=1)
+    if bad.any():
+        raise CalibrationError(f"{path}: the target of sample {int(bad.argmax())} is not finite.")
 
 
 def _labels_array(path: Path) -> np.ndarray:

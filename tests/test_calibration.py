@@ -540,10 +540,19 @@ def test_labels_beside_the_inputs(name, tmp_path):
     assert len(load(tmp_path / "in.npz", [X])) == 5
 
 
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 3)])
+def test_floating_labels_are_targets(shape, tmp_path):
+    np.save(tmp_path / "y.npy", np.full(shape, 0.5, np.float32))
+    targets = load_labels(tmp_path / "y.npy", 5)
+    assert (targets.dtype, targets.shape) == (np.float64, shape)
+
+
 LABELS = {
     "count": (np.arange(4), "(5)"),
     "one-hot": (np.eye(5, dtype=np.int64), "(5, 5)"),
-    "float": (np.arange(5.0), "float64"),
+    "text": (np.array(list("abcde")), "U1"),
+    "targets, count": (np.zeros((4, 5)), "(4, 5)"),
+    "targets, not finite": (np.array([0, 1, np.nan, 3, 4]), "sample 2"),
     "negative": (np.arange(5) - 1, "-1"),
     "too large": (np.full(5, 2**63, np.uint64), "no class index"),
 }
