@@ -7,6 +7,7 @@ import platform
 from dataclasses import dataclass
 from importlib import metadata
 
+import onnx_ecp
 from onnx_ecp.errors import OnnxEcpError
 
 PACKAGES = ("onnx-ecp", "onnx", "onnx-graphsurgeon", "numpy", "click", "rich")
@@ -57,11 +58,33 @@ class Diagnosis:
         return all(check.ok for check in self.checks)
 
 
+@dataclass(frozen=True)
+class Versions:
+    """What computes here; ``onnxruntime`` with its distribution, "onnxruntime-gpu 1.24.1"."""
+
+    onnx_ecp: str
+    onnx: str
+    onnxruntime: str
+    numpy: str
+    python: str
+
+
+def versions() -> Versions:
+    """The versions of this installation; empty where a distribution is missing."""
+    return Versions(
+        onnx_ecp=onnx_ecp.__version__,
+        onnx=version("onnx"),
+        onnxruntime=", ".join(f"{name} {number}" for name, number in runtimes().items()),
+        numpy=version("numpy"),
+        python=platform.python_version(),
+    )
+
+
 def diagnose() -> Diagnosis:
     """Look at this installation and machine; never raises for what it finds."""
     checks = [Check("python", f"{platform.python_version()} on {platform.platform(terse=True)}")]
     checks += [_package(name) for name in PACKAGES]
-    checks += [_runtimes({n: v for n in RUNTIMES if (v := version(n))})]
+    checks += [_runtime(runtimes())]
     checks += _providers()
     checks += [Check("CPU threads", str(threads())), Check("memory", _gibibytes(memory()))]
     return Diagnosis(tuple(checks))
@@ -75,9 +98,9 @@ def version(distribution: str) -> str:
         return ""
 
 
-def runtime_version() -> str:
-    """Distribution and version of the installed ONNX Runtime, such as "onnxruntime-gpu 1.24.1"."""
-    return ", ".join(f"{name} {found}" for name in RUNTIMES if (found := version(name)))
+def runtimes() -> dict[str, str]:
+    """The installed distributions of ONNX Runtime and their versions; more than one is a fault."""
+    return {name: number for name in RUNTIMES if (number := version(name))}
 
 
 def threads() -> int:
@@ -103,7 +126,7 @@ def _package(name: str) -> Check:
     return Check(name, "not installed", ok=False, advice=f"pip install {name}")
 
 
-def _runtimes(installed: dict[str, str]) -> Check:
+def _runtime(installed: dict[str, str]) -> Check:
     found = ", ".join(f"{name} {number}" for name, number in installed.items())
     if not installed:
         return Check("ONNX Runtime", "not installed", ok=False, advice=_INSTALL)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnx_ecp
-from onnx_ecp.doctor import runtime_version, version
+from onnx_ecp.doctor import Versions as Versions
 from onnx_ecp.errors import OutputError, UsageError
 from onnx_ecp.evaluate import Gap, ModelFacts
 from onnx_ecp.layers.layer import Skip
@@ -24,28 +22,6 @@ SYNTHETIC_WARNING = (
     "calibrated on made-up inputs drawn from the model's signature: importances and errors say "
     "little about real data; give real inputs with --calibration."
 )
-
-
-@dataclass(frozen=True)
-class Versions:
-    """What computed the result; ``onnxruntime`` with its distribution, "onnxruntime-gpu 1.24.1"."""
-
-    onnx_ecp: str
-    onnx: str
-    onnxruntime: str
-    numpy: str
-    python: str
-
-
-def installed_versions() -> Versions:
-    """The versions of this installation."""
-    return Versions(
-        onnx_ecp=onnx_ecp.__version__,
-        onnx=version("onnx"),
-        onnxruntime=runtime_version(),
-        numpy=version("numpy"),
-        python=platform.python_version(),
-    )
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,10 @@ def report_from_dict(values: Mapping[str, Any]) -> Report:
             hint="Read it with the version of onnx-ecp that wrote it (see its `versions`).",
         )
     fields = {name: v for name, v in values.items() if name not in ("schema", "totals")}
-    fields["layers"] = [
-        {name: v for name, v in row.items() if name != "sparsity"}
-        for row in values.get("layers", ())
-    ]
+    if "layers" in fields:
+        fields["layers"] = [
+            {name: v for name, v in row.items() if name != "sparsity"} for row in fields["layers"]
+        ]
     report = decode(Report, fields)
     assert isinstance(report, Report), "decode returns what it was asked for"
     return report
