@@ -31,6 +31,7 @@ from onnx_ecp.model import (
     data_files,
     digest,
     load,
+    output_names,
     printable,
     read_tensor,
     signature,
@@ -260,7 +261,7 @@ def deviation_sums(a: np.ndarray, b: np.ndarray, start: int, samples: int) -> Su
     floating = a.dtype.kind == "f"
     if floating:
         x, y = a.astype(np.float64), b.astype(np.float64)
-        gap, energy = _distance(x, y), np.square(np.where(np.isfinite(x), x, 0.0)).sum()
+        gap, energy = _distance(x, y), _square_sum(np.where(np.isfinite(x), x, 0.0))
         agree = _same_class(a, b)
         bad = (x.size - np.isfinite(x).sum(), y.size - np.isfinite(y).sum())
     else:
@@ -268,8 +269,8 @@ def deviation_sums(a: np.ndarray, b: np.ndarray, start: int, samples: int) -> Su
         gap, energy = np.where(agree, 0.0, 1.0), float(a.size)
     return Sums(
         elements=a.size,
-        error=float(np.square(gap).sum()),
-        energy=float(energy),
+        error=_square_sum(gap),
+        energy=energy,
         largest=float(gap.max(initial=0.0)),
         largest_at=start + _row_of_largest(gap, samples),
         votes=agree.size,
@@ -286,6 +287,11 @@ def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     same = (x == y) | (np.isnan(x) & np.isnan(y))
     distance = np.abs(np.subtract(y, x, out=np.full(x.shape, np.inf), where=finite))
     return np.where(same, 0.0, distance)
+
+
+def _square_sum(x: np.ndarray) -> float:
+    with np.errstate(over="ignore"):  # doubles beyond 1e154: infinite, and so is the error
+        return float(np.square(x).sum())
 
 
 def _same_class(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -380,6 +386,7 @@ def measure_gap(
     target: _Target | None = None
     predictions: list[tuple[np.ndarray, ...]] = []
     for batch, of_a, of_b in _paired_outputs(a, b, data.batches(size), provider, threads):
+        _check_same_shapes(b, of_a, of_b)
         for name, y in of_a.items():
             new = deviation_sums(y, of_b[name], batch.start, batch.samples)
             sums[name] = sums[name] + new if name in sums else new
@@ -488,19 +495,33 @@ def _paired_outputs(
             yield batch, of_a, of_b
 
 
+_SAME_HINT = "Only models with the same inputs and outputs can be compared."
+
+
 def _check_same_signature(a: Model, b: Model) -> None:
-    for role in ("input", "output"):
-        names_a, names_b = ([v.name for v in _values(m, role)] for m in (a, b))
-        if sorted(names_a) != sorted(names_b):
+    for role, names in (("inputs", _inputs), ("outputs", output_names)):
+        of_a, of_b = names(a.proto), names(b.proto)
+        if sorted(of_a) != sorted(of_b):
+            shown_a, shown_b = (", ".join(map(printable, found)) for found in (of_a, of_b))
             raise ModelError(
-                f"{b.path or 'the second model'}: its {role}s are {', '.join(names_b)}; those of "
-                f"the first model are {', '.join(names_a)}.",
-                hint="Only models with the same inputs and outputs can be compared.",
+                f"{b.path or 'the second model'}: its {role} are {shown_b}; those of the first "
+                f"model are {shown_a}.",
+                hint=_SAME_HINT,
             )
 
 
-def _values(model: Model, role: str) -> list[Any]:
-    return list(model.proto.graph.output if role == "output" else signature(model.proto))
+def _inputs(proto: onnx.ModelProto) -> tuple[str, ...]:
+    return tuple(spec.name for spec in signature(proto))
+
+
+def _check_same_shapes(b: Model, of_a: _Outputs, of_b: _Outputs) -> None:
+    for name, y in of_a.items():
+        if y.shape != of_b[name].shape:
+            raise ModelError(
+                f"{b.path or 'the second model'}: output {printable(name)!r} has shape "
+                f"{of_b[name].shape}; that of the first model has shape {y.shape}.",
+                hint=_SAME_HINT,
+            )
 
 
 @dataclass(frozen=True)
