@@ -6,6 +6,7 @@ an option's value may be, the library decides; here is only what is peculiar to 
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -218,6 +219,9 @@ class Program(click.Group):
         """Run and exit; see ``click.Group.main``."""
         args = list(sys.argv[1:] if args is None else args)
         keywords["standalone_mode"] = False
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # not every terminal can show every name
+                stream.reconfigure(errors="backslashreplace")
         with _signals_raise():
             try:
                 code = super().main(args, *rest, **keywords)
@@ -234,15 +238,19 @@ class Program(click.Group):
         return command
 
 
+class _Signal(KeyboardInterrupt):
+    """SIGINT or SIGTERM as an exception that no ``except Exception`` swallows."""
+
+
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Make SIGINT and SIGTERM exceptions, so that nothing half-written stays behind."""
+    """Make both signals exceptions, so that nothing half-written stays behind."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
 
     def interrupt(number: int, frame: Any) -> None:
-        raise Interrupted(number)
+        raise _Signal(number)
 
     before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -268,6 +276,8 @@ def _failed(error: Exception, with_traceback: bool) -> int:
 def _explained(error: Exception) -> tuple[str, str, int]:
     """(message, hint, exit code) of an exception."""
     match error:
+        case click.Abort(__cause__=_Signal(args=(number,))):
+            return _explained(Interrupted(number))
         case OnnxEcpError():
             return error.message, error.hint, error.exit_code
         case click.NoSuchOption(ctx=ctx, option_name=name):

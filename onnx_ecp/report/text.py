@@ -7,9 +7,10 @@ nothing as markup.
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -32,20 +33,27 @@ Row = TypeVar("Row")
 
 
 def show(renderable: RenderableType, file: TextIO | None = None) -> None:
-    """Print tables on stdout, or into ``file``; 100 columns wide where that is no terminal."""
-    console = Console(file=file, markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(
-            file=file, markup=False, emoji=False, highlight=False, width=WIDTH, color_system=None
-        )
-    console.print(renderable)
+    """Print tables on stdout, or into ``file``.
+
+    Where that is no terminal, they are 100 columns wide, without colour and trailing blanks.
+    """
+    file = sys.stdout if file is None else file
+    plain_text: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    console = Console(file=file, **plain_text)
+    if console.is_terminal:
+        console.print(renderable)
+        return
+    console = Console(file=file, width=WIDTH, color_system=None, **plain_text)
+    with console.capture() as captured:
+        console.print(renderable)
+    file.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def plain(renderable: RenderableType) -> str:
-    """The same as text, without trailing blanks."""
+    """What ``show`` writes into a file."""
     file = io.StringIO()
     show(renderable, file)
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+    return file.getvalue()
 
 
 def ok_line(report: Report) -> str:
