@@ -113,7 +113,13 @@ def schedule(stages: int) -> list[float]:
 
 
 def stage(
-    network: Network, plan: Plan, before: Pruned, share: float, progress: Progress = silent
+    network: Network,
+    plan: Plan,
+    before: Pruned,
+    share: float,
+    progress: Progress = silent,
+    *,
+    measured: Measured | None = None,
 ) -> Pruned:
     """Observe, score, select and compensate once.
 
@@ -123,9 +129,10 @@ def stage(
         before: the result of the stage before.
         share: how far to go towards the targets, 1 = all the way.
         progress: called as work goes on.
+        measured: what ``observe`` told of the state before, where that is known already.
     """
     state = before.state
-    measured = observe(network, plan, state, progress)
+    measured = measured or observe(network, plan, state, progress)
     scores = importances(network, plan, state, measured)
     by_tensor = summed(network.layers, scores)
     keep: dict[str, np.ndarray] = {}
