@@ -156,12 +156,7 @@ def _function_body(op: Builder, node: gs.Node) -> Outputs:
     attrs = {**_default_attributes(node.op, op.graph.opset), **node.attrs}
     call = gs.Node(node.op, attrs=attrs, inputs=given, outputs=results)
     named = [y for y in results if not y.is_empty()]
-    model = gs.export_onnx(
-        gs.Graph([call], list(inputs.values()), named, opset=op.graph.opset), do_type_check=False
-    )
-    functions = [("", node.op)]
-    inlined = onnx.inliner.inline_selected_functions(model, functions, inline_schema_functions=True)
-    body = gs.import_onnx(inlined)
+    body = gs.import_onnx(_inlined(gs.Graph([call], list(inputs.values()), named), op.graph.opset))
     _refuse_if(any(n.op in (node.op, "If", "Loop", "Scan") for n in body.nodes), "control flow")
     for name, tensor in body.tensors().items():
         if name not in outside and not tensor.is_empty():
@@ -172,6 +167,30 @@ def _function_body(op: Builder, node: gs.Node) -> Outputs:
     op.graph.nodes = list(body.nodes)
     found = iter(body.outputs)
     return [None if y.is_empty() else next(found) for y in results]
+
+
+def _inlined(graph: gs.Graph, opset: int) -> onnx.ModelProto:
+    """A model of the nodes that define the only node of the graph."""
+    graph.opset = opset
+    model = gs.export_onnx(graph, do_type_check=False)
+    (call,) = model.graph.node
+    types = {x.name: x.type.SerializeToString() for x in model.graph.input}
+    schema: Any = onnx.defs.get_schema(call.op_type, opset)
+    function = onnx.FunctionProto()
+    if schema.has_function:
+        function.CopyFrom(schema.function_body)
+    else:
+        empty = onnx.TypeProto().SerializeToString()
+        given = [types.get(name, empty) for name in call.input]
+        body = schema.get_context_dependent_function(call.SerializeToString(), given)
+        function.ParseFromString(body)
+    function.name = call.op_type = f"{call.op_type}Body"
+    function.domain = call.domain = "onnx_ecp"
+    del function.opset_import[:]
+    function.opset_import.append(onnx.helper.make_opsetid("", opset))
+    model.opset_import.append(onnx.helper.make_opsetid("onnx_ecp", 1))
+    model.functions.append(function)
+    return onnx.inliner.inline_local_functions(model)
 
 
 def _default_attributes(op_type: str, opset: int) -> dict[str, Any]:

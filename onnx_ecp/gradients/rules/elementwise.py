@@ -178,7 +178,7 @@ for _name, _derivatives in BINARY.items():
     rule(_name)(_binary(_derivatives))
 
 
-@rule("Ceil", "Floor", "Round", "Sign", "Hardmax")
+@rule("Ceil", "EyeLike", "Floor", "Hardmax", "Round", "Sign")
 def _step(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Tensor | None:
     return None
 
@@ -222,7 +222,8 @@ def _where(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.
 
 @rule("Cast", "CastLike")
 def _cast(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Tensor | None:
-    return op.cast(only(node, g, i, 0), op.dtype(node.inputs[0]))
+    # CastLike only looks at the type of its second input.
+    return op.cast(g[0], op.dtype(node.inputs[0])) if i == 0 else None
 
 
 @rule("Dropout")

@@ -72,22 +72,30 @@ def _matmul(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs
 
 @rule("Einsum")
 def _einsum(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Tensor | None:
-    """Exchange an operand with the output; letters that only it has are spread over ones."""
+    """Exchange the operand with the output; indices that only the operand has need a factor."""
     operands, result = _parse_einsum(node.attrs["equation"], len(node.inputs))
-    if any(len(set(t.replace(".", ""))) != len(t.replace(".", "")) for t in operands):
-        raise Unsupported("an operand with a repeated index")
     if any("..." in t for t in operands):
         operands, result = _spell_ellipsis(op, node, operands, result)
-    own = operands[i]
+    own, x = operands[i], node.inputs[i]
     others = [t for j, t in enumerate(operands) if j != i]
-    factors = [x for j, x in enumerate(node.inputs) if j != i]
+    factors = [t for j, t in enumerate(node.inputs) if j != i]
+    free = [c for c in ascii_letters if c not in result + "".join(operands)]
+    target = ""
     for axis, letter in enumerate(own):
+        size = op.Shape(x, start=axis, end=axis + 1)
+        if letter in target:
+            # A diagonal: the unit matrix puts the adjoint back onto it.
+            target += free.pop()
+            factors.append(op.EyeLike(op.Expand(op.const(0.0, op.dtype(x)), op.Tile(size, [2]))))
+            others.append(letter + target[-1])
+            continue
+        target += letter
         if letter not in result and not any(letter in t for t in others):
-            size = op.Shape(node.inputs[i], start=axis, end=axis + 1)
-            factors.append(op.Expand(op.const(1.0, op.dtype(g[0])), size))
+            # A sum: every element gets the adjoint.
+            factors.append(op.Expand(op.const(1.0, op.dtype(x)), size))
             others.append(letter)
-    probe = next(c for c in ascii_letters if c not in result + "".join(operands))
-    equation = ",".join([probe + result, *others]) + "->" + probe + own
+    probe = free.pop()
+    equation = ",".join([probe + result, *others]) + "->" + probe + target
     return op.Einsum(g[0], *factors, equation=equation)
 
 

@@ -128,8 +128,8 @@ def _depth_to_space(
 def _space_to_depth(
     op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int
 ) -> gs.Tensor | None:
-    (x,), (y,), block = node.inputs, node.outputs, node.attrs["blocksize"]
-    images = op.DepthToSpace(merge_probes(op, g[0], y), blocksize=block)
+    (x,), (y,) = node.inputs, node.outputs
+    images = op.DepthToSpace(merge_probes(op, g[0], y), **node.attrs)
     return op.reshape_like(images, g[0], x)
 
 

@@ -50,9 +50,14 @@ def constant(tensor: gs.Tensor | None) -> np.ndarray | None:
     """The value of a tensor that is stored in the model; None where it is computed or omitted."""
     if isinstance(tensor, gs.Constant):
         return np.asarray(tensor.values)
-    if tensor is None or not tensor.inputs or tensor.inputs[0].op != "Constant":
+    if tensor is None or not tensor.inputs:
         return None
-    value: Any = next(iter(tensor.inputs[0].attrs.values()))
+    source = tensor.inputs[0]
+    if source.op == "Identity":
+        return constant(source.inputs[0])
+    if source.op != "Constant":
+        return None
+    value: Any = next(iter(source.attrs.values()))
     return np.asarray(value.values if isinstance(value, gs.Constant) else value)
 
 
