@@ -12,7 +12,7 @@ import pytest
 from hostile import HOSTILE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from onnx_ecp.errors import ModelError, OnnxEcpError
 from onnx_ecp.model import decode_sparse, digest, load, runtime_support, signature
@@ -126,16 +126,31 @@ def test_a_giant_tensor_in_a_file_is_never_in_memory(tmp_path):
         load(path)
 
 
-VALID = hostile.small_model()
-hostile.sparse_weight(np.array([1, 5]), np.ones(2, np.float32), [4, 3])(VALID)
-VALID.graph.node[1].attribute.add(name="extra", type=onnx.AttributeProto.TENSOR).t.CopyFrom(
-    numpy_helper.from_array(np.ones(2, np.float32))
+SPARSE = hostile.small_model(
+    """<ir_version: 8, opset_import: ["" : 13]>
+    net (float[batch,4] x, bool[1] flag) => (float[batch,3] y)
+    <float[4,3] W = {1,2,3,4,5,6,7,8,9,10,11,12}>
+    {
+        b = Constant <value = float[3] {1,2,3}> ()
+        h = MatMul(x, W)
+        y = If (flag) <
+            then_branch = yes () => (float[batch,3] p) { p = Add(h, b) },
+            else_branch = no () => (float[batch,3] q) { q = Sub(h, b) }
+        >
+    }"""
 )
+hostile.sparse_weight(np.array([1, 5]), np.ones(2, np.float32), [4, 3])(SPARSE)
 CORPUS = [
     hostile.VALID,
-    VALID.SerializeToString(),
+    SPARSE.SerializeToString(),
     hostile.with_functions({"f": "y = Relu(x)"}, "f").SerializeToString(),
 ]
+
+
+def test_the_models_to_mutate_are_valid(tmp_path):
+    for data in CORPUS:
+        (tmp_path / "model.onnx").write_bytes(data)
+        load(tmp_path / "model.onnx")
 
 
 @st.composite
