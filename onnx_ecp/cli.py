@@ -126,7 +126,7 @@ OPTIONS = (
     ),
     click.option(
         "-m", "--method", metavar="NAME", default="ecp", show_default=True,
-        help="ecp, magnitude, random, gradient-magnitude, wanda or obd.",
+        help="ecp, ecp-refit, obs, magnitude, random, gradient-magnitude, wanda or obd.",
     ),
     click.option(
         "-s", "--sparsity", metavar="VALUE", default="0.5", show_default=True,

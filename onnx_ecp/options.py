@@ -1,7 +1,8 @@
-"""What a user may choose, checked before any work; the command line's options are the same names."""
+"""What a user may choose, checked before any work; the command line has the same names."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -79,6 +80,11 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+        for pattern in (*self.include, *self.exclude, *self.layer_sparsity):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"{pattern!r} is no regular expression: {error}.") from error
         if not self.damping > 0:
             raise UsageError(f"--damping is {self.damping}; it must be greater than 0.")
 

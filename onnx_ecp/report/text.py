@@ -27,7 +27,8 @@ from onnx_ecp.report import LayerRow, Report
 WIDTH = 100
 # Rows of a long table that are shown at its beginning and at its end.
 _HEAD = _TAIL = 15
-_WIDEST = 200
+# Characters of a sentence that are shown; names get fewer.
+_SENTENCE = 400
 
 Row = TypeVar("Row")
 
@@ -130,7 +131,9 @@ def diagnosis_tables(diagnosis: Diagnosis) -> Group:
     """What is installed, and what to do about what is wrong."""
     table = _table(None, "", "found", "")
     for check in diagnosis.checks:
-        table.add_row(check.name, printable(check.found), "ok" if check.ok else "PROBLEM")
+        table.add_row(
+            check.name, printable(check.found, _SENTENCE), "ok" if check.ok else "PROBLEM"
+        )
     advice = [_warning(check.advice) for check in diagnosis.checks if check.advice]
     return Group(table, *advice)
 
@@ -216,7 +219,9 @@ def _layer_table(report: Report, verbose: bool) -> Table:
 def _notes(layers: Sequence[LayerRow], verbose: bool) -> Text:
     noted = [row for row in layers if row.note]
     lines = [
-        _omitted(row) if isinstance(row, int) else f"{printable(row.name)}: {printable(row.note)}"
+        _omitted(row)
+        if isinstance(row, int)
+        else f"{printable(row.name)}: {printable(row.note, _SENTENCE)}"
         for row in _cut(noted, verbose)
     ]
     return Text("\n".join(lines))
@@ -228,7 +233,9 @@ def _skip_table(skips: Sequence[Skip], verbose: bool) -> Table:
         if isinstance(skip, int):
             table.add_row(_omitted(skip))
         else:
-            table.add_row(printable(skip.name), printable(skip.op), printable(skip.reason))
+            table.add_row(
+                printable(skip.name), printable(skip.op), printable(skip.reason, _SENTENCE)
+            )
     return table
 
 
@@ -251,7 +258,7 @@ def _facts(report: Report) -> Table:
     errors = {"predicted": report.predicted_error}
     errors["measured"] = None if report.gap is None else report.gap.relative_error
     known = [f"{name} {_number(error)}" for name, error in errors.items() if error is not None]
-    origin = printable(data.source, _WIDEST)
+    origin = printable(data.source, _SENTENCE)
     table = Table.grid(padding=(0, 2))
     table.add_row(
         "method",
@@ -266,7 +273,7 @@ def _facts(report: Report) -> Table:
 
 
 def _warning(text: str) -> Text:
-    return Text(f"warning: {printable(text)}", style="bold yellow")
+    return Text(f"warning: {printable(text, _SENTENCE)}", style="bold yellow")
 
 
 def _table(title: str | None, *columns: str) -> Table:
