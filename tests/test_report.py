@@ -171,38 +171,38 @@ def test_a_shared_tensor_counts_once():
 
 GOLDEN = """\
 
-                                 original             result        change
- ──────────────────────────────────────────────────────────────────────────
-  file                            in.onnx           out.onnx
-  sha256                     aaaaaaaaaaaa       bbbbbbbbbbbb
-  parameters                       31,370             31,370
-  zeros                                 0             25,088
-  size                          127.0 KiB          127.0 KiB        x1.000
-  size, gzip                    117.2 KiB           39.1 KiB        x0.333
-  zeros in prunable layers     0 (0.00 %)   25,188 (79.31 %)     of 31,760
-  accuracy                         97.5 %               97 %   -0.5 points
+                               original            result       change
+ ─────────────────────────────────────────────────────────────────────
+ file                           in.onnx          out.onnx
+ sha256                    aaaaaaaaaaaa      bbbbbbbbbbbb
+ parameters                      31,370            31,370
+ zeros                                0            25,088
+ size                         127.0 KiB         127.0 KiB       x1.000
+ size, gzip                   117.2 KiB          39.1 KiB       x0.333
+ zeros in prunable layers    0 (0.00 %)  25,188 (79.31 %)    of 31,760
+ accuracy                        97.5 %              97 %  -0.5 points
 
 Layers
 
-                                zeros              importance    bias   effective
-  layer      op     out x in    after   sparsity      removed   shift     samples
- ─────────────────────────────────────────────────────────────────────────────────
-  fc1        Gemm   40 x 784   25,088    80.00 %       0.0123    0.25       812.5
-  fc2        Gemm    10 x 40      100    25.00 %       0.0123    0.25
+                            zeros               imp.   bias     eff.
+ layer     op    out x in   after  sparsity  removed  shift  samples
+ ───────────────────────────────────────────────────────────────────
+ fc1       Gemm  40 x 784  25,088   80.00 %   0.0123   0.25      812
+ fc2       Gemm   10 x 40     100   25.00 %   0.0123   0.25
 
-  2 layers            31,760   25,188    79.31 %
+ 2 layers          31,760  25,188   79.31 %
 
 Not pruned
 
-  node   op       reason
- ────────────────────────────────────────────
-  head   MatMul   its weight is not constant
+ node  op      reason
+ ────────────────────────────────────────
+ head  MatMul  its weight is not constant
 
 Outputs on 200 samples
 
-  output   relative error   mean squared error   largest deviation   agreement
- ──────────────────────────────────────────────────────────────────────────────
-  logits           0.0456               0.0001    0.31 (sample 17)     98.50 %
+ output  relative error  mean squared error  largest deviation  agreement
+ ────────────────────────────────────────────────────────────────────────
+ logits          0.0456              0.0001   0.31 (sample 17)    98.50 %
 
 method        ecp: importance ecp, compensation bias, metric l2, stages 1
 calibration   in.npz: 1,800 samples, 200 held out

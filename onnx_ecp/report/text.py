@@ -188,8 +188,8 @@ def _layer_table(report: Report, verbose: bool) -> Table:
     pruned_before = any(row.zeros_before for row in report.layers)
     has_ess = any(row.ess is not None for row in report.layers)
     columns = ["layer", "op", "out x in>", *(["zeros\nbefore>"] if pruned_before else [])]
-    columns += ["zeros\nafter>", "sparsity>", "importance\nremoved>", "bias\nshift>"]
-    table = _table("Layers", *columns, *(["effective\nsamples>"] if has_ess else []))
+    columns += ["zeros\nafter>", "sparsity>", "imp.\nremoved>", "bias\nshift>"]
+    table = _table("Layers", *columns, *(["eff.\nsamples>"] if has_ess else []))
 
     def add(layer: str, op: str, shape: str, before: int, after: int, *rest: str) -> None:
         table.add_row(layer, op, shape, *([f"{before:,}"] * pruned_before), f"{after:,}", *rest)
@@ -198,7 +198,7 @@ def _layer_table(report: Report, verbose: bool) -> Table:
         if isinstance(row, int):
             table.add_row(_omitted(row))
             continue
-        shift = f"{'new ' if row.bias_created else ''}{_number(row.largest_shift)}"
+        shift = f"{'new ' if row.bias_created else ''}{_optional(row.largest_shift)}"
         rest = [
             _optional(row.importance_removed),
             shift,
@@ -277,13 +277,21 @@ def _warning(text: str) -> Text:
 
 
 def _table(title: str | None, *columns: str) -> Table:
-    """An empty table; a column whose title ends in ``>`` holds numbers and never wraps."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    """An empty table; a column whose title ends in ``>`` holds numbers.
+
+    Numbers and operator types never wrap; names and sentences do where the room is short.
+    """
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+        pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
     for column in columns:
         number = column.endswith(">")
-        name = column.rstrip(">")
         table.add_column(
-            name, justify="right" if number else "left", no_wrap=number, overflow="fold"
+            column.rstrip(">"),
+            justify="right" if number else "left",
+            no_wrap=number or column == "op",
+            overflow="fold",
         )
     return table
 
@@ -347,4 +355,4 @@ def _number(value: float) -> str:
 
 
 def _optional(value: float | None) -> str:
-    return "" if value is None else _number(value)
+    return "" if value is None else f"{value:.3g}"
