@@ -211,7 +211,7 @@ ERRORS = {
     "out of time": ([*RUN, "--timeout", "1e-9"], 6, "time limit", "--timeout"),
     "output exists": (["optimize", "in.onnx", "test.npz"], 8, "test.npz: ", "--force"),
     "no such directory": (["optimize", "in.onnx", "no/o.onnx"], 8, "no", ""),
-    "report in no directory": ([*RUN, "--report", "no/r.json"], 8, "no: ", ""),
+    "report in no directory": ([*RUN, "--report", "no/r.json"], 8, "no/r.json: ", ""),
 }
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from onnx_ecp.doctor import Versions as Versions
-from onnx_ecp.errors import OutputError, UsageError
+from onnx_ecp.errors import UsageError
 from onnx_ecp.evaluate import Gap, ModelFacts
 from onnx_ecp.layers.layer import Skip
+from onnx_ecp.model import check_output, write_whole
 
 UNSTRUCTURED_SPEED = (
     "Scattered zeros do not make ONNX Runtime faster (measured x0.93 to x1.03 at every sparsity); "
@@ -195,12 +194,7 @@ def check_target(path: str | Path) -> None:
             f"{path}: no report format ends in {path.suffix!r}.",
             hint=f"Name the file *{' or *'.join(WRITERS)}.",
         )
-    if path.is_dir():
-        raise OutputError(f"{path}: is a directory.", hint="Name a file.")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path.parent}: no such directory.", hint="Create it first.")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path.parent}: not writable.", hint="Choose another directory.")
+    check_output(path, force=True, source=None)
 
 
 def write(report: Report, path: str | Path) -> None:
@@ -211,12 +205,5 @@ def write(report: Report, path: str | Path) -> None:
         OutputError: the file cannot be written.
     """
     check_target(path)
-    path = Path(path)
-    text = WRITERS[path.suffix.lower()](report)
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
-            draft = Path(directory, path.name)
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, path)
-    except OSError as error:
-        raise OutputError(f"{path}: {error.strerror or error}.") from error
+    text = WRITERS[Path(path).suffix.lower()](report)
+    write_whole(path, text.encode())
