@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from onnx_ecp.calibration import Calibration
+from onnx_ecp.finetune import finetune
 from onnx_ecp.gradients.observer import Observer, State
 from onnx_ecp.layers import Layer
 from onnx_ecp.measurement import (
@@ -68,6 +69,7 @@ class Plan:
         positions: "expand" or "reduce".
         damping: ridge of the refit.
         seed: of the methods' random numbers.
+        finetune_steps: of fine-tuning after the last stage; a tenth of it after every other one.
     """
 
     method: Method
@@ -75,6 +77,7 @@ class Plan:
     positions: str = "expand"
     damping: float = 1e-2
     seed: int = 0
+    finetune_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,28 @@ def prune(network: Network, plan: Plan, progress: Progress = silent) -> Pruned:
     for share in schedule(plan.method.stages):
         check_deadline()
         result = stage(network, plan, result, share, progress)
+        result = tuned(network, plan, result, last=share == 1.0, progress=progress)
     return result
+
+
+def tuned(
+    network: Network, plan: Plan, result: Pruned, *, last: bool, progress: Progress = silent
+) -> Pruned:
+    """Fine-tune between two stages, or after the last one."""
+    steps = plan.finetune_steps if last else plan.finetune_steps // 10
+    if not steps:
+        return result
+    found = finetune(
+        network.observer,
+        network.original,
+        result.state,
+        network.fit,
+        network.guard,
+        steps=steps,
+        seed=plan.seed,
+        progress=progress,
+    )
+    return replace(result, state=found.state)
 
 
 def schedule(stages: int) -> list[float]:

@@ -147,19 +147,37 @@ class Observer:
     def observe(self, state: State, batch: Batch) -> Observation:
         """Run one batch in one state; every layer that is not blocked is in the result."""
         feeds = self._feeds(state, batch.feeds)
-        seeds = self._seeds(feeds, batch)
+        return self._pulled(feeds, self._seeds(feeds, batch), batch.samples)
+
+    def heads(self, state: State, batch: Batch) -> dict[str, np.ndarray]:
+        """The tensors that seeds meet, by name: the float outputs, under kl their logits."""
+        return self._forward.run(self._feeds(state, batch.feeds), list(self._heads.values()))
+
+    def pull(self, state: State, batch: Batch, seeds: Mapping[str, np.ndarray]) -> Observation:
+        """Like ``observe`` with seeds of the caller, such as the gradient of a loss.
+
+        Args:
+            state: weights and shifts.
+            batch: samples.
+            seeds: (P, *shape of the head) for every name that ``heads`` gives.
+        """
+        return self._pulled(self._feeds(state, batch.feeds), seeds, batch.samples)
+
+    def _pulled(
+        self, feeds: dict[str, np.ndarray], seeds: Mapping[str, np.ndarray], samples: int
+    ) -> Observation:
         layers = [layer for layer in self.layers if layer.name not in self.blocked]
         if self._reverse is None:
             values = self._read(self._forward, feeds, (x.input for x in layers))
-            adjoints = {x.name: self._differences(x, feeds, seeds, batch.samples) for x in layers}
+            adjoints = {x.name: self._differences(x, feeds, seeds, samples) for x in layers}
         else:
             names = {x.name: self._adjoints[x.name] for x in layers}
             wanted = [*names.values(), *(x.input for x in layers)]
-            feeds |= {f"ecp/seed/{name}": seed for name, seed in seeds.items()}
+            feeds = feeds | {f"ecp/seed/{name}": seed for name, seed in seeds.items()}
             values = self._read(self._reverse, feeds, wanted)
             adjoints = {x.name: x.rows_out(values[names[x.name]]) for x in layers}
         return Observation(
-            batch.samples,
+            samples,
             {x.name: x.rows_in(values[x.input]) for x in layers},
             adjoints,
         )
@@ -174,14 +192,13 @@ class Observer:
     def output_energy(self, state: State, batches: Iterable[Batch]) -> float:
         """Mean over samples of the squared outputs, in the units of the l2 metric."""
         energies = self._output_energies(state, batches)
-        return sum(self._plan.scales.get(name, 1.0) ** 2 * e for name, e in energies.items())
+        return sum(self.scales[name] ** 2 * e for name, e in energies.items())
 
     def _output_energies(self, state: State, batches: Iterable[Batch]) -> dict[str, float]:
         """Mean over samples of the sum of squares, by seeded output."""
-        heads, samples = list(self._heads.values()), 0
-        totals = dict.fromkeys(heads, 0.0)
+        samples, totals = 0, dict.fromkeys(self._heads.values(), 0.0)
         for batch in batches:
-            for name, y in self._forward.run(self._feeds(state, batch.feeds), heads).items():
+            for name, y in self.heads(state, batch).items():
                 totals[name] += float(np.square(y, dtype=np.float64).sum())
             samples += batch.samples
         return {name: total / samples for name, total in totals.items()}
@@ -191,6 +208,11 @@ class Observer:
         feeds = self._feeds(state, batch.feeds)
         values = self._read(self._forward, feeds, (layer.input for layer in self.layers))
         return {layer.name: layer.rows_in(values[layer.input]) for layer in self.layers}
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """By head, the factor of its elements in the metric."""
+        return {name: self._plan.scales.get(name, 1.0) for name in self._heads.values()}
 
     @property
     def bytes_per_sample(self) -> int:
@@ -219,7 +241,7 @@ class Observer:
         return found | session.run(feeds, [name for name in wanted if name not in found])
 
     def _differences(
-        self, layer: Layer, feeds: dict[str, np.ndarray], seeds: dict[str, np.ndarray], n: int
+        self, layer: Layer, feeds: dict[str, np.ndarray], seeds: Mapping[str, np.ndarray], n: int
     ) -> np.ndarray:
         kinds = {node.op_type for node in self._prepared.proto.graph.node}
         step = 1e-3 if kinds & PIECEWISE else 1e-2
