@@ -339,7 +339,7 @@ def compare(
     first, second = _model(a), _model(b)
     samples = calibration.load(data, signature(first.proto))
     if isinstance(labels, str | Path):
-        labels = calibration.load_labels(labels, _rows(samples))
+        labels = calibration.load_labels(labels, expected_rows(samples))
     gap = measure_gap(
         first, second, samples, labels, provider=provider, threads=threads, batch_size=batch_size
     )
@@ -459,7 +459,7 @@ def _model(given: str | Path | onnx.ModelProto | Model) -> Model:
     return given if isinstance(given, Model) else load(given)
 
 
-def _rows(data: Calibration) -> int:
+def expected_rows(data: Calibration) -> int:
     """Rows of outputs to expect: a sample of a fixed batch of B is B rows."""
     fixed = next(iter(data.arrays.values())).shape[1:]
     return len(data) if data.stacked or len(fixed) < 2 else len(data) * fixed[0]

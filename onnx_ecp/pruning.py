@@ -97,12 +97,26 @@ class Pruned:
     notes: dict[str, str] = field(default_factory=dict)
 
 
-def prune(network: Network, plan: Plan, progress: Progress = silent) -> Pruned:
-    """Prune a network to the targets of a plan, in as many stages as its method wants."""
+def prune(
+    network: Network,
+    plan: Plan,
+    progress: Progress = silent,
+    *,
+    measured: Measured | None = None,
+) -> Pruned:
+    """Prune a network to the targets of a plan, in as many stages as its method wants.
+
+    Args:
+        network: what is pruned.
+        plan: how.
+        progress: called as work goes on.
+        measured: what ``observe`` told of the original, where that is known already.
+    """
     result = Pruned(network.original)
     for share in schedule(plan.method.stages):
         check_deadline()
-        result = stage(network, plan, result, share, progress)
+        result = stage(network, plan, result, share, progress, measured=measured)
+        measured = None  # it is of the original: later stages look at what they have made
         result = tuned(network, plan, result, last=share == 1.0, progress=progress)
     return result
 
