@@ -25,7 +25,8 @@ class Fact:
 
 
 # Element types of results that are not the type of an input.
-_BOOL = ("And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or")
+_COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "IsNaN")
+_BOOL = (*_COMPARISONS, "And", "Not", "Or")
 _RESULT = {**dict.fromkeys(_BOOL, np.bool_), "Shape": np.int64, "Size": np.int64}
 
 
@@ -159,6 +160,22 @@ class Builder:
         value = gs.Constant(self.fresh("zero"), np.zeros(1, self.dtype(g)))
         shape = self.adjoint_shape(g, x)
         return self.op("ConstantOfShape", shape, dtype=self.dtype(g), value=value)
+
+    def pad(self, x: gs.Tensor, rank: int, axes: Iterable[int], amounts: Any) -> gs.Tensor:
+        """Zeros around x along some axes; negative amounts cut.
+
+        Args:
+            x: of the given rank.
+            rank: of x.
+            axes: counted from the front.
+            amounts: int64 (2 * number of axes), those before x first, then those behind it.
+        """
+        # Pad has an input for the axes, but ONNX Runtime (1.31) moves a Transpose through such a
+        # Pad as if the amounts were those of all axes.
+        before = np.array([*axes], np.int64)
+        places = np.concatenate([before, before + rank])
+        full = self.op("ScatterElements", np.zeros(2 * rank, np.int64), places, amounts)
+        return self.op("Pad", x, full, None)
 
     def further_output(self, node: gs.Node, index: int, dtype: Any) -> gs.Tensor:
         """Output ``index`` of a forward node, asked for where the model did not."""

@@ -183,7 +183,9 @@ def _inlined(graph: gs.Graph, opset: int) -> onnx.ModelProto:
         empty = onnx.TypeProto().SerializeToString()
         given = [types.get(name, empty) for name in call.input]
         body = schema.get_context_dependent_function(call.SerializeToString(), given)
+        _refuse_if(not body, "no body for these types")
         function.ParseFromString(body)
+    _refuse_if(len(function.input) < len(call.input), "an input that the body does not know")
     function.name = call.op_type = f"{call.op_type}Body"
     function.domain = call.domain = "onnx_ecp"
     del function.opset_import[:]

@@ -70,12 +70,9 @@ def margins(op: Builder, node: gs.Node, total: gs.Tensor, rank: int) -> tuple[An
     return begin, op.Sub(total, begin)
 
 
-def pad_spatial(
-    op: Builder, x: gs.Tensor, begin: gs.Tensor, end: gs.Tensor, rank: int, value: Any = None
-) -> Any:
+def pad_spatial(op: Builder, x: gs.Tensor, begin: gs.Tensor, end: gs.Tensor, rank: int) -> Any:
     """Pad (or with negative amounts cut) the spatial axes of x (N, C, ...)."""
-    axes = np.arange(2, 2 + rank, dtype=np.int64)
-    return op.Pad(x, op.Concat(begin, end, axis=0), value, axes)
+    return op.pad(x, 2 + rank, range(2, 2 + rank), op.Concat(begin, end, axis=0))
 
 
 def merge_probes(op: Builder, g: gs.Tensor, y: gs.Tensor) -> Any:

@@ -73,7 +73,7 @@ def _slice(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.
     start = op.Where(op.Less(start, 0), op.Add(start, sizes), start)
     before = op.Max(op.Min(start, sizes), 0)
     after = op.Sub(op.Sub(sizes, kept), before)
-    return op.Pad(adjoint, op.Concat(before, after, axis=0), None, axes + 1)
+    return op.pad(adjoint, op.rank(x) + 1, axes + 1, op.Concat(before, after, axis=0))
 
 
 def _all_ones(steps: np.ndarray | None) -> bool:
@@ -87,8 +87,9 @@ def _pad(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Te
         return _by_index(op, node, g, i)
     given = optional_input(node, 3)
     axes = np.arange(op.rank(node.inputs[0])) if given is None else known(given, "axes")
-    axes = np.array([nonnegative(int(a), op.rank(node.inputs[0])) for a in axes], np.int64)
-    return op.Pad(only(node, g, i, 0), op.Neg(node.inputs[1]), None, axes + 1)
+    rank = op.rank(node.inputs[0])
+    own = [1 + nonnegative(int(a), rank) for a in axes]
+    return op.pad(only(node, g, i, 0), rank + 1, own, op.Neg(node.inputs[1]))
 
 
 @rule("Trilu")

@@ -16,8 +16,17 @@ from onnx_ecp.gradients.rules.registry import Unsupported, nonnegative, only, ru
 def _softmax(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Tensor | None:
     (y,) = node.outputs
     axis = nonnegative(node.attrs.get("axis", -1), op.rank(y)) + 1
+    if _is_repaired(y):
+        y = op.Where(op.IsNaN(y), 0.0, y)
     weighted = op.Mul(g[0], y)
     return op.Sub(weighted, op.Mul(y, op.ReduceSum(weighted, [axis], keepdims=1)))
+
+
+def _is_repaired(y: gs.Tensor) -> bool:
+    """Whether the model replaces rows that are masked out wholly (0/0); their adjoint is 0."""
+    consumers = {consumer.op: consumer for consumer in y.outputs}
+    behind = [consumers[name].outputs[0] for name in ("Cast", "Identity") if name in consumers]
+    return bool({"IsNaN", "Where"} & consumers.keys()) or any(map(_is_repaired, behind))
 
 
 @rule("LogSoftmax")
@@ -111,16 +120,17 @@ def _lrn(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Te
     (x,), (y,), size = node.inputs, node.outputs, node.attrs["size"]
     alpha, beta = float(node.attrs.get("alpha", 1e-4)), float(node.attrs.get("beta", 0.75))
     before = (size - 1) // 2
-    squares = _window_sum(op, op.Mul(x, x), 1, before, size)
+    squares = _window_sum(op, op.Mul(x, x), op.rank(x), 1, before, size)
     s = op.Add(op.Mul(squares, alpha / size), float(node.attrs.get("bias", 1.0)))
-    back = _window_sum(op, op.Mul(g[0], op.Div(y, s)), 2, size - 1 - before, size)
+    errors = op.Mul(g[0], op.Div(y, s))
+    back = _window_sum(op, errors, op.rank(x) + 1, 2, size - 1 - before, size)
     direct = op.Mul(g[0], op.Pow(s, -beta))
     return op.Sub(direct, op.Mul(op.Mul(x, 2.0 * alpha * beta / size), back))
 
 
-def _window_sum(op: Builder, x: Any, axis: int, before: int, size: int) -> Any:
+def _window_sum(op: Builder, x: Any, rank: int, axis: int, before: int, size: int) -> Any:
     """Sums of ``size`` neighbours along an axis, ``before`` of them ahead, zeros outside."""
-    padded = op.Pad(x, [before, size - 1 - before], None, [axis])
+    padded = op.pad(x, rank, [axis], np.array([before, size - 1 - before]))
     width = op.Shape(x, start=axis, end=axis + 1)
     shifted = [op.Slice(padded, [k], op.Add(width, k), [axis]) for k in range(size)]
     return op.Sum(*shifted)
