@@ -125,18 +125,31 @@ OPTIONS = (
         "MODEL.npz beside the model, else made-up inputs]",
     ),
     click.option(
-        "-m", "--method", metavar="NAME", default="ecp", show_default=True,
+        "-m", "--method", metavar="NAME", default="ecp-refit", show_default=True,
         help="ecp, ecp-refit, obs, magnitude, random, gradient-magnitude, wanda or obd.",
     ),
     click.option(
-        "-s", "--sparsity", metavar="VALUE", default="0.5", show_default=True,
-        help="Share of zeros, or N:M (N kept of every M along the reduction axis).",
+        "-s", "--sparsity", metavar="VALUE",
+        help="Share of zeros, or N:M (N kept of every M along the reduction axis).  [default: 0.5, "
+        "or what the target below allows]",
+    ),
+    click.option(
+        "--max-error", type=float, metavar="E",
+        help="Prune as far as the relative output error on held-out samples stays within E.",
+    ),
+    click.option(
+        "--max-accuracy-drop", type=float, metavar="P",
+        help="Prune as far as top-1 accuracy on held-out --labels drops P points at most.",
     ),
     _choice("--importance", "NAME", None, "Rank weights as this method does.  [default: METHOD]"),
     _choice("--compensation", "NAME", None, "none, bias or refit.  [default: the method's own]"),
     click.option(
         "--damping", type=float, metavar="X", default=0.01, show_default=True,
         help="Ridge of the refit, as a share of the mean variance.",
+    ),
+    click.option(
+        "--finetune-steps", type=int, metavar="N", default=0, show_default=True,
+        help="Learn the original outputs for N batches at the end, N/10 between stages.",
     ),
     click.option("--stages", type=int, metavar="N", help="Stages.  [default: the method's own]"),
     _choice("--scope", "global|layer", "global", "Rank over all layers, or within each."),
@@ -181,6 +194,9 @@ OPTIONS = (
         help="Labels of the calibration samples: adds accuracy to the report.",
     ),
     click.option("--masks", metavar="FILE.npz", help="Write the keep masks (True = stays)."),
+    click.option(
+        "--apply-masks", metavar="FILE.npz", help="Remove what these keep masks say, no more."
+    ),
     click.option("--force", is_flag=True, help="Overwrite OUTPUT."),
     click.option("--dry-run", is_flag=True, help="Do everything but write OUTPUT."),
 )  # fmt: skip

@@ -47,7 +47,7 @@ class TargetError(OnnxEcpError):
 
 
 class ProviderError(OnnxEcpError):
-    """ONNX Runtime is missing, failed, ran out of memory or time, or lacks the execution provider."""
+    """ONNX Runtime is missing, failed, ran out of memory or time, or lacks the provider."""
 
     exit_code = 6
 

@@ -29,8 +29,8 @@ class Measured:
 
     Args:
         moments: by layer name.
-        weights: by layer name, the sensitivity of every row, averaged over the units: (groups, rows)
-            in the order of the samples.
+        weights: by layer name, the sensitivity of every row, averaged over the units:
+            (groups, rows), in the order of the samples.
     """
 
     moments: dict[str, Moments] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from onnx_ecp.methods import COMPENSATIONS, METHODS, Method
 from onnx_ecp.model import ENCODINGS
 from onnx_ecp.selection import NM, SCOPES, Sparsity, parse_sparsity
 from onnx_ecp.statistics import POSITIONS
+from onnx_ecp.targets import Limit
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,10 @@ class Options:
         UsageError: an unknown name, or a value out of range.
     """
 
-    method: str = "ecp"
-    sparsity: Sparsity = 0.5
+    method: str = "ecp-refit"
+    sparsity: Sparsity | None = None
+    max_error: float | None = None
+    max_accuracy_drop: float | None = None
     importance: str | None = None
     compensation: str | None = None
     stages: int | None = None
@@ -39,6 +42,7 @@ class Options:
     exclude: tuple[str, ...] = ()
     layer_sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
     damping: float = 1e-2
+    finetune_steps: int = 0
     format: str = "dense"
     samples: int | None = None
     batch_size: int | None = None
@@ -49,6 +53,7 @@ class Options:
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     labels: str | Path | None = None
     masks: str | Path | None = None
+    apply_masks: str | Path | None = None
     force: bool = False
     dry_run: bool = False
 
@@ -62,7 +67,8 @@ class Options:
         for name in ("include", "exclude"):
             value = choices.get(name, ())
             choices[name] = (value,) if isinstance(value, str) else tuple(value)
-        choices["sparsity"] = parse_sparsity(choices.get("sparsity", 0.5))
+        if choices.get("sparsity") is not None:
+            choices["sparsity"] = parse_sparsity(choices["sparsity"])
         own = dict(choices.get("layer_sparsity", {}))
         choices["layer_sparsity"] = {k: parse_sparsity(v) for k, v in own.items()}
         return Options(**choices)
@@ -85,8 +91,38 @@ class Options:
                 re.compile(pattern)
             except re.error as error:
                 raise UsageError(f"{pattern!r} is no regular expression: {error}.") from error
+        if self.finetune_steps < 0:
+            raise UsageError(f"--finetune-steps is {self.finetune_steps}; it cannot be negative.")
+        self._check_limits()
         if not self.damping > 0:
             raise UsageError(f"--damping is {self.damping}; it must be greater than 0.")
+
+    def _check_limits(self) -> None:
+        for name in ("max_error", "max_accuracy_drop"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it cannot be negative.")
+        if self.max_accuracy_drop is not None and self.labels is None:
+            raise UsageError(
+                "--max-accuracy-drop needs labels.",
+                hint="Name them with --labels, or use --max-error.",
+            )
+        if self.limit is not None and self.sparsity is None and self.apply_masks is not None:
+            raise UsageError("--apply-masks leaves nothing for a target to choose.")
+
+    @property
+    def limit(self) -> Limit | None:
+        """What the result must not exceed; without ``sparsity`` it is the target of a search."""
+        if self.max_error is None and self.max_accuracy_drop is None:
+            return None
+        return Limit(self.max_error, self.max_accuracy_drop)
+
+    @property
+    def end(self) -> Sparsity:
+        """The sparsity to prune to; a search may go all the way."""
+        if self.sparsity is not None:
+            return self.sparsity
+        return 0.5 if self.limit is None else 1.0
 
     @property
     def recipe(self) -> Method:

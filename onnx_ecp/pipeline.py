@@ -16,8 +16,9 @@ import onnx
 from onnx_ecp import calibration as calibrating
 from onnx_ecp import doctor, evaluate
 from onnx_ecp import model as modelling
+from onnx_ecp.arrays import npz_names, read_npz
 from onnx_ecp.calibration import Calibration
-from onnx_ecp.errors import ModelError, TargetError, UsageError, did_you_mean
+from onnx_ecp.errors import ModelError, QualityError, TargetError, UsageError, did_you_mean
 from onnx_ecp.evaluate import Comparison
 from onnx_ecp.gradients.observer import Observer, State, original_state
 from onnx_ecp.layers import Layer, Skip, find_layers
@@ -28,6 +29,7 @@ from onnx_ecp.pruning import Network, Plan, Pruned, importances, observe, prune
 from onnx_ecp.report import SYNTHETIC_WARNING, CalibrationFacts, LayerRow, Recipe, Report
 from onnx_ecp.runtime import deadline
 from onnx_ecp.selection import NM, Group, Sparsity
+from onnx_ecp.targets import Judge, Point, seek
 
 # Shares of the calibration samples that are set aside, and how many at most: to judge refits, and
 # to measure the error that the report states. Neither is used for anything else.
@@ -60,6 +62,7 @@ class Data:
     held_out: Calibration
     labels: np.ndarray | None = None
     """Of the held-out samples."""
+    guard_labels: np.ndarray | None = None
 
 
 def optimize(
@@ -92,7 +95,7 @@ def optimize(
         data = gather(source, calibration, options)
         network, blocked = observe_network(source, layers, data, options)
         plan = make_plan(network.layers, options)
-        pruned = prune(network, plan, progress)
+        pruned, curve = prune_within(network, plan, data, options, progress)
         result, created = stored(source, network, pruned.state)
         if output is not None and not options.dry_run:
             result = save(result, source, network.layers, output, options)
@@ -117,6 +120,7 @@ def optimize(
         skips=(*skips, *blocked),
         predicted_error=predicted_error(network, plan, pruned),
         gap=comparison.gap,
+        curve=curve,
         seconds=time.monotonic() - began,
         warnings=tuple(warnings(data, network, pruned, comparison)),
     )
@@ -238,22 +242,24 @@ def gather(source: Model, calibration: Any, options: Options) -> Data:
             seed=options.seed,
             shapes=options.input_shapes,
         )
-    labels = None
+    labels = guard_labels = None
     if options.labels is not None:
-        labels = _labels(options, len(everything))
+        labels, guard_labels = _labels(options, len(everything))
     everything = everything.limit(options.samples or len(everything), options.seed)
     rest, held_out = everything.split(_share(len(everything)), options.seed)
     fit, guard = rest.split(_share(len(rest)), options.seed + 1)
-    return Data(fit, guard, held_out, labels)
+    return Data(fit, guard, held_out, labels, guard_labels)
 
 
-def _labels(options: Options, samples: int) -> np.ndarray:
-    """The labels of the held-out samples: drawn and split as the samples themselves are."""
+def _labels(options: Options, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of the held-out and the guard samples: drawn and split as the samples are."""
     assert options.labels is not None, "the caller has looked"
     labels = {"labels": calibrating.load_labels(options.labels, samples)}
     everything = Calibration(labels, True, str(options.labels), False, options.seed)
     everything = everything.limit(options.samples or samples, options.seed)
-    return everything.split(_share(len(everything)), options.seed)[1].arrays["labels"]
+    rest, held_out = everything.split(_share(len(everything)), options.seed)
+    _, guard = rest.split(_share(len(rest)), options.seed + 1)
+    return held_out.arrays["labels"], guard.arrays["labels"]
 
 
 def _share(samples: int) -> float:
@@ -263,7 +269,7 @@ def _share(samples: int) -> float:
 def observe_network(
     source: Model, layers: Sequence[Layer], data: Data, options: Options
 ) -> tuple[Network, list[Skip]]:
-    """The network under observation; layers without a sensitivity that the method needs are skipped.
+    """The network under observation; layers without a sensitivity that is needed are skipped.
 
     Raises:
         TargetError: no layer is left.
@@ -318,13 +324,81 @@ def make_plan(layers: Sequence[Layer], options: Options) -> Plan:
             )
         own |= dict.fromkeys(matched, value)
     pooled = [t for t in by_tensor if t not in own]
-    if options.scope == "layer" or isinstance(options.sparsity, NM):
-        own |= dict.fromkeys(pooled, options.sparsity)
+    if options.scope == "layer" or isinstance(options.end, NM):
+        own |= dict.fromkeys(pooled, options.end)
         pooled = []
     groups = [_group((t,), by_tensor, sparsity) for t, sparsity in own.items()]
     if pooled:
-        groups.insert(0, _group(tuple(pooled), by_tensor, options.sparsity))
-    return Plan(options.recipe, tuple(groups), options.positions, options.damping, options.seed)
+        groups.insert(0, _group(tuple(pooled), by_tensor, options.end))
+    if options.apply_masks is not None:
+        masks = load_masks(options.apply_masks, by_tensor)
+        groups = [replace(g, masks={n: masks[n] for n in g.tensors}) for g in groups]
+    return Plan(
+        options.recipe,
+        tuple(groups),
+        options.positions,
+        options.damping,
+        options.seed,
+        options.finetune_steps,
+    )
+
+
+def load_masks(path: str | Path, layers: Mapping[str, Layer]) -> dict[str, np.ndarray]:
+    """Keep masks (out, in) from a file that ``save_masks`` wrote; a layer it leaves out stays.
+
+    Args:
+        path: .npz of bool arrays, by stored tensor, in the stored layout.
+        layers: by stored tensor.
+
+    Raises:
+        UsageError: a name, a shape or a type does not fit.
+        CalibrationError: the file cannot be read.
+    """
+    stored = read_npz(Path(path), npz_names(Path(path)))
+    masks = {name: np.ones(layer.shape, np.bool_) for name, layer in layers.items()}
+    for name, mask in stored.items():
+        if name not in layers:
+            raise UsageError(
+                f"{path}: {modelling.printable(name)} is no prunable weight of the model.",
+                hint=did_you_mean(name, layers),
+            )
+        weight = layers[name].weight
+        if mask.dtype != np.bool_ or mask.shape != weight.shape:
+            raise UsageError(
+                f"{path}: the mask of {modelling.printable(name)} is {mask.dtype} {mask.shape}; "
+                f"bool {weight.shape} expected."
+            )
+        masks[name] = replace(weight, scale=1.0).matrix(mask)
+    return masks
+
+
+def prune_within(
+    network: Network, plan: Plan, data: Data, options: Options, progress: Progress
+) -> tuple[Pruned, tuple[Point, ...]]:
+    """Prune to the sparsity asked for, or as far as the limit allows; and the points on the way.
+
+    Raises:
+        TargetError: no sparsity meets the limit.
+        QualityError: the sparsity asked for does not meet it.
+    """
+    limit = options.limit
+    if limit is None:
+        return prune(network, plan, progress), ()
+    labels = None
+    if data.labels is not None and data.guard_labels is not None:
+        labels = (data.guard_labels, data.labels)
+    parts = (data.guard, data.held_out)
+    judge = Judge(network.observer, network.original, parts, labels, network.size)
+    if options.sparsity is None and options.apply_masks is None:
+        return seek(network, plan, limit, judge, progress)
+    pruned = prune(network, plan, progress)
+    point = judge.point(pruned.state)
+    if not limit.allows(point):
+        raise QualityError(
+            f"the result misses the target: {point.described}.",
+            hint="Nothing was written. Lower --sparsity, or leave it out to have it found.",
+        )
+    return pruned, (replace(point, within=True),)
 
 
 def _group(tensors: tuple[str, ...], layers: Mapping[str, Layer], sparsity: Sparsity) -> Group:
@@ -460,7 +534,7 @@ def warnings(data: Data, network: Network, pruned: Pruned, comparison: Compariso
     few = [name for name, ess in pruned.ess.items() if ess < FEW_SAMPLES]
     if few:
         yield (
-            f"the sensitivities of {len(few)} layers, such as {modelling.printable(few[0])}, rest on "
-            f"fewer than {FEW_SAMPLES} effective samples; give more calibration data."
+            f"the sensitivities of {len(few)} layers, such as {modelling.printable(few[0])}, rest "
+            f"on fewer than {FEW_SAMPLES} effective samples; give more calibration data."
         )
     yield from comparison.gap.warnings

@@ -2,9 +2,9 @@
 
 With the current network's input a', the original one's input a and W, and a weight s per row,
 
-    min over (w_i on its support, shift_i) of  E[ s (w_i a' + shift_i - W_i a)^2 ] + ridge |w_i - W_i|^2
+    min over (w_i on its support, d_i) of  E[ s (w_i a' + d_i - W_i a)^2 ] + ridge |w_i - W_i|^2
 
-(METHOD section 3). The shift absorbs the weighted means, so the Gram matrix is the weighted
+(METHOD section 3). The shift d absorbs the weighted means, so the Gram matrix is the weighted
 covariance of a'. One Gram matrix serves all rows of a layer.
 """
 
@@ -172,7 +172,7 @@ def solve(system: np.ndarray, right: np.ndarray, keep: np.ndarray, start: np.nda
     Returns:
         (rows, in), zero outside the support.
     """
-    rows, columns = keep.shape
+    columns = keep.shape[1]
     widest = int(keep.sum(axis=1).max(initial=0))
     # Direct: 2/3 k^3 per row. Iterative: a product with the system per step, 2 in^2 per row.
     if widest**3 / 3 <= CG_STEPS * columns**2:

@@ -73,7 +73,7 @@ def onnxruntime() -> Any:
 
 
 def available_providers() -> list[str]:
-    """What the installed ONNX Runtime was built with; whether a device is there, only a session tells."""
+    """What ONNX Runtime was built with; whether a device is there, only a session tells."""
     return list(onnxruntime().get_available_providers())
 
 
@@ -143,7 +143,7 @@ class Session:
         if wanted not in used:
             raise ProviderError(
                 f"{wanted} was asked for, but ONNX Runtime uses {', '.join(used)}.",
-                hint="Check the driver and its libraries with `onnx-ecp doctor`, or use --provider cpu.",
+                hint="See what `onnx-ecp doctor` says of the driver, or use --provider cpu.",
             )
         self._ort = ort
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="onnxruntime")

@@ -117,11 +117,14 @@ class Group:
         sparsity: their common target.
         orders: by name, the permutation of columns that makes N:M groups consecutive, where the
             natural order does not.
+        masks: by name, the keep masks (out, in) to end with, where they are given; the sparsity
+            then plays no part.
     """
 
     tensors: tuple[str, ...]
     sparsity: Sparsity
     orders: Mapping[str, np.ndarray | None]
+    masks: Mapping[str, np.ndarray] | None = None
 
 
 def select(
@@ -146,16 +149,30 @@ def select(
     scores = {n: scores[n] for n in group.tensors}
     gone = sum(int(np.count_nonzero(~initial[n])) for n in group.tensors)
     size = sum(score.size for score in scores.values())
-    if isinstance(group.sparsity, NM):
-        last = {n: _pattern(scores[n], keep[n], group.sparsity, group.orders[n]) for n in scores}
-        # On the way there only victims of the pattern may go, the least important of them first.
+    last = _last(group, scores, keep)
+    if last is not None:
+        # On the way there only victims of these masks may go, the least important of them first.
         victims = sum(int(np.count_nonzero(~mask)) for mask in last.values())
         ranked = {n: np.where(last[n], np.inf, scores[n]) for n in scores}
     else:
+        assert not isinstance(group.sparsity, NM), "a pattern has masks to end with"
         victims = max(zeros_wanted(group.sparsity, size), gone)
         density = floor * (1 - (gone + share * (victims - gone)) / max(size, 1))
         ranked = {n: _protected(scores[n], density) for n in scores} if density else scores
     return lowest(ranked, keep, round(gone + share * (victims - gone)))
+
+
+def _last(
+    group: Group, scores: Mapping[str, np.ndarray], keep: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray] | None:
+    """The keep masks that a group must end within, where a number of zeros does not say all."""
+    if group.masks is not None:
+        return {n: keep[n] & group.masks[n] for n in group.tensors}
+    if isinstance(group.sparsity, NM):
+        return {
+            n: _pattern(scores[n], keep[n], group.sparsity, group.orders[n]) for n in group.tensors
+        }
+    return None
 
 
 def _pattern(

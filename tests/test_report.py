@@ -137,6 +137,7 @@ def test_json_schema_is_this_one():
         "seconds": None,
         "warnings": None,
         "speed": None,
+            "curve": None,
     }  # fmt: skip
     assert list(values) == ["schema", "totals", *[f.name for f in dataclasses.fields(Report)]]
 

@@ -1,0 +1,1 @@
+"""Sensitivities through ONNX Runtime: the observation graph, its reverse, finite differences."""

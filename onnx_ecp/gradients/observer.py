@@ -126,7 +126,7 @@ class Observer:
         self.facts: dict[str, Fact] = probe(self._prepared, feeds)
         self._heads = _heads(self._prepared.proto, self.facts, metric)
         self.outputs = tuple(self._heads)
-        tensors = [*self._heads.values(), *(layer.input for layer in layers)]
+        tensors = [*self._heads, *self._heads.values(), *(layer.input for layer in layers)]
         if engine == "numeric":
             tensors += [layer.output for layer in layers]
         self._forward = self._with_outputs(tensors)
@@ -152,6 +152,10 @@ class Observer:
     def heads(self, state: State, batch: Batch) -> dict[str, np.ndarray]:
         """The tensors that seeds meet, by name: the float outputs, under kl their logits."""
         return self._forward.run(self._feeds(state, batch.feeds), list(self._heads.values()))
+
+    def predict(self, state: State, batch: Batch) -> dict[str, np.ndarray]:
+        """The float outputs of the model, by name."""
+        return self._forward.run(self._feeds(state, batch.feeds), list(self._heads))
 
     def pull(self, state: State, batch: Batch, seeds: Mapping[str, np.ndarray]) -> Observation:
         """Like ``observe`` with seeds of the caller, such as the gradient of a loss.

@@ -129,7 +129,7 @@ def probe(
 ) -> dict[str, Fact]:
     """Run the observation graph once and note shape and dtype of every tensor.
 
-    onnx shape inference knows ranks for only half of the tensors of a fused network; a run knows all.
+    onnx shape inference knows ranks for only half of the tensors of a fused network.
 
     Args:
         prepared: from ``prepare``.
@@ -183,7 +183,7 @@ def _lifted(model: onnx.ModelProto) -> onnx.ModelProto:
         lifted = onnx.version_converter.convert_version(model, MINIMUM_OPSET)
     except Exception as error:
         raise ModelError(
-            f"opset {opset} cannot be lifted to {MINIMUM_OPSET}: {str(error).splitlines()[0][:200]}",
+            f"opset {opset} cannot be lifted to {MINIMUM_OPSET}: {str(error)[:200]}",
             hint="Convert the model with onnx.version_converter or export it anew.",
         ) from error
     # The converter drops custom domains of operators it does not know.

@@ -7,8 +7,8 @@ With seeds R (one row per probe) the sensitivity of a pre-activation is ``s_i = 
 - ``kl``: for logits y and p = softmax(y), rows R_k = sqrt(p_k) (e_k - p), so that
   R^T R = diag(p) - p p^T, the Fisher matrix of the softmax: second order of the KL divergence.
 
-Up to EXACT_LIMIT output elements per sample one probe per element is exact. Above, Rademacher probes
-v with E[v v^T] = I give E[(v^T R J_i)^2] = s_i.
+Up to EXACT_LIMIT output elements per sample, one probe per element is exact. Above, Rademacher
+probes v with E[v v^T] = I give E[(v^T R J_i)^2] = s_i.
 """
 
 from __future__ import annotations

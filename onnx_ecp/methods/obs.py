@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon on every layer's own output (Hassibi & Stork, 1993; LOBS, arXiv:1705.07565).
+"""Optimal Brain Surgeon on every layer's own output (Hassibi & Stork 1993, arXiv:1705.07565).
 
     I_ij = E[s_i] W_ij^2 / [H^-1]_jj
 
@@ -15,7 +15,7 @@ from onnx_ecp.methods.method import Method, View
 
 
 def importance(view: View) -> np.ndarray:
-    """Output error that remains after the best change of the other weights of the row, (out, in)."""
+    """(out, in): the output error that the best change of the rest of the row leaves."""
     assert view.gram is not None, "needs_gram has it measured"
     covariance = view.gram.covariance
     ridge = view.damping * np.trace(covariance, axis1=1, axis2=2) / covariance.shape[1]

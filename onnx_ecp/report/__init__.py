@@ -12,6 +12,7 @@ from onnx_ecp.errors import UsageError
 from onnx_ecp.evaluate import Gap, ModelFacts
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.model import check_output, write_whole
+from onnx_ecp.targets import Point
 
 UNSTRUCTURED_SPEED = (
     "Scattered zeros do not make ONNX Runtime faster (measured x0.93 to x1.03 at every sparsity); "
@@ -111,6 +112,7 @@ class Report:
         seconds: elapsed time.
         warnings: what the user must know, one sentence each.
         speed: what the result does for latency, one sentence.
+        curve: the points that a search for a target visited, in order.
     """
 
     original: ModelFacts
@@ -127,6 +129,7 @@ class Report:
     seconds: float
     warnings: tuple[str, ...] = field(default=())
     speed: str = UNSTRUCTURED_SPEED
+    curve: tuple[Point, ...] = ()
 
     @property
     def weights(self) -> int:

@@ -23,6 +23,7 @@ from onnx_ecp.inspection import Inspection
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.model import printable
 from onnx_ecp.report import LayerRow, Report
+from onnx_ecp.targets import Point
 
 WIDTH = 100
 # Rows of a long table that are shown at its beginning and at its end.
@@ -85,6 +86,8 @@ def report_tables(report: Report, *, verbose: bool = False) -> Group:
         parts.append(_skip_table(report.skips, verbose))
     if report.gap is not None:
         parts.append(_gap_table(report.gap))
+    if report.curve:
+        parts.append(_curve_table(report.curve))
     parts.append(_facts(report))
     parts += [_warning(text) for text in report.warnings]
     return Group(*parts)
@@ -250,6 +253,15 @@ def _gap_table(gap: Gap) -> Table:
     if len(gap.outputs) > 1:
         table.add_section()
         table.add_row("all", _number(gap.relative_error))
+    return table
+
+
+def _curve_table(curve: Sequence[Point]) -> Table:
+    table = _table("The way to the target", "sparsity>", "relative error>", "accuracy drop>", "")
+    for point in curve:
+        drop = "" if point.drop is None else f"{point.drop:.2f}"
+        verdict = "within" if point.within else "beyond"
+        table.add_row(f"{100 * point.sparsity:.2f} %", _number(point.error), drop, verdict)
     return table
 
 

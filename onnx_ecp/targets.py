@@ -1,0 +1,219 @@
+"""Error targets: the largest sparsity whose error on held-out samples stays within a limit.
+
+The loop of stages walks towards higher sparsity until the limit is crossed, then halves the last
+step a few times, each time from the last state that was within: no guess starts anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from onnx_ecp.calibration import Calibration
+from onnx_ecp.errors import CalibrationError, TargetError
+from onnx_ecp.gradients.observer import Observer, State
+from onnx_ecp.measurement import Progress, silent
+from onnx_ecp.pruning import Network, Plan, Pruned, observe, stage, tuned
+from onnx_ecp.runtime import check_deadline
+
+# Share of the remaining weights that stay after one step of the walk. 0.7 is about the step of an
+# eight-stage run to 0.95; smaller steps are more accurate and take longer.
+STEP = 0.7
+# The walk ends where so little is left.
+LEAST_DENSITY = 0.005
+# Halvings of the last step: it ends within 1/16 of a step of the limit.
+HALVINGS = 4
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What the result must not exceed.
+
+    Args:
+        error: relative output error, None for no limit.
+        drop: loss of top-1 accuracy in percentage points, None for no limit.
+    """
+
+    error: float | None = None
+    drop: float | None = None
+
+    def allows(self, point: Point) -> bool:
+        """Whether a point is within every limit."""
+        return (self.error is None or point.error <= self.error) and (
+            self.drop is None or (point.drop is not None and point.drop <= self.drop)
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """One state on the way.
+
+    Args:
+        sparsity: share of zeros among the weights of the prunable layers.
+        error: relative output error, the larger of those of the parts of the held-out samples.
+        drop: loss of top-1 accuracy in percentage points; None without labels.
+        within: whether it is within the limit.
+    """
+
+    sparsity: float
+    error: float
+    drop: float | None
+    within: bool = False
+
+    @property
+    def described(self) -> str:
+        """What it is, for messages."""
+        text = f"at sparsity {self.sparsity:.4f} the relative error is {self.error:.4g}"
+        if self.drop is not None:
+            text += f" and the accuracy drop {self.drop:.2f} points"
+        return text
+
+
+class Judge:
+    """Compares states with the original network on samples that no statistic has seen.
+
+    Args:
+        observer: of the network.
+        original: the state that others are compared with.
+        parts: held-out samples; the worst part counts.
+        labels: class indices of each part's samples, or None.
+        size: batch size.
+    """
+
+    def __init__(
+        self,
+        observer: Observer,
+        original: State,
+        parts: Iterable[Calibration],
+        labels: Iterable[np.ndarray] | None,
+        size: int,
+    ) -> None:
+        self._observer = observer
+        self._parts = [list(part.batches(size)) for part in parts]
+        self._labels = None if labels is None else list(labels)
+        self._reference = [self._outputs(original, part) for part in self._parts]
+        if self._labels is not None:
+            for y, known in zip(self._reference, self._labels, strict=True):
+                _check_classes(y, known)
+
+    def point(self, state: State) -> Point:
+        """Where a state stands; whether it is within a limit is the caller's to say."""
+        outputs = [self._outputs(state, part) for part in self._parts]
+        errors = [_error(y, t) for y, t in zip(outputs, self._reference, strict=True)]
+        drop = None
+        if self._labels is not None:
+            both = zip(outputs, self._reference, self._labels, strict=True)
+            drop = max(_accuracy(t, known) - _accuracy(y, known) for y, t, known in both)
+        kept = sum(int(np.count_nonzero(k)) for k in state.keep.values())
+        size = sum(k.size for k in state.keep.values())
+        return Point(1 - kept / size, max(errors), drop)
+
+    def _outputs(self, state: State, batches: Iterable) -> dict[str, np.ndarray]:
+        parts = [self._observer.predict(state, batch) for batch in batches]
+        return {n: np.concatenate([np.atleast_1d(p[n]) for p in parts]) for n in parts[0]}
+
+
+def seek(
+    network: Network, plan: Plan, limit: Limit, judge: Judge, progress: Progress = silent
+) -> tuple[Pruned, tuple[Point, ...]]:
+    """Prune as far as the limit allows.
+
+    Args:
+        network: what is pruned.
+        plan: how; the sparsities of its groups are where the walk ends at the latest.
+        limit: what the result must not exceed.
+        judge: measures it.
+        progress: called as work goes on.
+
+    Returns:
+        The last state within the limit, and all points of the walk in the order of visits.
+
+    Raises:
+        TargetError: not even the first step is within the limit.
+    """
+    walk = _Walk(network, plan, limit, judge, progress)
+    best, best_share = Pruned(network.original), 0.0
+    outside = None
+    for share in _shares():
+        found = walk.go(best, share)
+        if found is None:
+            outside = share
+            break
+        best, best_share = found, share
+    for _ in range(HALVINGS if outside is not None else 0):
+        assert outside is not None
+        middle = 1 - np.sqrt((1 - best_share) * (1 - outside))
+        found = walk.go(best, middle)
+        if found is None:
+            outside = middle
+        else:
+            best, best_share = found, middle
+    if best_share == 0.0:
+        raise TargetError(
+            f"no sparsity meets the target: {walk.points[-1].described} already.",
+            hint="Allow a larger error, give more calibration samples, or use --method ecp-refit.",
+        )
+    return best, tuple(walk.points)
+
+
+class _Walk:
+    """Takes steps and keeps the points."""
+
+    def __init__(
+        self, network: Network, plan: Plan, limit: Limit, judge: Judge, progress: Progress
+    ) -> None:
+        self._network, self._plan, self._limit = network, plan, limit
+        self._judge, self._progress = judge, progress
+        self.points: list[Point] = []
+        # A one-stage method ranks the original network, whatever the sparsity: one look is enough.
+        self._first = None
+        if plan.method.stages == 1:
+            self._first = observe(network, plan, network.original, progress)
+
+    def go(self, before: Pruned, share: float) -> Pruned | None:
+        """The state at this share of the way if it is within the limit."""
+        check_deadline()
+        network, plan = self._network, self._plan
+        start = before if self._first is None else Pruned(network.original)
+        found = stage(network, plan, start, share, self._progress, measured=self._first)
+        found = tuned(network, plan, found, last=False, progress=self._progress)
+        point = self._judge.point(found.state)
+        within = self._limit.allows(point)
+        self.points.append(replace(point, within=within))
+        return found if within else None
+
+
+def _shares() -> list[float]:
+    """Shares of all weights that are gone after each step."""
+    steps = int(np.ceil(np.log(LEAST_DENSITY) / np.log(STEP)))
+    return [1 - STEP**t for t in range(1, steps + 1)]
+
+
+def _error(y: dict[str, np.ndarray], target: dict[str, np.ndarray]) -> float:
+    """Root mean over outputs of their squared relative errors, as ``evaluate`` defines it."""
+    squares = []
+    for name, t in target.items():
+        gap = np.square(y[name].astype(np.float64) - t).sum()
+        energy = np.square(t.astype(np.float64)).sum()
+        squares.append(gap / energy if energy else (0.0 if gap == 0 else np.inf))
+    return float(np.sqrt(np.mean(squares)))
+
+
+def _accuracy(y: dict[str, np.ndarray], labels: np.ndarray) -> float:
+    scores = _scores(y)
+    return float(100 * np.mean(scores.argmax(axis=-1).reshape(-1) == labels))
+
+
+def _scores(y: dict[str, np.ndarray]) -> np.ndarray:
+    return next(v for v in y.values() if v.ndim >= 2 and v.shape[-1] >= 2)
+
+
+def _check_classes(y: dict[str, np.ndarray], labels: np.ndarray) -> None:
+    wide = [v for v in y.values() if v.ndim >= 2 and v.shape[-1] >= 2]
+    if not wide or labels.dtype.kind not in "iu" or wide[0][..., 0].size != len(labels):
+        raise CalibrationError(
+            "an accuracy drop needs class scores as output and one class index per sample.",
+            hint="Use --max-error for a regression.",
+        )
