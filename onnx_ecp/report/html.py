@@ -36,10 +36,10 @@ pre { overflow-x: auto; }
 
 def page(report: Report) -> str:
     """The page as text."""
-    title = f"onnx-ecp: {_text(report.original.path or 'model in memory', 200)}"
+    title = f"onnx-ecp: {shown(report.original.path or 'model in memory', 200)}"
     parts = [
         f"<h1>{title}</h1>",
-        *(f'<p class="warning">{_text(warning, 500)}</p>' for warning in report.warnings),
+        *(f'<p class="warning">{shown(warning, 500)}</p>' for warning in report.warnings),
         _headline(report),
         _sizes(report),
         _scores(report),
@@ -48,10 +48,21 @@ def page(report: Report) -> str:
         _skips(report),
         _origin(report),
     ]
+    return document(title, parts)
+
+
+def document(title: str, parts: Iterable[str], style: str = "") -> str:
+    """A page of these parts, empty ones left out.
+
+    Args:
+        title: HTML.
+        parts: HTML.
+        style: CSS besides the common one.
+    """
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{title}</title>\n<style>{_STYLE}{style}</style>\n</head>\n<body>\n"
         + "\n".join(part for part in parts if part)
         + "\n</body>\n</html>\n"
     )
@@ -85,33 +96,33 @@ def _headline(report: Report) -> str:
     return (
         f"<p><b>{100 * report.sparsity:.2f} %</b> of {report.weights:,} prunable weights are zero "
         f"({100 * report.zeros_before / max(report.weights, 1):.2f} % before).{error}</p>\n"
-        f"<p>{_text(report.speed, 500)}</p>"
+        f"<p>{shown(report.speed, 500)}</p>"
     )
 
 
 def _sizes(report: Report) -> str:
     a, b = report.original, report.result
     rows = [
-        ["file", _text(a.path or "in memory", 200), _text(b.path or "not written", 200)],
+        ["file", shown(a.path or "in memory", 200), shown(b.path or "not written", 200)],
         ["sha256", a.sha256, b.sha256],
         ["parameters", f"{a.parameters:,}", f"{b.parameters:,}"],
         ["zeros", f"{a.zeros:,}", f"{b.zeros:,}"],
         ["bytes", f"{a.bytes:,}", f"{b.bytes:,}"],
         ["bytes after gzip", f"{a.compressed_bytes:,}", f"{b.compressed_bytes:,}"],
     ]
-    return _table("Model", ["", "original", "result"], rows)
+    return table("Model", ["", "original", "result"], rows)
 
 
 def _scores(report: Report) -> str:
     scores = () if report.gap is None else report.gap.scores
-    rows = [[_text(s.output), s.metric, f"{s.a:.5g}", f"{s.b:.5g}"] for s in scores]
-    return _table("On labels", ["output", "metric", "original>", "result>"], rows)
+    rows = [[shown(s.output), s.metric, f"{s.a:.5g}", f"{s.b:.5g}"] for s in scores]
+    return table("On labels", ["output", "metric", "original>", "result>"], rows)
 
 
 def _outputs(report: Report) -> str:
     rows = [
         [
-            _text(d.output),
+            shown(d.output),
             f"{d.relative_error:.4g}",
             f"{d.mean_squared_error:.4g}",
             f"{d.largest:.4g}",
@@ -121,34 +132,34 @@ def _outputs(report: Report) -> str:
         for d in (() if report.gap is None else report.gap.outputs)
     ]
     columns = ["output", "relative error>", "mean squared error>", "largest deviation>"]
-    return _table("Outputs", [*columns, "at sample>", "agreement>"], rows)
+    return table("Outputs", [*columns, "at sample>", "agreement>"], rows)
 
 
 def _layers(report: Report) -> str:
     columns = ["layer", "op", "out x in>", "zeros before>", "zeros after>", "sparsity"]
     columns += ["importance removed>", "largest bias shift>", "effective samples>", "note"]
-    return _table("Layers", columns, [_layer(row) for row in report.layers])
+    return table("Layers", columns, [_layer(row) for row in report.layers])
 
 
 def _layer(row: LayerRow) -> list[str]:
     before = row.zeros_before / row.weights if row.weights else 0.0
     return [
-        _text(row.name),
-        _text(row.op, 30),
+        shown(row.name),
+        shown(row.op, 30),
         f"{row.shape[0]} x {row.shape[1]}",
         f"{row.zeros_before:,}",
         f"{row.zeros_after:,}",
         f"{bar(before, row.sparsity)} {100 * row.sparsity:.2f} %",
-        _number(row.importance_removed),
-        _number(row.largest_shift),
-        _number(row.ess),
-        _text("; ".join(["bias created"] * row.bias_created + [row.note] * bool(row.note)), 120),
+        number(row.importance_removed),
+        number(row.largest_shift),
+        number(row.ess),
+        shown("; ".join(["bias created"] * row.bias_created + [row.note] * bool(row.note)), 120),
     ]
 
 
 def _skips(report: Report) -> str:
-    rows = [[_text(s.name), _text(s.op, 30), _text(s.reason, 120)] for s in report.skips]
-    return _table("Not pruned", ["node", "op", "reason"], rows)
+    rows = [[shown(s.name), shown(s.op, 30), shown(s.reason, 120)] for s in report.skips]
+    return table("Not pruned", ["node", "op", "reason"], rows)
 
 
 def _origin(report: Report) -> str:
@@ -160,11 +171,11 @@ def _origin(report: Report) -> str:
         "samples": f"{data.samples:,}, {data.held_out:,} held out",
         **{name: str(value) for name, value in encode(report.recipe).items()},
         "seed": str(report.seed),
-        "predicted error": _number(report.predicted_error),
+        "predicted error": number(report.predicted_error),
         "seconds": f"{report.seconds:.1f}",
         **{f"{name} version": value for name, value in encode(report.versions).items()},
     }
-    return _table("How", ["", ""], [[_text(k), _text(v, 300)] for k, v in rows.items()]) + _options(
+    return table("How", ["", ""], [[shown(k), shown(v, 300)] for k, v in rows.items()]) + _options(
         report.options
     )
 
@@ -176,7 +187,7 @@ def _options(options: Mapping[str, object]) -> str:
     return f"<details><summary>Options</summary><pre>{escape(text)}</pre></details>"
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A titled table; cells are HTML; a column that ends in ``>`` is aligned at the right."""
     if not rows:
         return ""
@@ -196,9 +207,11 @@ def _row(tag: str, cells: Iterable[str], kinds: Iterable[str]) -> str:
     return f"<tr>{inner}</tr>"
 
 
-def _text(value: object, limit: int = 60) -> str:
+def shown(value: object, limit: int = 60) -> str:
+    """HTML of a name: printable, cut, escaped."""
     return escape(printable(value, limit))
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Four digits; nothing for None."""
     return "" if value is None else f"{value:.4g}"
