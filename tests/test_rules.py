@@ -501,3 +501,82 @@ def test_what_a_rule_does_not_cover_is_named(case, rng):
     _, names, blocked = with_adjoints(model, facts, wrt, ["y"])
     assert not names
     assert all(model.graph.node[-1].op_type in reason for reason in blocked.values())
+
+
+# Batch first; the reverse graph is built from a batch of two.
+NETWORKS = {
+    "convolutions": Case(
+        """c = Conv<pads=[1, 1, 1, 1]>(x, w)
+        r = Relu(c)
+        p = MaxPool<kernel_shape=[2, 2], strides=[2, 2]>(r)
+        d = Conv<strides=[2, 1], group=2>(p, v)
+        e = AveragePool<kernel_shape=[2, 2], auto_pad="SAME_UPPER">(d)
+        s = InstanceNormalization(e, i, i)
+        h = Concat<axis=1>(e, s)
+        a, b = Split<axis=1, num_outputs=2>(h)
+        f = Add(a, b)
+        t = SpaceToDepth<blocksize=2>(p)
+        m = GlobalAveragePool(t)
+        n = Flatten(m)
+        g = GlobalMaxPool(f)
+        k = Flatten(g)
+        y1 = Gemm<transB=1>(k, u)
+        y2 = Tanh(n)""",
+        {"x": (2, 2, 8, 8), "w": (4, 2, 3, 3), "v": (4, 2, 2, 2), "i": (4,), "u": (3, 4)},
+        "x",
+    ),
+    "attention": Case(
+        ints("heads", 0, 0, 2, -1)
+        + ints("join", 0, 0, -1)
+        + ints("one", 1)
+        + """n = LayerNormalization(x, s)
+        q = MatMul(n, w)
+        k = MatMul(n, v)
+        qr = Reshape(q, heads)
+        kr = Reshape(k, heads)
+        qh = Transpose<perm=[0, 2, 1, 3]>(qr)
+        kh = Transpose<perm=[0, 2, 3, 1]>(kr)
+        a = MatMul(qh, kh)
+        p = Softmax(a)
+        vh = Transpose<perm=[0, 1, 3, 2]>(kh)
+        o = MatMul(p, vh)
+        ot = Transpose<perm=[0, 2, 1, 3]>(o)
+        oj = Reshape(ot, join)
+        f = Add(x, oj)
+        zero = Constant<value_int=0>()
+        c = Gather<axis=1>(f, zero)
+        m = ReduceMean<keepdims=0>(f, one)
+        y = Sub(c, m)""",
+        {"x": (2, 5, 6), "s": (6,), "w": (6, 6), "v": (6, 6)},
+        "x",
+    ),
+    "recurrence": Case(
+        """t = Transpose<perm=[1, 0, 2]>(x)
+        o, h = LSTM<hidden_size=4, direction="bidirectional">(t, w, r)
+        b = Transpose<perm=[1, 0, 2]>(h)
+        y = Flatten(b)""",
+        {"x": (2, 5, 3), "w": (2, 16, 3), "r": (2, 16, 4)},
+        "x",
+    ),
+}
+
+
+@by_name(NETWORKS)
+def test_the_adjoint_of_a_sample_does_not_depend_on_its_batch(case, rng):
+    model = model_of(case)
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+    feeds = drawn(rng, case, np.float32)
+    facts = facts_of(model, feeds, in_onnxruntime)
+    outputs = float_outputs(model, facts)
+    extended, names, _ = with_adjoints(model, facts, ["x"], outputs)
+    run = in_onnxruntime(extended)
+    x = rng.standard_normal((5, *case.shapes["x"][1:])).astype(np.float32)
+    seeds = {
+        f"seed/{y}": rng.standard_normal((2, 5, *facts[y].shape[1:])).astype(np.float32)
+        for y in outputs
+    }
+    together = run({**feeds, "x": x, **seeds})[names["x"]]
+    for k in range(5):
+        own = {name: v[:1, k : k + 1] for name, v in seeds.items()}
+        alone = run({**feeds, "x": x[k : k + 1], **own})[names["x"]]
+        np.testing.assert_allclose(together[:1, k : k + 1], alone, rtol=1e-4, atol=1e-5)

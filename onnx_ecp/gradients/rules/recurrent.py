@@ -50,35 +50,37 @@ class Pass:
 
 
 def _scan(
-    op: Builder,
-    states: Sequence[Any],
-    steps: Mapping[str, Any],
-    step: Step,
-    *,
-    axes: Mapping[str, int],
-    out_axis: int,
-    backward: bool,
+    op: Builder, states: Sequence[Any], steps: Mapping[str, Any], step: Step, *, backward: bool
 ) -> list[Any]:
-    """Run ``step`` over time: the last states and the results of all steps, in time order."""
+    """Run ``step`` over time: the last states, and the results of all steps in time order.
+
+    Adjoints (P, T, N, H) are named "dy" among the steps; then states and results have P in front
+    too, and time is their second axis.
+    """
+    lead = 1 if "dy" in steps else 0
     body = gs.Graph(opset=op.graph.opset)
     inner = Builder(body, {}, prefix=op.fresh("scan"))
-    carried = [gs.Variable(inner.fresh("state"), op.dtype(s)) for s in states]
-    values = {n: gs.Variable(inner.fresh(n), op.dtype(t)) for n, t in steps.items()}
+    # ONNX Runtime wants to know the ranks.
+    carried = [gs.Variable(inner.fresh("state"), op.dtype(s), [None] * (2 + lead)) for s in states]
+    values = {
+        n: gs.Variable(inner.fresh(n), op.dtype(t), [None] * (2 + lead * (n == "dy")))
+        for n, t in steps.items()
+    }
     results, emitted = step(inner, carried, values)
-    # An output must be a tensor of its own, even where a state is passed on unchanged.
     body.inputs = [*carried, *values.values()]
+    # An output must be a tensor of its own, even where a state is passed on unchanged.
     body.outputs = [inner.Identity(t) for t in (*results, emitted)]
     for output in body.outputs:
-        output.dtype = inner.dtype(output)
+        output.dtype, output.shape = inner.dtype(output), [None] * (2 + lead)
     found: list[Any] = op.Scan(
         *states,
         *steps.values(),
         outputs=len(states) + 1,
         body=body,
         num_scan_inputs=len(steps),
-        scan_input_axes=[axes.get(name, 0) for name in steps],
+        scan_input_axes=[int(name == "dy") for name in steps],
         scan_input_directions=[int(backward)] * len(steps),
-        scan_output_axes=[out_axis],
+        scan_output_axes=[lead],
         scan_output_directions=[int(backward)],
     )
     return found
@@ -120,9 +122,7 @@ def _lstm(op: Builder, run: Pass, node: gs.Node) -> tuple[dict[str, Any], Step]:
         return [op.Add(op.Mul(v["f"], states[0]), v["iu"])], states[0]
 
     steps = {"f": f, "iu": op.Mul(i, u)}
-    _, cell = _scan(
-        op, [run.first_cell], steps, forward, axes={}, out_axis=0, backward=run.backward
-    )
+    _, cell = _scan(op, [run.first_cell], steps, forward, backward=run.backward)
     squashed = op.Tanh(op.Add(op.Mul(f, cell), steps["iu"]))
     values = {
         # By what the adjoint of h, and that of c, reach the pre-activations.
@@ -257,52 +257,39 @@ def _direction(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int, k:
     run = _pass(op, node, y, k)
     values, back = CELLS[node.op](op, run, node)
     some = next(t for t in g if t is not None)
-    state = op.Unsqueeze(run.first_cell, [0])
-    shape = op.Concat(op.probes(some), op.Shape(state, start=1), axis=0)
-    none = op.Expand(op.const(0.0, op.dtype(state)), shape)
-    states = [none if t is None else op.Gather(t, k, axis=1) for t in _padded(g)[1:]]
-    steps_shape = op.Concat(op.probes(some), op.shape_of(run.hidden), axis=0)
-    dy = (
-        op.Expand(op.const(0.0, op.dtype(state)), steps_shape)
-        if g[0] is None
-        else op.Gather(g[0], k, axis=2)
-    )
-    states = states if node.op == "LSTM" else states[:1]
-    *before, da = _scan(
-        op,
-        states,
-        {"dy": dy, **values},
-        back,
-        axes={"dy": 1},
-        out_axis=1,
-        backward=not run.backward,
-    )
+    of_steps, *of_last = [*g, None, None][:3]
+    dy = op.zeros(some, run.hidden) if of_steps is None else op.Gather(of_steps, k, axis=2)
+    states = [
+        op.zeros(some, run.first_cell) if t is None else op.Gather(t, k, axis=1)
+        for t in (of_last if node.op == "LSTM" else of_last[:1])
+    ]
+    *before, da = _scan(op, states, {"dy": dy, **values}, back, backward=not run.backward)
     return op.MatMul(da, run.weights[0]) if i == 0 else before[i - 5]
-
-
-def _padded(g: list[gs.Tensor | None]) -> list[gs.Tensor | None]:
-    return [*g, None, None][:3]
 
 
 def _pass(op: Builder, node: gs.Node, y: gs.Tensor, k: int) -> Pass:
     """Direction k of the operator."""
-    x, (w, r) = node.inputs[0], (op.Gather(t, k, axis=0) for t in node.inputs[1:3])
+
+    def own(index: int) -> Any:
+        given = optional_input(node, index)
+        return None if given is None else op.Gather(given, k, axis=0)
+
     hidden = op.Gather(y, k, axis=1)
     backward = k == 1 or node.attrs.get("direction", "forward") == "reverse"
     zero = op.Mul(op.Gather(hidden, 0, axis=0), 0.0)
-    first, first_cell = (
-        zero if t is None else op.Gather(t, k, axis=0)
-        for t in (optional_input(node, 5), optional_input(node, 6))
+    first, biases = own(5), own(3)
+    edge = op.Unsqueeze(zero if first is None else first, [0])
+    if backward:
+        before = op.Concat(op.Slice(hidden, [1], [np.iinfo(np.int64).max], [0]), edge, axis=0)
+    else:
+        before = op.Concat(edge, op.Slice(hidden, [0], [-1], [0]), axis=0)
+    first_cell = own(6)
+    return Pass(
+        node.inputs[0],
+        before,
+        (own(1), own(2)),
+        None if biases is None else tuple(op.Split(biases, axis=0, num_outputs=2, outputs=2)),
+        zero if first_cell is None else first_cell,
+        hidden,
+        backward,
     )
-    first = op.Unsqueeze(first, [0])
-    far = [np.iinfo(np.int64).max]
-    before = (
-        op.Concat(op.Slice(hidden, [1], far, [0]), first, axis=0)
-        if backward
-        else op.Concat(first, op.Slice(hidden, [0], [-1], [0]), axis=0)
-    )
-    both = optional_input(node, 3)
-    bias = None
-    if both is not None:
-        bias = tuple(op.Split(op.Gather(both, k, axis=0), axis=0, num_outputs=2, outputs=2))
-    return Pass(x, before, (w, r), bias, first_cell, hidden, backward)
