@@ -89,7 +89,7 @@ def _config_value(where: str, option: click.Option, value: Any) -> Any:
     if option.multiple and not isinstance(value, dict):
         return [str(item) for item in (value if isinstance(value, list) else [value])]
     if isinstance(value, dict | list) or isinstance(value, bool) != option.is_flag:
-        raise UsageError(f"{where} cannot be {value!r}.", hint="See onnx-ecp optimize --help.")
+        raise UsageError(f"{where} cannot be {value!r}.", hint="See --help of the command.")
     return value
 
 
@@ -106,6 +106,7 @@ THREADS = click.option(
 )  # fmt: skip
 TRACEBACK = click.option("--traceback", is_flag=True, help="Show the traceback of an error.")
 JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Print only the last line.")
 VERBOSE = click.option("-v", "--verbose", is_flag=True, help="All layers, however many.")
 
 
@@ -116,32 +117,19 @@ def _choice(flag: str, values: str, default: str | None, text: str) -> Callable[
     )
 
 
-# One row per option of `optimize`; its name is the keyword of `pipeline.optimize`.
-OPTIONS = (
-    click.option(
-        "-c", "--calibration", metavar="PATH",
-        help="Calibration inputs: .npz (one array per input, first axis = sample), .npy, a folder "
-        "of them, test_data_set_N/input_*.pb, Polygraphy .json, SCRIPT.py[:function].  [default: "
-        "MODEL.npz beside the model, else made-up inputs]",
-    ),
-    click.option(
-        "-m", "--method", metavar="NAME", default="ecp-refit", show_default=True,
-        help="ecp, ecp-refit, obs, magnitude, random, gradient-magnitude, wanda or obd.",
-    ),
-    click.option(
-        "-s", "--sparsity", metavar="VALUE",
-        help="Share of zeros, or N:M (N kept of every M along the reduction axis).  [default: 0.5, "
-        "or what the target below allows]",
-    ),
-    click.option(
-        "--max-error", type=float, metavar="E",
-        help="Prune as far as the relative output error on held-out samples stays within E.",
-    ),
-    click.option(
-        "--max-accuracy-drop", type=float, metavar="P",
-        help="Prune as far as top-1 accuracy on held-out --labels drops P points at most.",
-    ),
-    _choice("--importance", "NAME", None, "Rank weights as this method does.  [default: METHOD]"),
+CONFIG = click.option(
+    "--config", metavar="FILE.toml", is_eager=True, expose_value=False, callback=_read_config,
+    help="Options from a file, by their long names; the command line wins.",
+)  # fmt: skip
+CALIBRATION = click.option(
+    "-c", "--calibration", metavar="PATH",
+    help="Calibration inputs: .npz (one array per input, first axis = sample), .npy, a folder "
+    "of them, test_data_set_N/input_*.pb, Polygraphy .json, SCRIPT.py[:function].  [default: "
+    "MODEL.npz beside the model, else made-up inputs]",
+)  # fmt: skip
+
+# What commands that prune have in common: how a network is pruned, and what computes it.
+PRUNING = (
     _choice("--compensation", "NAME", None, "none, bias or refit.  [default: the method's own]"),
     click.option(
         "--damping", type=float, metavar="X", default=0.01, show_default=True,
@@ -175,7 +163,8 @@ OPTIONS = (
         "--layer-sparsity", type=Pair("=", str, "'fc1=0.9'"), metavar="REGEX=VALUE", multiple=True,
         help="Sparsity of the layers whose name matches (repeatable).",
     ),
-    _choice("--format", "dense|sparse|packed", "dense", "Storage of zeros; dense loads anywhere."),
+)  # fmt: skip
+RUNNING = (
     click.option("--samples", type=int, metavar="N", help="Use at most N calibration samples."),
     BATCH_SIZE,
     click.option(
@@ -189,6 +178,32 @@ OPTIONS = (
         "--input-shapes", type=Pair(":", _sizes, "x:1,3,224,224"), metavar="NAME:D1,D2,...",
         multiple=True, help="Shape of an input with free dimensions (repeatable).",
     ),
+)  # fmt: skip
+
+# One row per option of `optimize`; its name is the keyword of `pipeline.optimize`.
+OPTIONS = (
+    CALIBRATION,
+    click.option(
+        "-m", "--method", metavar="NAME", default="ecp-refit", show_default=True,
+        help="ecp, ecp-refit, obs, magnitude, random, gradient-magnitude, wanda or obd.",
+    ),
+    click.option(
+        "-s", "--sparsity", metavar="VALUE",
+        help="Share of zeros, or N:M (N kept of every M along the reduction axis).  [default: 0.5, "
+        "or what the target below allows]",
+    ),
+    click.option(
+        "--max-error", type=float, metavar="E",
+        help="Prune as far as the relative output error on held-out samples stays within E.",
+    ),
+    click.option(
+        "--max-accuracy-drop", type=float, metavar="P",
+        help="Prune as far as top-1 accuracy on held-out --labels drops P points at most.",
+    ),
+    _choice("--importance", "NAME", None, "Rank weights as this method does.  [default: METHOD]"),
+    *PRUNING,
+    _choice("--format", "dense|sparse|packed", "dense", "Storage of zeros; dense loads anywhere."),
+    *RUNNING,
     click.option(
         "--labels", metavar="PATH",
         help="Labels of the calibration samples: adds accuracy to the report.",
@@ -203,15 +218,12 @@ OPTIONS = (
 
 # Options that the library does not know.
 PRESENTATION = (
-    click.option(
-        "--config", metavar="FILE.toml", is_eager=True, expose_value=False, callback=_read_config,
-        help="Options from a file, by their long names; the command line wins.",
-    ),
+    CONFIG,
     click.option(
         "--report", metavar="FILE.json|FILE.html", multiple=True,
         help="Write a report (repeatable).",
     ),
-    click.option("-q", "--quiet", is_flag=True, help="Print only the last line."),
+    QUIET,
     VERBOSE,
     TRACEBACK,
 )  # fmt: skip
@@ -370,8 +382,7 @@ def optimize(
     for path in report:
         reports.write(result.report, path)
     if quiet:
-        for warning in result.report.warnings:
-            click.echo(f"warning: {_one_line(warning)}", err=True)
+        _warn(result.report.warnings)
     else:
         text.show(text.report_tables(result.report, verbose=verbose))
     click.echo(text.ok_line(result.report))
@@ -416,6 +427,63 @@ def compare(
 
 
 @main.command()
+@click.argument("model")
+@_with(CALIBRATION)
+@click.option(
+    "--methods",
+    metavar="A,B,...",
+    default="ecp-refit,ecp,wanda,magnitude",
+    show_default=True,
+    help="Methods, as of optimize --method.",
+)
+@click.option(
+    "--sparsities",
+    metavar="S,T,...",
+    default="0.5,0.6,0.7,0.8,0.9,0.95",
+    show_default=True,
+    help="Sparsities, as of optimize --sparsity.",
+)
+@click.option(
+    "--eval",
+    "evaluation",
+    metavar="PATH",
+    help="Inputs to judge on, like --calibration.  [default: its held-out part]",
+)
+@click.option(
+    "--labels", metavar="PATH", help="Labels of --eval, or of --calibration: adds accuracy."
+)
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE.csv|FILE.json|FILE.html",
+    multiple=True,
+    help="Write the points; .html has curves (repeatable).",
+)
+@_with(*PRUNING, *RUNNING, CONFIG, QUIET, TRACEBACK)
+def sweep(model: str, output: Sequence[str], quiet: bool, traceback: bool, **options: Any) -> None:
+    """Prune MODEL with several methods to several sparsities, and compare.
+
+    \b
+    onnx-ecp sweep in.onnx -c calibration.npz --eval test.npz --labels test.npz -o sweep.html
+    """  # noqa: D301 - the \b is for click
+    from onnx_ecp import sweep as sweeping
+    from onnx_ecp.report import sweeps, text
+
+    for path in output:
+        sweeps.check_target(path)
+    options |= {name: dict(options[name]) for name in ("layer_sparsity", "input_shapes")}
+    calibration = options.pop("calibration")
+    with _progress(quiet) as progress:
+        swept = sweeping.sweep(model, calibration, progress=progress, **options)
+    sweeps.write(swept, output)
+    if quiet:
+        _warn(swept.warnings)
+    else:
+        text.show(sweeps.tables(swept))
+    click.echo(sweeps.ok_line(swept, output))
+
+
+@main.command()
 @_with(JSON, TRACEBACK)
 def doctor(as_json: bool, traceback: bool) -> None:
     """Check this installation: versions, ONNX Runtime, execution providers."""
@@ -430,6 +498,11 @@ def doctor(as_json: bool, traceback: bool) -> None:
         text.show(text.diagnosis_tables(diagnosis))
     if not diagnosis.ok:
         raise click.exceptions.Exit(6)
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        click.echo(f"warning: {_one_line(warning)}", err=True)
 
 
 def _print_json(value: Any) -> None:

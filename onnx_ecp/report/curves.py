@@ -1,0 +1,436 @@
+"""A sweep as one HTML page: curves against sparsity, and all points in a table.
+
+No network, no script; names escaped; light and dark. A method is told by its colour (Okabe and Ito,
+which the colour-blind can tell apart), its marker and its name at the end of its line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from onnx_ecp.model import printable
+from onnx_ecp.report.as_json import encode
+from onnx_ecp.report.html import document, number, shown, table
+from onnx_ecp.sweep import Point, Sweep
+
+_WIDTH, _HEIGHT = 800, 400
+_LEFT, _TOP, _BOTTOM = 62, 16, 46
+# Width of a character of a label, and the least distance between two labels.
+_CHARACTER, _LINE = 7.4, 17.0
+_NAME = 24
+# Beyond so many points a curve has no markers: the page stays under 500 kB.
+_MARKED = 800
+
+# Light and dark; lines of text and markers reach a contrast of 3 with the background.
+COLOURS = (
+    ("#0072b2", "#4aa8e0"),
+    ("#d55e00", "#f0803c"),
+    ("#00855f", "#2fc79b"),
+    ("#b0508a", "#e08fbe"),
+    ("#8f6a00", "#e6b422"),
+    ("#2f2f2f", "#e8e8e8"),
+    ("#3a9bd4", "#8cd0f5"),
+    ("#767676", "#9c9c9c"),
+)
+# Drawn around (0, 0), about 10 wide.
+MARKERS = (
+    '<circle r="4.5"/>',
+    '<path d="M-4.2-4.2h8.4v8.4h-8.4z"/>',
+    '<path d="M0-5.6 5.2 3.8h-10.4z"/>',
+    '<path d="M0-6 6 0 0 6-6 0z"/>',
+    '<path d="M0 5.6 5.2-3.8h-10.4z"/>',
+    '<path d="M-1.7-5h3.4v3.3H5v3.4H1.7V5h-3.4V1.7H-5v-3.4h3.3z"/>',
+    '<path d="M0-5.8 5.5-1.8 3.4 4.7h-6.8L-5.5-1.8z"/>',
+    '<path d="M-5-3-3-5 0-2 3-5 5-3 2 0 5 3 3 5 0 2-3 5-5 3-2 0z"/>',
+)
+
+_STYLE = """
+figure { margin: 1rem 0 2rem; } figure p { margin: .2rem 0; font-size: .9em; }
+figcaption { font-weight: 600; margin-bottom: .3rem; }
+svg.curves { width: 100%; max-width: 56rem; height: auto; font: 13px system-ui, sans-serif; }
+svg.curves text { fill: var(--fg); } svg.curves .grid { stroke: var(--soft); }
+svg.curves .dense { stroke: var(--fg); stroke-dasharray: 2 4; }
+svg.curves polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
+svg.curves .leader { stroke-width: 1; opacity: .6; }
+td:first-child { white-space: nowrap; }
+"""
+
+
+def page(sweep: Sweep) -> str:
+    """The page as text."""
+    title = f"onnx-ecp sweep: {shown(sweep.original.path or 'model in memory', 200)}"
+    parts = [
+        f"<h1>{title}</h1>",
+        *(f'<p class="warning">{shown(warning, 500)}</p>' for warning in sweep.warnings),
+        _origin(sweep),
+        *(chart(measure, sweep) for measure in measures(sweep)),
+        _points(sweep),
+        _setup(sweep),
+    ]
+    return document(title, parts, _STYLE + _colours())
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a chart shows.
+
+    Args:
+        title: above the chart.
+        value: of a point; None where it has none.
+        dense: of the original, drawn as a line across; None for none.
+        text: a value for people.
+        within: least and greatest value that there can be.
+        log: whether the axis is logarithmic.
+    """
+
+    title: str
+    value: Callable[[Point], float | None]
+    dense: float | None
+    text: Callable[[float], str]
+    within: tuple[float, float] = (-math.inf, math.inf)
+    log: bool = False
+
+    def drawable(self, point: Point) -> bool:
+        """Whether a point has a place on the axis."""
+        value = self.value(point)
+        return value is not None and math.isfinite(value) and (value > 0 or not self.log)
+
+
+def measures(sweep: Sweep) -> Iterator[Measure]:
+    """How good the results are, on labels if there are any, and how far from the original."""
+    percent, plain = "{:.4g} %".format, "{:.4g}".format
+    if sweep.accuracy is not None:
+        yield Measure("Accuracy (%)", lambda p: p.accuracy, sweep.accuracy, percent, (0, 100))
+    elif sweep.r2 is not None:
+        yield Measure("R2", lambda p: p.r2, sweep.r2, plain, (-math.inf, 1))
+    elif any(point.agreement is not None for point in sweep.points):
+        title = "Same top class as the original (%)"
+        yield Measure(title, lambda p: p.agreement, None, percent, (0, 100))
+    title = "Relative output error, logarithmic"
+    yield Measure(title, lambda p: p.relative_error, None, plain, log=True)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From values to pixels.
+
+    Args:
+        low: value at pixel ``start``.
+        high: value at pixel ``end``.
+        start: pixel.
+        end: pixel.
+        log: whether equal ratios are equally long.
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def at(self, value: float) -> float:
+        """The pixel of a value."""
+        low, high, x = ((math.log(v) if self.log else v) for v in (self.low, self.high, value))
+        return self.start + (self.end - self.start) * (x - low) / (high - low)
+
+    @property
+    def ticks(self) -> list[float]:
+        """Round values between the ends."""
+        return _log_ticks(self.low, self.high) if self.log else _ticks(self.low, self.high)
+
+
+def linear(
+    values: Sequence[float],
+    start: float,
+    end: float,
+    within: tuple[float, float] = (-math.inf, math.inf),
+) -> Axis:
+    """An axis around these values that does not leave ``within``, as they do not."""
+    low, high = min(values), max(values)
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.05
+    return Axis(max(low - margin, within[0]), min(high + margin, within[1]), start, end)
+
+
+def logarithmic(values: Sequence[float], start: float, end: float) -> Axis:
+    """A logarithmic axis around these values, which are greater than 0."""
+    return Axis(min(values) / 1.3, max(values) * 1.3, start, end, log=True)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    step = 10.0 ** math.floor(math.log10((high - low) / 2))
+    step *= next(k for k in (1, 2, 5, 10) if (high - low) / (k * step) <= 8)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(k * step, 12) for k in range(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5 of every decade; of many decades the powers of ten alone."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    digits = (1, 2, 5) if len(decades) <= 5 else (1,)
+    every = max(1, len(decades) // 8)
+    ticks = [d * 10.0**k for k in decades if k % every == 0 for d in digits]
+    return [tick for tick in ticks if low <= tick <= high]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where a chart's axes are.
+
+    Args:
+        x: sparsity.
+        y: the measure.
+        height: of the whole chart.
+    """
+
+    x: Axis
+    y: Axis
+    height: float
+
+
+def chart(measure: Measure, sweep: Sweep) -> str:
+    """One curve per method; "" where no point can be drawn."""
+    curves = {
+        name: [p for p in points if measure.drawable(p)] for name, points in sweep.methods.items()
+    }
+    drawn = [point for points in curves.values() for point in points]
+    if not drawn:
+        return ""
+    frame = _frame(measure, drawn, list(curves))
+    parts = [_grid(frame), _dense(measure, frame)]
+    marked = len(drawn) <= _MARKED
+    numbered = list(enumerate(curves.values()))
+    # What was named first is the most interesting: it lies on top.
+    parts += [_curve(i, points, measure, frame, marked=marked) for i, points in numbered[::-1]]
+    parts.append(_labels(curves, measure, frame))
+    left_out = len(sweep.points) - len(drawn)
+    notes = [f"{left_out} points without a place on this axis are left out."] * bool(left_out)
+    notes += ["Hollow markers: N:M."] * any(_is_pattern(point) for point in drawn)
+    note = f"<p>{' '.join(notes)}</p>" if notes else ""
+    return (
+        f"<figure><figcaption>{measure.title}</figcaption>\n"
+        f'<svg class="curves" viewBox="0 0 {_WIDTH} {frame.height:.0f}" role="img" '
+        f'aria-label="{measure.title} against sparsity, by method">\n'
+        + "\n".join(parts)
+        + f"\n</svg>{note}</figure>"
+    )
+
+
+def _frame(measure: Measure, drawn: Sequence[Point], names: Sequence[str]) -> Frame:
+    """Room at the right for the longest name, and as high as all names need."""
+    dense = [] if measure.dense is None else ["original 98.765 %"]
+    labels = [*map(_name, names), *dense]
+    right = 40 + _CHARACTER * max(map(len, labels))
+    height = max(_HEIGHT, _TOP + _BOTTOM + _LINE * len(labels))
+    values = [v for p in drawn if (v := measure.value(p)) is not None]
+    values += [measure.dense] if measure.dense is not None else []
+    x = linear([p.sparsity for p in drawn], _LEFT, _WIDTH - right, (0, 1))
+    bottom = height - _BOTTOM
+    if measure.log:
+        return Frame(x, logarithmic(values, bottom, _TOP), height)
+    return Frame(x, linear(values, bottom, _TOP, measure.within), height)
+
+
+def _grid(frame: Frame) -> str:
+    x, y = frame.x, frame.y
+    lines = [
+        f'<line class="grid" x1="{x.start:.1f}" x2="{x.end:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
+        f'<text x="{x.start - 8:.1f}" y="{at + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        for tick in y.ticks
+        for at in [y.at(tick)]
+    ]
+    lines += [
+        f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{y.start:.1f}" y2="{y.end:.1f}"/>'
+        f'<text x="{at:.1f}" y="{y.start + 18:.1f}" text-anchor="middle">{tick:g}</text>'
+        for tick in x.ticks
+        for at in [x.at(tick)]
+    ]
+    middle = (x.start + x.end) / 2
+    title = "sparsity: share of zeros in the pruned layers"
+    lines.append(
+        f'<text x="{middle:.1f}" y="{frame.height - 6:.1f}" text-anchor="middle">{title}</text>'
+    )
+    return "\n".join(lines)
+
+
+def _dense(measure: Measure, frame: Frame) -> str:
+    """The original, as a line across."""
+    if measure.dense is None:
+        return ""
+    x, at = frame.x, frame.y.at(measure.dense)
+    return f'<line class="dense" x1="{x.start:.1f}" x2="{x.end:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
+
+
+def _curve(i: int, points: Sequence[Point], measure: Measure, frame: Frame, *, marked: bool) -> str:
+    """A line through the points of method number ``i``, and a marker with a tooltip at each."""
+    line = sorted((p for p in points if not _is_pattern(p)), key=lambda p: p.sparsity)
+    track = " ".join("{:.1f},{:.1f}".format(*_place(p, measure, frame)) for p in line)
+    dashes = f' stroke-dasharray="{5 + i // len(COLOURS)} 3"' if i >= len(COLOURS) else ""
+    parts = [f'<polyline class="{_colour(i)}"{dashes} points="{track}"/>']
+    parts += [_marker(i, p, measure, frame) for p in points] if marked else []
+    return "\n".join(parts)
+
+
+def _marker(i: int, point: Point, measure: Measure, frame: Frame) -> str:
+    x, y = _place(point, measure, frame)
+    value = measure.value(point)
+    assert value is not None, "only what is drawable is drawn"
+    kind = "hollow" if _is_pattern(point) else "mark"
+    return (
+        f'<g class="{_colour(i)} {kind}" transform="translate({x:.1f} {y:.1f})"><title>'
+        f"{shown(point.method)} {shown(point.target)}: {measure.text(value)}</title>{_shape(i)}</g>"
+    )
+
+
+def _labels(curves: Mapping[str, Sequence[Point]], measure: Measure, frame: Frame) -> str:
+    """The names at the right of their lines' ends, none on top of another."""
+    ends = [
+        (_place(_last(points), measure, frame), _colour(i), _shape(i), _name(name))
+        for i, (name, points) in enumerate(curves.items())
+        if points
+    ]
+    if measure.dense is not None:
+        end = (frame.x.end, frame.y.at(measure.dense))
+        ends.append((end, "dense", "", f"original {measure.text(measure.dense)}"))
+    rows = spread([y for (_, y), *_ in ends], _LINE, _TOP, frame.y.start)
+    x = frame.x.end + 22
+    return "\n".join(
+        f'<polyline class="{kind} leader" points="{x0:.1f},{y0:.1f} {x - 8:.1f},{row:.1f}"/>'
+        f'<g class="{kind} mark" transform="translate({x:.1f} {row:.1f})">{shape}</g>'
+        f'<text x="{x + 10:.1f}" y="{row + 4.5:.1f}">{escape(text)}</text>'
+        for ((x0, y0), kind, shape, text), row in zip(ends, rows, strict=True)
+    )
+
+
+def _last(points: Sequence[Point]) -> Point:
+    """The end of the line, or of several N:M points the sparsest."""
+    return max(points, key=lambda p: (not _is_pattern(p), p.sparsity))
+
+
+def _place(point: Point, measure: Measure, frame: Frame) -> tuple[float, float]:
+    value = measure.value(point)
+    assert value is not None, "only what is drawable is drawn"
+    return frame.x.at(point.sparsity), frame.y.at(value)
+
+
+def _is_pattern(point: Point) -> bool:
+    """Whether it is an N:M point, which belongs to no line."""
+    return ":" in point.target
+
+
+def _name(method: str) -> str:
+    return printable(method, _NAME)
+
+
+def _colour(i: int) -> str:
+    return f"m{i % len(COLOURS)}"
+
+
+def _shape(i: int) -> str:
+    """The marker of method number ``i``: with a colour that comes again goes another marker."""
+    return MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]
+
+
+def _colours() -> str:
+    """CSS of the methods' colours in both modes."""
+    light, dark = (
+        "".join(f"--m{i}: {pair[mode]}; " for i, pair in enumerate(COLOURS)) for mode in (0, 1)
+    )
+    uses = "".join(
+        f".m{i} {{ stroke: var(--m{i}); fill: var(--m{i}); }}\n" for i in range(len(COLOURS))
+    )
+    return (
+        f":root {{ {light}}}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}\n{uses}"
+        ".mark { stroke: var(--bg); } .hollow { fill: var(--bg); stroke-width: 1.8; }\n"
+    )
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions as near as may be to those wanted, in their order, ``gap`` apart, within the ends.
+
+    >>> spread([10, 11, 50], 10, 0, 100)
+    [5.5, 15.5, 50.0]
+
+    Args:
+        wanted: positions, in any order.
+        gap: least distance; less where there is no room.
+        low: least position.
+        high: greatest position.
+    """
+    gap = min(gap, (high - low) / max(len(wanted) - 1, 1))
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    # Labels that touch form a block, which stands around the mean of what its labels want.
+    blocks: list[list[int]] = []
+    for i in order:
+        blocks.append([i])
+        while len(blocks) > 1 and (
+            _top(blocks[-1], wanted, gap, low, high)
+            < _top(blocks[-2], wanted, gap, low, high) + gap * len(blocks[-2])
+        ):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    placed = list(wanted)
+    for block in blocks:
+        top = _top(block, wanted, gap, low, high)
+        for k, i in enumerate(block):
+            placed[i] = top + k * gap
+    return placed
+
+
+def _top(
+    block: Sequence[int], wanted: Sequence[float], gap: float, low: float, high: float
+) -> float:
+    length = gap * (len(block) - 1)
+    middle = sum(wanted[i] for i in block) / len(block)
+    return max(low, min(middle - length / 2, high - length))
+
+
+def _origin(sweep: Sweep) -> str:
+    """What was calibrated and judged on."""
+    data = sweep.calibration
+    made_up = " (made-up inputs)" if data.synthetic else ""
+    return (
+        f"<p>Calibrated on {shown(data.source, 200)}{made_up}: {data.samples:,} samples, "
+        f"{data.held_out:,} held out.<br>\nJudged on {shown(sweep.evaluation, 400)}.</p>"
+    )
+
+
+def _points(sweep: Sweep) -> str:
+    original = sweep.original
+    dense = ["original", "", "", f"{original.zeros:,}", "", ""]
+    dense += [_percent(sweep.accuracy), number(sweep.r2), f"{original.compressed_bytes:,}", ""]
+    rows = [dense, *(_row(point) for point in sweep.points)]
+    columns = ["method", "target>", "sparsity>", "zeros>", "relative error>", "agreement, %>"]
+    columns += ["accuracy, %>", "R2>", "bytes after gzip>", "seconds>"]
+    used = [k for k in range(len(columns)) if any(row[k] for row in rows)]
+    return table("Points", [columns[k] for k in used], [[row[k] for k in used] for row in rows])
+
+
+def _row(point: Point) -> list[str]:
+    return [
+        shown(point.method),
+        shown(point.target),
+        f"{point.sparsity:.4f}",
+        f"{point.zeros:,}",
+        number(point.relative_error),
+        _percent(point.agreement),
+        _percent(point.accuracy),
+        number(point.r2),
+        f"{point.compressed_bytes:,}",
+        f"{point.seconds:.3f}",
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _setup(sweep: Sweep) -> str:
+    """Everything that is needed to repeat the sweep."""
+    rows = {name: value for name, value in sweep.options.items() if value not in (None, [], {})}
+    rows |= {f"{name} version": value for name, value in encode(sweep.versions).items()}
+    rows["seconds"] = (
+        f"{sweep.seconds:.1f}, of which shared by all points {sweep.shared_seconds:.1f}"
+    )
+    return table("How", ["", ""], [[shown(k), shown(v, 300)] for k, v in rows.items()])

@@ -1,0 +1,145 @@
+"""A sweep for the terminal and for files: text table, CSV, JSON; ``curves`` makes the page."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from onnx_ecp.errors import UsageError
+from onnx_ecp.model import check_output, printable, write_whole
+from onnx_ecp.report import curves
+from onnx_ecp.report.as_json import dumps, encode
+from onnx_ecp.sweep import Point, Sweep
+
+SCHEMA = 1
+# Characters of a sentence that are shown.
+_SENTENCE = 400
+
+
+def as_csv(sweep: Sweep) -> str:
+    """One header row, one row per point, in full precision; what is not known is empty."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Point)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(point) for point in sweep.points)
+    return file.getvalue()
+
+
+def as_json(sweep: Sweep) -> str:
+    """The fields of ``Sweep``, and the schema's number."""
+    return dumps({"schema": SCHEMA, **encode(sweep)})
+
+
+WRITERS: dict[str, Callable[[Sweep], str]] = {
+    ".csv": as_csv,
+    ".html": curves.page,
+    ".json": as_json,
+}
+
+
+def check_target(path: str | Path) -> None:
+    """Find out before the long work whether a sweep can be written there.
+
+    Raises:
+        UsageError: the suffix names no format.
+        OutputError: the directory is missing or read-only, or the path is a directory.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in WRITERS:
+        raise UsageError(
+            f"{path}: a sweep cannot be written as {path.suffix!r}.",
+            hint=f"Name the file *{' or *'.join(WRITERS)}.",
+        )
+    check_output(path, force=True, source=None)
+
+
+def write(sweep: Sweep, paths: Sequence[str | Path]) -> None:
+    """Write a sweep in the formats of the paths' suffixes; each file whole or not at all.
+
+    Raises:
+        UsageError: a suffix names no format; nothing was written.
+        OutputError: a file cannot be written.
+    """
+    for path in paths:
+        check_target(path)
+    texts = [WRITERS[Path(path).suffix.lower()](sweep) for path in paths]
+    for path, text in zip(paths, texts, strict=True):
+        write_whole(path, text.encode())
+
+
+def tables(sweep: Sweep) -> Group:
+    """All points, and what they were calibrated and judged on."""
+    data = sweep.calibration
+    facts = Table.grid(padding=(0, 2))
+    source = printable(data.source, _SENTENCE)
+    facts.add_row("calibration", f"{source}: {data.samples:,} samples, {data.held_out:,} held out")
+    facts.add_row("evaluation", printable(sweep.evaluation, _SENTENCE))
+    shared = f"{sweep.shared_seconds:.1f} s of it shared by all points"
+    facts.add_row("time", f"{sweep.seconds:.1f} s, {shared}")
+    warnings = [
+        Text(f"warning: {printable(text, _SENTENCE)}", style="bold yellow")
+        for text in sweep.warnings
+    ]
+    return Group(_points(sweep), facts, *warnings)
+
+
+def _points(sweep: Sweep) -> Table:
+    """Columns that would be empty are left out."""
+    original = sweep.original
+    dense = ["original", "", "", "", _percent(sweep.accuracy), _number(sweep.r2)]
+    rows = [[*dense, str(original.compressed_bytes), ""], *map(_row, sweep.points)]
+    columns = ["method", "sparsity", "error", "agreement", "accuracy", "R2", "gzip", "seconds"]
+    used = [k for k in range(len(columns)) if any(row[k] for row in rows)]
+    table = Table(box=box.SIMPLE_HEAD)
+    for k in used:
+        table.add_column(
+            columns[k], justify="right" if k else "left", no_wrap=k > 0, overflow="fold"
+        )
+    last = "original"
+    for row in rows:
+        if row[0] != last:
+            table.add_section()
+        last = row[0]
+        table.add_row(*(row[k] for k in used))
+    return table
+
+
+def _row(point: Point) -> list[str]:
+    return [
+        printable(point.method),
+        printable(point.target),
+        _number(point.relative_error),
+        _percent(point.agreement),
+        _percent(point.accuracy),
+        _number(point.r2),
+        str(point.compressed_bytes),
+        f"{point.seconds:.3f}",
+    ]
+
+
+def ok_line(sweep: Sweep, paths: Sequence[str]) -> str:
+    """The last line on stdout: the files, then ``key=value`` separated by blanks."""
+    names = [printable(path) for path in paths] or ["(nothing written)"]
+    fields = {
+        "points": len(sweep.points),
+        "methods": len(sweep.methods),
+        "samples": sweep.evaluation.samples,
+        "seconds": f"{sweep.seconds:.1f}",
+    }
+    return " ".join(["OK", *names, *(f"{name}={value}" for name, value in fields.items())])
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} %"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,410 @@
+"""Many methods and sparsities on one network: loaded, observed and judged alike.
+
+The points share the network's sessions, and every point of a method that asks for the same
+measurements shares the pass over the calibration data that they come from: for one-shot methods
+that is all the observation there is, for staged ones it is the first stage's. A point is, bit by
+bit, what ``optimize`` makes with the same options.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnx_ecp import calibration as calibrating
+from onnx_ecp import doctor
+from onnx_ecp.calibration import Calibration
+from onnx_ecp.errors import UsageError, did_you_mean
+from onnx_ecp.evaluate import Comparison, ModelFacts, expected_rows, measure_gap, model_facts
+from onnx_ecp.layers import Layer
+from onnx_ecp.measurement import Measured, Progress, silent
+from onnx_ecp.methods import NEEDS
+from onnx_ecp.model import Model, signature
+from onnx_ecp.options import Options
+from onnx_ecp.pipeline import (
+    Data,
+    choose_layers,
+    gather,
+    load,
+    make_plan,
+    observe_network,
+    stored,
+    warnings,
+)
+from onnx_ecp.pruning import Network, Plan, observe, prune
+from onnx_ecp.report import CalibrationFacts
+from onnx_ecp.runtime import deadline
+
+METHODS_SWEPT = ("ecp-refit", "ecp", "wanda", "magnitude")
+SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+# The options of ``optimize`` that hold for all points. The others say what one run is to make.
+COMMON = (
+    "compensation",
+    "stages",
+    "damping",
+    "metric",
+    "probes",
+    "gradients",
+    "positions",
+    "scope",
+    "include",
+    "exclude",
+    "layer_sparsity",
+    "samples",
+    "batch_size",
+    "seed",
+    "provider",
+    "threads",
+    "timeout",
+    "input_shapes",
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one method makes of the network at one target.
+
+    Args:
+        method: its name.
+        target: what was asked for: "0.9" or "2:4".
+        sparsity: share of zeros among the weights of the pruned layers.
+        zeros: their number.
+        weights: number of those weights; shared ones count once.
+        relative_error: of the outputs on the evaluation samples.
+        agreement: percent of samples with the same top class as the original, None where the
+            outputs are no class scores.
+        accuracy: percent top-1 on the labels; None without class labels.
+        r2: coefficient of determination on the labels; None without targets of a regression.
+        compressed_bytes: size of the model after gzip.
+        seconds: to prune, without what several points share.
+    """
+
+    method: str
+    target: str
+    sparsity: float
+    zeros: int
+    weights: int
+    relative_error: float
+    agreement: float | None
+    accuracy: float | None
+    r2: float | None
+    compressed_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvaluationFacts:
+    """What the points were judged on.
+
+    Args:
+        source: path or description of the samples.
+        samples: their number.
+        held_out: whether they are the held-out part of the calibration data.
+        labels: path of the labels, or None.
+    """
+
+    source: str
+    samples: int
+    held_out: bool
+    labels: str | None
+
+    def __str__(self) -> str:
+        """One phrase for people."""
+        part = "held-out part of " if self.held_out else ""
+        labels = f", labels {self.labels}" if self.labels else ", no labels"
+        return f"{part}{self.source}: {self.samples:,} samples{labels}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All points, and what a reader needs to believe or repeat them.
+
+    Args:
+        original: the given model.
+        accuracy: of the original on the labels, percent; None without class labels.
+        r2: the same for targets of a regression.
+        calibration: where the inputs came from.
+        evaluation: what the points were judged on.
+        points: method by method, in the order asked for.
+        options: that all points have in common: name to a JSON value.
+        versions: what computed it.
+        shared_seconds: to load, build the sessions and observe, once for all points.
+        seconds: elapsed time, evaluation included.
+        warnings: what the user must know, one sentence each.
+    """
+
+    original: ModelFacts
+    accuracy: float | None
+    r2: float | None
+    calibration: CalibrationFacts
+    evaluation: EvaluationFacts
+    points: tuple[Point, ...]
+    options: Mapping[str, Any]
+    versions: doctor.Versions
+    shared_seconds: float
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def methods(self) -> dict[str, tuple[Point, ...]]:
+        """The points by method, in the order asked for."""
+        names = dict.fromkeys(point.method for point in self.points)
+        return {name: tuple(p for p in self.points if p.method == name) for name in names}
+
+
+def sweep(
+    model: str | Path | onnx.ModelProto,
+    calibration: Any = None,
+    *,
+    methods: str | Sequence[str] = METHODS_SWEPT,
+    sparsities: str | Sequence[Any] = SPARSITIES,
+    evaluation: Any = None,
+    labels: str | Path | None = None,
+    progress: Progress = silent,
+    **choices: Any,
+) -> Sweep:
+    """Prune a model with several methods to several sparsities and compare what comes out.
+
+    Args:
+        model: path or proto; a proto is not changed, and nothing is written.
+        calibration: as for ``optimize``.
+        methods: names, or one text with commas between them.
+        sparsities: numbers or N:M, or one text with commas between them.
+        evaluation: samples to judge on, any source that ``calibration.load`` reads; None takes the
+            held-out part of the calibration data.
+        labels: path of the labels of the evaluation samples; without ``evaluation``, of all
+            calibration samples.
+        progress: called with (what, done, of) as work goes on.
+        choices: the options of ``optimize`` named in ``COMMON``; they hold for all points.
+
+    Raises:
+        UsageError: an unknown method or option, or a sparsity that is none.
+        OnnxEcpError: as ``optimize`` does.
+    """
+    began = time.monotonic()
+    grid = grid_of(methods, sparsities, choices)
+    with deadline(grid[0].timeout):
+        shared = prepare(model, calibration, grid, evaluation, labels, progress)
+        prepared = time.monotonic()
+        runs: list[Run] = []
+        for options, plan in zip(grid, shared.plans, strict=True):
+            progress("points", len(runs), len(grid))
+            runs.append(run(shared, options, plan, progress))
+        progress("points", len(grid), len(grid))
+    scores = {score.metric: score.a for score in runs[0].comparison.gap.scores}
+    return Sweep(
+        original=shared.facts,
+        accuracy=scores.get("accuracy"),
+        r2=scores.get("r2"),
+        calibration=CalibrationFacts(
+            shared.data.fit.source,
+            len(shared.data.fit) + len(shared.data.guard),
+            len(shared.data.held_out),
+            shared.data.fit.synthetic,
+        ),
+        evaluation=shared.judge.facts,
+        points=tuple(run.point for run in runs),
+        options={name: value for name, value in grid[0].as_json().items() if name in COMMON},
+        versions=doctor.versions(),
+        shared_seconds=prepared - began,
+        seconds=time.monotonic() - began,
+        warnings=(*uneven(shared.networks), *merged(runs)),
+    )
+
+
+def grid_of(
+    methods: str | Sequence[str], sparsities: str | Sequence[Any], choices: Mapping[str, Any]
+) -> list[Options]:
+    """The options of every point, method by method; what is named twice is run once.
+
+    Raises:
+        UsageError: an unknown name, a value out of range, or nothing to do.
+    """
+    for name in choices:
+        if name not in COMMON:
+            raise UsageError(f"a sweep has no option {name!r}.", hint=did_you_mean(name, COMMON))
+    grid = [
+        Options.of(method=method, sparsity=sparsity, **choices)
+        for method in _listed("methods", methods)
+        for sparsity in _listed("sparsities", sparsities)
+    ]
+    return list({(o.method, o.sparsity): o for o in grid}.values())
+
+
+def _listed(what: str, values: str | Sequence[Any]) -> list[Any]:
+    """The items of a list, or of a text with commas."""
+    items = [v.strip() for v in values.split(",")] if isinstance(values, str) else list(values)
+    if not items or "" in items:
+        raise UsageError(
+            f"--{what} {values!r} has an empty item.", hint="Put commas between items only."
+        )
+    return items
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The samples that points are judged on, with their labels."""
+
+    samples: Calibration
+    labels: np.ndarray | None
+    facts: EvaluationFacts
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all points share.
+
+    Args:
+        source: the given model.
+        facts: its sizes.
+        data: calibration samples.
+        judge: evaluation samples.
+        networks: by what is measured (see ``methods.NEEDS``): mostly one for all.
+        plans: one per point.
+        measured: of the original network, by what is measured.
+    """
+
+    source: Model
+    facts: ModelFacts
+    data: Data
+    judge: Judge
+    networks: Mapping[str, Network]
+    plans: tuple[Plan, ...]
+    measured: Mapping[str, Measured]
+
+
+def prepare(
+    model: str | Path | onnx.ModelProto,
+    calibration: Any,
+    grid: Sequence[Options],
+    evaluation: Any,
+    labels: str | Path | None,
+    progress: Progress = silent,
+) -> Shared:
+    """Do once what all points need; whatever could be refused is refused here."""
+    source = load(model)
+    layers, _ = choose_layers(source, grid[0])
+    options = replace(grid[0], labels=labels if evaluation is None else None)
+    data = gather(source, calibration, options)
+    judge = judge_of(source, data, evaluation, labels)
+    networks = networks_of(source, layers, data, grid)
+    plans = tuple(make_plan(networks[o.recipe.measures].layers, o) for o in grid)
+    one_each = {plan.method.measures: plan for plan in plans}
+    measured = {
+        needs: observe(networks[needs], plan, networks[needs].original, progress)
+        for needs, plan in one_each.items()
+    }
+    return Shared(source, model_facts(source), data, judge, networks, plans, measured)
+
+
+def judge_of(source: Model, data: Data, evaluation: Any, labels: str | Path | None) -> Judge:
+    """The evaluation samples: those given, else the held-out part of the calibration data.
+
+    Raises:
+        CalibrationError: samples or labels do not fit the model.
+    """
+    named = None if labels is None else str(labels)
+    if evaluation is None:
+        held_out = data.held_out
+        facts = EvaluationFacts(held_out.source, len(held_out), True, named)
+        return Judge(held_out, data.labels, facts)
+    samples = calibrating.load(evaluation, signature(source.proto))
+    values = None if labels is None else calibrating.load_labels(labels, expected_rows(samples))
+    return Judge(samples, values, EvaluationFacts(samples.source, len(samples), False, named))
+
+
+def networks_of(
+    source: Model, layers: Sequence[Layer], data: Data, grid: Sequence[Options]
+) -> dict[str, Network]:
+    """By what is measured, the network under observation.
+
+    A network that can tell sensitivities can tell all that others need; but it leaves out layers
+    without one, which methods that need none do prune: then these have their own network.
+    """
+    by_needs = {options.recipe.measures: options for options in grid}
+    most = max(by_needs, key=NEEDS.index)
+    network, blocked = observe_network(source, layers, data, by_needs[most])
+    if not blocked:
+        return dict.fromkeys(by_needs, network)
+    others = {
+        needs: observe_network(source, layers, data, options)[0]
+        for needs, options in by_needs.items()
+        if needs != most
+    }
+    return {most: network, **others}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A point with what the summary needs besides."""
+
+    point: Point
+    comparison: Comparison
+    warnings: tuple[str, ...]
+
+
+def run(shared: Shared, options: Options, plan: Plan, progress: Progress = silent) -> Run:
+    """Prune to one point and judge it."""
+    began = time.monotonic()
+    needs = plan.method.measures
+    network = shared.networks[needs]
+    pruned = prune(network, plan, progress, measured=shared.measured[needs])
+    seconds = time.monotonic() - began
+    result, _ = stored(shared.source, network, pruned.state)
+    gap = measure_gap(
+        shared.source,
+        result,
+        shared.judge.samples,
+        shared.judge.labels,
+        provider=options.provider,
+        threads=options.threads,
+        batch_size=options.batch_size,
+        progress=progress,
+    )
+    comparison = Comparison(shared.facts, model_facts(result), gap)
+    scores = {score.metric: score.b for score in gap.scores}
+    masks = pruned.state.keep.values()
+    weights = sum(keep.size for keep in masks)
+    zeros = weights - sum(int(np.count_nonzero(keep)) for keep in masks)
+    point = Point(
+        method=options.method,
+        target=str(options.sparsity),
+        sparsity=zeros / weights,
+        zeros=zeros,
+        weights=weights,
+        relative_error=gap.relative_error,
+        agreement=gap.agreement,
+        accuracy=scores.get("accuracy"),
+        r2=scores.get("r2"),
+        compressed_bytes=comparison.b.compressed_bytes,
+        seconds=seconds,
+    )
+    return Run(point, comparison, tuple(warnings(shared.data, network, pruned, comparison)))
+
+
+def uneven(networks: Mapping[str, Network]) -> Iterator[str]:
+    """A warning where the methods do not prune the same layers."""
+    counts = {needs: len(network.layers) for needs, network in networks.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{count} layers with {needs}" for needs, count in counts.items())
+        yield (
+            f"some layers have no sensitivity, and methods that need none prune them too ({listed} "
+            "measured): their sparsities are not shares of the same weights."
+        )
+
+
+def merged(runs: Sequence[Run]) -> Iterator[str]:
+    """Every warning once, with the points that have it unless all do."""
+    where: dict[str, list[str]] = {}
+    for run in runs:
+        for text in run.warnings:
+            where.setdefault(text, []).append(f"{run.point.method} {run.point.target}")
+    for text, points in where.items():
+        more = f" and {len(points) - 1} more" if len(points) > 1 else ""
+        yield text if len(points) == len(runs) else f"{points[0]}{more}: {text}"
