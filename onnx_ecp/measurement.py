@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from onnx_ecp.runtime import OutOfMemory
 from onnx_ecp.statistics import POSITIONS, Moments, expand, reduce_positions, sensitivities
 
 Progress = Callable[[str, int, int], None]
+Visit = Callable[[Observation, Mapping[str, Moments]], None]
 
 # What all observed arrays of a batch may take together, unless the user chooses the batch size.
 BATCH_BYTES = 256 * 2**20
@@ -82,6 +83,7 @@ def measure(
     size: int,
     positions: str = "expand",
     with_gradient: bool = False,
+    visit: Visit | None = None,
     progress: Progress = silent,
 ) -> Measured:
     """Moments and row sensitivities of all layers in one state of the network.
@@ -93,6 +95,7 @@ def measure(
         size: batch size.
         positions: "expand" (every position is a sample) or "reduce" (exact per sample).
         with_gradient: also sum the gradients that gradient-magnitude ranks by.
+        visit: called with every observation and the moments so far.
         progress: called after every batch.
 
     Raises:
@@ -117,6 +120,8 @@ def measure(
                 part = reduce_positions(a, g, centre, seen.samples, with_gradient=with_gradient)
             moments[name] = part if before is None else before + part
             weights.setdefault(name, []).append(sensitivities(g).mean(axis=2))
+        if visit is not None:
+            visit(seen, moments)
     return Measured(moments, {n: np.concatenate(w, axis=1) for n, w in weights.items()})
 
 

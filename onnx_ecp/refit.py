@@ -172,12 +172,25 @@ def solve(system: np.ndarray, right: np.ndarray, keep: np.ndarray, start: np.nda
     Returns:
         (rows, in), zero outside the support.
     """
+    supports = np.unique(keep[keep.any(axis=1)], axis=0)
+    if len(supports) == 1:  # as when whole units go: one factorisation serves all rows
+        return _common(system, right, keep, supports[0])
     columns = keep.shape[1]
     widest = int(keep.sum(axis=1).max(initial=0))
     # Direct: 2/3 k^3 per row. Iterative: a product with the system per step, 2 in^2 per row.
     if widest**3 / 3 <= CG_STEPS * columns**2:
         return _direct(system, right, keep)
     return _conjugate_gradients(system, right, keep, start)
+
+
+def _common(
+    system: np.ndarray, right: np.ndarray, keep: np.ndarray, support: np.ndarray
+) -> np.ndarray:
+    """All rows that keep anything keep the same columns."""
+    solution = np.zeros_like(right)
+    found = np.linalg.solve(system[support][:, support], right[:, support].T).T
+    solution[:, support] = np.where(keep[:, support], found, 0.0)
+    return solution
 
 
 def _direct(system: np.ndarray, right: np.ndarray, keep: np.ndarray) -> np.ndarray:

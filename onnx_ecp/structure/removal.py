@@ -1,0 +1,175 @@
+"""Cut units out of a model: everything that belongs to them goes, everything else stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from onnx_ecp.layers import Layer, edit, find_layers
+from onnx_ecp.model import constants, write_tensor
+from onnx_ecp.structure.groups import Structure, kept
+from onnx_ecp.structure.walk import Count, Slot
+
+# Axis, and which of its entries stay.
+Cut = tuple[int, np.ndarray]
+
+
+def cut(
+    proto: onnx.ModelProto, structure: Structure, keep: np.ndarray, base: Path | None = None
+) -> onnx.ModelProto:
+    """A copy of a model without some of its units.
+
+    What the removed units did is lost: fold it into biases before or afterwards.
+
+    Args:
+        proto: the model that the structure was found in.
+        structure: its units.
+        keep: (units,) bool, True where a unit stays.
+        base: directory of its external data.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(proto)
+    if keep.all():
+        return model
+    private: dict[tuple, str] = {}
+    for (node, index), slots in _by_input(structure.slots).items():
+        cuts = [(slot.axis, kept(slot.marks, keep)) for slot in slots]
+        if not all(stays.all() for _, stays in cuts):
+            _shrink(model, node, index, slots[0], cuts, base, private)
+    for (node, kind), counts in _by_node(structure.counts).items():
+        _recount(model, node, kind, counts, keep)
+    for info in [info for info in model.graph.value_info if info.name in structure.values]:
+        model.graph.value_info.remove(info)
+    return model
+
+
+def store(
+    model: onnx.ModelProto,
+    layers: Iterable[Layer],
+    weights: dict[str, np.ndarray],
+    shifts: dict[str, np.ndarray],
+    base: Path | None = None,
+) -> frozenset[str]:
+    """Write new weights and bias shifts into a model that was cut.
+
+    Args:
+        model: from ``cut``; it is changed.
+        layers: of the model before the cut.
+        weights: by layer name, (out, in) of what stays.
+        shifts: by layer name, (out,) of what stays.
+        base: directory of its external data.
+
+    Returns:
+        Names of the layers that had no bias and have one now.
+    """
+    wanted = {layer.name for layer in layers}
+    created = set()
+    for layer in find_layers(model).layers:
+        if layer.name in wanted:
+            stored = layer.weight.unmatrix(weights[layer.name])
+            if layer.store(model, stored, shifts[layer.name], base):
+                created.add(layer.name)
+    return frozenset(created)
+
+
+def _by_input(slots: Iterable[Slot]) -> dict[tuple[str, int], list[Slot]]:
+    found: dict[tuple[str, int], list[Slot]] = {}
+    for slot in slots:
+        found.setdefault((slot.node, slot.index), []).append(slot)
+    return found
+
+
+def _by_node(counts: Iterable[Count]) -> dict[tuple[str, str], list[Count]]:
+    found: dict[tuple[str, str], list[Count]] = {}
+    for count in counts:
+        found.setdefault((count.node, count.kind), []).append(count)
+    return found
+
+
+def _shrink(
+    model: onnx.ModelProto,
+    node: str,
+    index: int,
+    slot: Slot,
+    cuts: list[Cut],
+    base: Path | None,
+    private: dict[tuple, str],
+) -> None:
+    """Let one input of a node see less of a stored tensor: in place where nobody else reads it.
+
+    Others get a tensor of their own, one for all that lose the same; views in front of it go.
+    """
+    constant = slot.constant
+    name = model.graph.node[edit.node_index(model, node)].input[index]
+    key = (constant.tensor, constant.steps, constant.seen_dtype)
+    key += tuple((axis % len(constant.seen_shape), stays.tobytes()) for axis, stays in cuts)
+    if key in private:
+        edit.set_input(model, node, index, private[key])
+        return
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(constant.seen_dtype)
+    values = constant.view(edit.read(model, constant.tensor, base)).astype(dtype)
+    for axis, stays in cuts:
+        values = np.compress(stays, values, axis=axis)
+    tensor = constants(model).get(name)
+    if constant.direct and tensor is not None and _readers(model, name) == 1:
+        write_tensor(tensor, values)
+        _declare(model, name, values.shape)
+        return
+    private[key] = edit.add_constant(
+        model, f"{name}/ecp_units", values, constant.seen_dtype, before=node
+    )
+    edit.set_input(model, node, index, private[key])
+
+
+def _readers(model: onnx.ModelProto, name: str) -> int:
+    """How many inputs of nodes, and outputs, a stored tensor is."""
+    read = [x for node in model.graph.node for x in node.input]
+    read += [y.name for y in model.graph.output]
+    # A tensor that a body reads is nobody's own; counting it twice says so.
+    bodies = [node for node in model.graph.node if any(a.HasField("g") for a in node.attribute)]
+    inside = 2 * sum(name.encode() in node.SerializeToString() for node in bodies)
+    return read.count(name) + inside
+
+
+def _declare(model: onnx.ModelProto, name: str, shape: tuple[int, ...]) -> None:
+    """Correct the shape of a stored tensor that is listed as an input, or described, too."""
+    for info in (*model.graph.input, *model.graph.value_info):
+        if info.name == name:
+            for dim, size in zip(info.type.tensor_type.shape.dim, shape, strict=False):
+                dim.dim_value = size
+
+
+def _recount(
+    model: onnx.ModelProto, node: str, kind: str, counts: list[Count], keep: np.ndarray
+) -> None:
+    """Correct the numbers of units that a node holds."""
+    proto = model.graph.node[edit.node_index(model, node)]
+    sizes = list(counts[0].sizes)
+    for count in counts:
+        number = int(kept(count.marks, keep).sum())
+        if kind == "group":
+            _set_attribute(proto, "group", number)
+        else:
+            sizes[count.entry] = number
+    if kind == "group" or sizes == list(counts[0].sizes):
+        return
+    attribute = {"shape": "shape", "split": "split"}[kind]
+    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    if opset < {"shape": 5, "split": 13}[kind]:
+        _set_attribute(proto, attribute, sizes)
+        return
+    for outdated in [a for a in proto.attribute if a.name == "num_outputs"]:
+        proto.attribute.remove(outdated)
+    values = np.array(sizes, np.int64)
+    stem = f"{node}/ecp_{kind}"
+    name = edit.add_constant(model, stem, values, onnx.TensorProto.INT64, before=node)
+    edit.set_input(model, node, 1, name)
+
+
+def _set_attribute(node: onnx.NodeProto, name: str, value: int | list[int]) -> None:
+    for old in [a for a in node.attribute if a.name == name]:
+        node.attribute.remove(old)
+    node.attribute.append(onnx.helper.make_attribute(name, value))

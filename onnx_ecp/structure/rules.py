@@ -1,0 +1,276 @@
+"""How units pass through operators: one entry per operator, one function per kind.
+
+A rule gets the walk and a node with at least one input that has units. It returns the axes of the
+outputs that have units, notes stored tensors and counts that must shrink with them, joins units
+that share their fate, or raises ``Refused``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_ecp.layers.bias import MICROSOFT
+from onnx_ecp.structure.marks import Axis
+from onnx_ecp.structure.walk import Count, Refused, Walk
+
+Outputs = dict[str, Axis]
+Rule = Callable[[Walk, gs.Node], Outputs]
+
+RULES: dict[tuple[str, str], Rule] = {}
+
+
+def rule(*op_types: str, domain: str = "") -> Callable[[Rule], Rule]:
+    """Register a function as the rule of some operators."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update({(domain, op): function for op in op_types})
+        return function
+
+    return register
+
+
+def _followed(walk: Walk, node: gs.Node) -> list[tuple[gs.Tensor, Axis]]:
+    """The inputs of a node that have units."""
+    pairs = ((tensor, walk.axis(tensor)) for tensor in node.inputs)
+    return [(tensor, axis) for tensor, axis in pairs if axis is not None]
+
+
+def _data(walk: Walk, node: gs.Node) -> Axis:
+    """The units of the first input of an operator that may have them in no other."""
+    followed = _followed(walk, node)
+    if len(followed) != 1 or followed[0][0] is not node.inputs[0]:
+        raise Refused("its parameters are computed from units")
+    return followed[0][1]
+
+
+@rule("Gelu", "QuickGelu", "FastGelu", "BiasGelu", domain=MICROSOFT)
+@rule(
+    *("Abs", "Cast", "Ceil", "Celu", "Clip", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu"),
+    *("HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "Mish", "Neg", "Reciprocal"),
+    *("Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Softplus", "Softsign", "Sqrt"),
+    *("Swish", "Tanh", "ThresholdedRelu", "Sin", "Cos", "Add", "Div", "Max", "Mean", "Min", "Mul"),
+    *("Pow", "PRelu", "Sub", "Sum", "Where"),
+)
+def elementwise(walk: Walk, node: gs.Node) -> Outputs:
+    """Entry by entry, with broadcasting: units that meet are joined."""
+    out = node.outputs[0]
+    places = {axis.index - len(walk.shape(x)) for x, axis in _followed(walk, node)}
+    if len(places) != 1:
+        raise Refused("it combines units of different axes")
+    place, rank = places.pop(), len(walk.shape(out))
+    marks = max((axis.marks for _, axis in _followed(walk, node)), key=len)
+    if walk.shape(out)[place] != len(marks):
+        raise Refused("it repeats its units")
+    for index, tensor in enumerate(node.inputs):
+        if tensor.name:
+            walk.meet(node, index, place, marks)
+    return {out.name: Axis(rank + place, marks)}
+
+
+@rule("BatchNormalization", "InstanceNormalization")
+def per_channel(walk: Walk, node: gs.Node) -> Outputs:
+    """Parameters of one entry per channel, which is axis 1."""
+    axis = _data(walk, node)
+    if axis.index != 1 or len(node.outputs) > 1:
+        raise Refused("its channels are not the units, or it is in training mode")
+    for index in range(1, len(node.inputs)):
+        walk.slot(node, index, 0, axis.marks)
+    return {node.outputs[0].name: axis}
+
+
+@rule(
+    *("MaxPool", "AveragePool", "LpPool", "GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"),
+    *("Resize", "Upsample"),
+)
+def spatial(walk: Walk, node: gs.Node) -> Outputs:
+    """Every channel on its own."""
+    axis = _data(walk, node)
+    sizes = node.op == "Resize" and len(node.inputs) > 3 and bool(node.inputs[3].name)
+    shape = walk.shape(node.outputs[0])
+    if axis.index != 1 or len(node.outputs) > 1 or sizes or shape[1] != len(axis.marks):
+        raise Refused("it moves over the axis of the units, or names its size")
+    return {node.outputs[0].name: axis}
+
+
+@rule("Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization")
+def normalises_the_rest(walk: Walk, node: gs.Node) -> Outputs:
+    """Reads all entries from ``axis`` on together; units in front of it do not meet."""
+    axis = _data(walk, node)
+    first = int(node.attrs.get("axis", -1))
+    first += len(walk.shape(node.inputs[0])) if first < 0 else 0
+    if axis.index >= first:
+        raise Refused("it normalises over units, so that each one acts on all")
+    return {node.outputs[0].name: axis}
+
+
+@rule(*(f"Reduce{kind}" for kind in ("Max", "Mean", "Min", "Prod", "Sum", "SumSquare", "L1", "L2")))
+def reduction(walk: Walk, node: gs.Node) -> Outputs:
+    """Over axes that are not the units'."""
+    axis, rank = _data(walk, node), len(walk.shape(node.inputs[0]))
+    axes = walk.numbers(node, "axes", 1)
+    if axes is None:
+        raise Refused("it reduces over units, or over axes that are not constants")
+    gone = {a % rank for a in axes}
+    if axis.index in gone:
+        raise Refused("it reduces over units")
+    before = sum(a < axis.index for a in gone)
+    shift = 0 if node.attrs.get("keepdims", 1) else before
+    return {node.outputs[0].name: Axis(axis.index - shift, axis.marks)}
+
+
+@rule("Transpose")
+def transpose(walk: Walk, node: gs.Node) -> Outputs:
+    """The axis moves."""
+    axis, rank = _data(walk, node), len(walk.shape(node.inputs[0]))
+    perm = list(node.attrs.get("perm", range(rank)[::-1]))
+    return {node.outputs[0].name: Axis(perm.index(axis.index), axis.marks)}
+
+
+@rule("Flatten", "Squeeze", "Unsqueeze", "Reshape")
+def reshape(walk: Walk, node: gs.Node) -> Outputs:
+    """Units repeat where their axis is merged, and are joined where it is split.
+
+    Of a split axis the first part counts: (heads * size) to (heads, size) makes each head a unit.
+    """
+    axis = _data(walk, node)
+    old, new = walk.shape(node.inputs[0]), walk.shape(node.outputs[0])
+    along = [1] * len(old)
+    along[axis.index] = len(axis.marks)
+    marks = np.broadcast_to(axis.marks.reshape(along), old).reshape(new)
+    varying = [i for i in range(len(new)) if np.any(marks != marks.take([0], axis=i))]
+    if not varying:
+        raise Refused("it hides the axis of a single unit")
+    index = varying[0]
+    if index == 0:
+        raise Refused("it merges units with the axis of samples")
+    marks = marks[tuple(slice(None) if i in varying else slice(1) for i in range(len(new)))]
+    first, *others = np.moveaxis(marks, index, 0).reshape(new[index], -1).T
+    for other in others:
+        walk.marks.join(first, other)
+    if node.op == "Reshape":
+        _note_target(walk, node, index, first)
+    return {node.outputs[0].name: Axis(index, first)}
+
+
+def _note_target(walk: Walk, node: gs.Node, index: int, marks: np.ndarray) -> None:
+    """Remember the entry of a Reshape's target that names the number of units."""
+    target = walk.numbers(node, "shape", 1)
+    name = node.outputs[0].name
+    if target is not None:
+        if target[index] > 0:
+            walk.counts.append(Count(name, "shape", index, marks, tuple(target)))
+        return
+    parts = node.inputs[1].inputs
+    if (
+        not parts
+        or parts[0].op != "Concat"
+        or len(parts[0].inputs) != len(walk.shape(node.outputs[0]))
+    ):
+        raise Refused("its target shape is computed in a way that is not followed")
+    entry = walk.integers(parts[0].inputs[index])
+    if entry is not None and entry[0] > 0:
+        raise Refused("its target shape is computed, and names the number of units")
+
+
+@rule("Concat")
+def concat(walk: Walk, node: gs.Node) -> Outputs:
+    """Side by side along the units' axis, or joined where it is another."""
+    followed = _followed(walk, node)
+    rank = len(walk.shape(node.outputs[0]))
+    along = int(node.attrs["axis"]) % rank
+    if any(axis.index != followed[0][1].index for _, axis in followed):
+        raise Refused("it combines units of different axes")
+    index = followed[0][1].index
+    if along == index:
+        parts = [_marks_or_pinned(walk, tensor, along) for tensor in node.inputs]
+        return {node.outputs[0].name: Axis(index, np.concatenate(parts))}
+    for i in range(len(node.inputs)):
+        walk.meet(node, i, index - rank, followed[0][1].marks)
+    return {node.outputs[0].name: followed[0][1]}
+
+
+def _marks_or_pinned(walk: Walk, tensor: gs.Tensor, along: int) -> np.ndarray:
+    axis = walk.axis(tensor)
+    if axis is not None:
+        return axis.marks
+    marks = walk.marks.fresh(walk.shape(tensor)[along])
+    walk.marks.pin(marks, f"{tensor.name!r} is not made by a layer that is pruned")
+    return marks
+
+
+@rule("Split")
+def split(walk: Walk, node: gs.Node) -> Outputs:
+    """Parts of the units, or all units in every part."""
+    axis, rank = _data(walk, node), len(walk.shape(node.inputs[0]))
+    if int(node.attrs.get("axis", 0)) % rank != axis.index:
+        return {y.name: axis for y in node.outputs if y.name}
+    sizes = tuple(walk.shape(y)[axis.index] for y in node.outputs)
+    parts = np.split(axis.marks, np.cumsum(sizes)[:-1])
+    for entry, part in enumerate(parts):
+        walk.counts.append(Count(node.outputs[0].name, "split", entry, part, sizes))
+    return {y.name: Axis(axis.index, p) for y, p in zip(node.outputs, parts, strict=True) if y.name}
+
+
+@rule("Slice")
+def slices(walk: Walk, node: gs.Node) -> Outputs:
+    """Cuts along other axes than the units'."""
+    axis, rank = _data(walk, node), len(walk.shape(node.inputs[0]))
+    axes = walk.numbers(node, "axes", 3)
+    if axes is None or axis.index in {a % rank for a in axes}:
+        raise Refused("it cuts along units")
+    return {node.outputs[0].name: axis}
+
+
+@rule("Gather")
+def gather(walk: Walk, node: gs.Node) -> Outputs:
+    """Picks along another axis than the units'."""
+    axis, rank = _data(walk, node), len(walk.shape(node.inputs[0]))
+    along = int(node.attrs.get("axis", 0)) % rank
+    if along == axis.index:
+        raise Refused("it picks units by number")
+    shift = len(walk.shape(node.inputs[1])) - 1 if along < axis.index else 0
+    return {node.outputs[0].name: Axis(axis.index + shift, axis.marks)}
+
+
+@rule("Pad")
+def pad(walk: Walk, node: gs.Node) -> Outputs:
+    """Adds entries along other axes than the units'."""
+    axis, rank = _data(walk, node), len(walk.shape(node.inputs[0]))
+    pads = walk.numbers(node, "pads", 1)
+    if pads is None or len(pads) != 2 * rank or pads[axis.index] or pads[rank + axis.index]:
+        raise Refused("it adds entries to the units")
+    return {node.outputs[0].name: axis}
+
+
+@rule("Shape")
+def shape_of(walk: Walk, node: gs.Node) -> Outputs:
+    """Sizes follow by themselves when the model runs."""
+    return {}
+
+
+@rule("MatMul")
+def product_of_activations(walk: Walk, node: gs.Node) -> Outputs:
+    """A product of two activations: units on a batch axis, on a free axis, or summed over."""
+    out, (left, right) = node.outputs[0], node.inputs
+    ranks = [len(walk.shape(x)) for x in (left, right)]
+    if any(walk.scope.is_constant(x) for x in (left, right)) or min(ranks) < 2:
+        raise Refused("it is a product that is not pruned")
+    places = {x.name: a.index - len(walk.shape(x)) for x, a in _followed(walk, node)}
+    here, there = places.get(left.name), places.get(right.name)
+    rank = len(walk.shape(out))
+    if (here, there) == (-1, -2):
+        walk.marks.join(walk.axes[left.name].marks, walk.axes[right.name].marks)
+        return {}
+    if (here, there) in ((-2, None), (None, -1)):
+        ((_, axis),) = _followed(walk, node)
+        return {out.name: Axis(rank + (here or -1), axis.marks)}
+    place = here if here is not None else there
+    if place is None or place > -3 or there not in (None, place):
+        raise Refused("it combines units of different axes")
+    marks = max((axis.marks for _, axis in _followed(walk, node)), key=len)
+    for index in (0, 1):
+        walk.meet(node, index, place, marks)
+    return {out.name: Axis(rank + place, marks)}
