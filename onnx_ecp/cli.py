@@ -427,6 +427,72 @@ def compare(
 
 
 @main.command()
+@click.argument("model_a")
+@click.argument("model_b", required=False)
+@click.option("-d", "--data", metavar="PATH", help="Held-out inputs, as of optimize -c.")
+@click.option(
+    "--confidence", type=float, metavar="P", default=0.95, show_default=True,
+    help="Of the probabilistic bounds; alpha = 1 - P.",
+)  # fmt: skip
+@click.option("--eps", type=float, metavar="E", help="Gap whose share of inputs is bounded.")
+@click.option(
+    "--input-range", metavar="[NAME:]LOW,HIGH", multiple=True,
+    help="Deterministic bound for all inputs in this range (repeatable).",
+)  # fmt: skip
+@click.option(
+    "--method", metavar="random|magnitude",
+    help="Without MODEL_B: what pruning MODEL_A that way costs at most, before doing it.",
+)  # fmt: skip
+@click.option(
+    "--sparsity", type=float, metavar="S", default=0.1, show_default=True,
+    help="Of --method.",
+)  # fmt: skip
+@_with(BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
+def bound(
+    model_a: str,
+    model_b: str | None,
+    data: str | None,
+    confidence: float,
+    eps: float | None,
+    input_range: Sequence[str],
+    method: str | None,
+    sparsity: float,
+    as_json: bool,
+    traceback: bool,
+    **options: Any,
+) -> None:
+    """Bound how far the outputs of MODEL_B can be from those of MODEL_A.
+
+    \b
+    onnx-ecp bound in.onnx out.onnx -d held-out.npz --confidence 0.95
+    onnx-ecp bound in.onnx --method magnitude --sparsity 0.1 --eps 0.05
+    """  # noqa: D301 - the \b is for click
+    if (model_b is None) == (method is None):
+        raise UsageError(
+            "a bound is for MODEL_B or for a --method.", hint="Name one of the two, not both."
+        )
+    from onnx_ecp import bounds
+    from onnx_ecp.report import text
+
+    if model_b is None:
+        assert method is not None, "one of the two is given"
+        plan = bounds.plan(model_a, method, sparsity, confidence=confidence, eps=eps)
+        if as_json:
+            _print_json(plan)
+        else:
+            text.show(text.planning_tables(plan))
+        return
+    ranges = dict(bounds.parse_range(text_of) for text_of in input_range)
+    found = bounds.bound(
+        model_a, model_b, data, confidence=confidence, eps=eps, input_range=ranges, **options
+    )
+    if as_json:
+        _print_json(found)
+    else:
+        text.show(text.bound_tables(found))
+
+
+@main.command()
 @click.argument("model")
 @_with(CALIBRATION)
 @click.option(

@@ -380,13 +380,13 @@ def measure_gap(
         CalibrationError: the labels fit no output, or are not as many as its rows.
         ProviderError: ONNX Runtime cannot run a model.
     """
-    _check_same_signature(a, b)
+    check_same_signature(a, b)
     size = batch_size or _fitting(data)
     sums: dict[str, Sums] = {}
     target: _Target | None = None
     predictions: list[tuple[np.ndarray, ...]] = []
-    for batch, of_a, of_b in _paired_outputs(a, b, data.batches(size), provider, threads):
-        _check_same_shapes(b, of_a, of_b)
+    for batch, of_a, of_b in paired_outputs(a, b, data.batches(size), provider, threads):
+        check_same_shapes(b, of_a, of_b)
         for name, y in of_a.items():
             new = deviation_sums(y, of_b[name], batch.start, batch.samples)
             sums[name] = sums[name] + new if name in sums else new
@@ -474,7 +474,7 @@ def _fitting(data: Calibration) -> int:
 _Outputs = Mapping[str, np.ndarray]
 
 
-def _paired_outputs(
+def paired_outputs(
     a: Model, b: Model, batches: Iterable[Batch], provider: str, threads: int | None
 ) -> Iterator[tuple[Batch, _Outputs, _Outputs]]:
     """Outputs of both models by name; of halves where a batch does not fit in memory."""
@@ -498,7 +498,8 @@ def _paired_outputs(
 _SAME_HINT = "Only models with the same inputs and outputs can be compared."
 
 
-def _check_same_signature(a: Model, b: Model) -> None:
+def check_same_signature(a: Model, b: Model) -> None:
+    """ModelError unless both models have the same inputs and outputs."""
     for role, names in (("inputs", _inputs), ("outputs", output_names)):
         of_a, of_b = names(a.proto), names(b.proto)
         if sorted(of_a) != sorted(of_b):
@@ -514,7 +515,8 @@ def _inputs(proto: onnx.ModelProto) -> tuple[str, ...]:
     return tuple(spec.name for spec in signature(proto))
 
 
-def _check_same_shapes(b: Model, of_a: _Outputs, of_b: _Outputs) -> None:
+def check_same_shapes(b: Model, of_a: _Outputs, of_b: _Outputs) -> None:
+    """ModelError unless the outputs of both models have the same shapes."""
     for name, y in of_a.items():
         if y.shape != of_b[name].shape:
             raise ModelError(

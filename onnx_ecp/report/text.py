@@ -17,6 +17,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from onnx_ecp.bounds import Bounds
+from onnx_ecp.bounds.planning import Planning
 from onnx_ecp.doctor import Diagnosis
 from onnx_ecp.evaluate import Comparison, Gap, Latency, ModelFacts
 from onnx_ecp.inspection import Inspection
@@ -128,6 +130,57 @@ def comparison_tables(comparison: Comparison) -> Group:
     parts: list[RenderableType] = [table, _gap_table(comparison.gap)]
     parts += [_warning(text) for text in comparison.gap.warnings]
     return Group(*parts)
+
+
+def bound_tables(bounds: Bounds) -> Group:
+    """What can be said about the gap of two models, and what it assumes."""
+    chance = f"{bounds.confidence:.6g}"
+    table = _table(None, "bound", "for", "value>")
+    if bounds.conformal is not None and bounds.measured is not None:
+        one = f"one new input, with probability {chance}"
+        table.add_row("measured gap", f"worst of {bounds.samples:,}", _number(bounds.measured))
+        table.add_row("gap (conformal)", one, _number(bounds.conformal.gap))
+    for share in (bounds.above, bounds.flips):
+        if share is not None:
+            what = share.what if share.eps is None else f"gap above {share.eps:g}"
+            seen = f"share of inputs, confidence {chance}; {share.count}/{share.samples} seen"
+            table.add_row(f"{what} (Clopper-Pearson)", seen, f"{100 * share.limit:.3g} %")
+    found = [x for x in (bounds.per_sample, bounds.box) if x is not None]
+    for x in found:
+        value = "none" if x.gap is None else _number(x.gap)
+        note = "" if x.ratio is None else f" ({x.ratio:.3g} times the measured one)"
+        table.add_row("gap (deterministic)", f"{printable(x.inputs)}{note}", value)
+    probable = [x for x in (bounds.conformal, bounds.above, bounds.flips) if x is not None]
+    refused = [_warning(reason) for reason in dict.fromkeys(x.refused for x in found if x.refused)]
+    assumed = dict.fromkeys(a for x in (*probable, *found) for a in x.assumptions)
+    return Group(table, *refused, _assumptions(assumed))
+
+
+def planning_tables(plan: Planning) -> Group:
+    """What pruning costs at most, layer by layer."""
+    columns = ["layer", "out x in>", "share>", "typical>", "expected <=>", "limit>"]
+    table = _table("Norm of what goes, relative to the layer", *columns)
+    for row in _cut(plan.layers, verbose=False):
+        if isinstance(row, int):
+            table.add_row(_omitted(row))
+            continue
+        numbers = [_number(x) for x in (row.typical, row.expected, row.limit)]
+        share = f"{100 * row.share:.2f} %"
+        table.add_row(printable(row.name), _shape(row.shape), share, *numbers)
+    facts = Table.grid(padding=(0, 2))
+    gap = f"{_number(plan.gap)} with probability {plan.confidence:.6g}"
+    facts.add_row("relative gap at most", gap)
+    facts.add_row(
+        "expected at most", f"{_number(plan.expected)} (typical: {_number(plan.typical)})"
+    )
+    if plan.eps is not None and plan.largest_sparsity is not None:
+        most = f"{plan.largest_weights:,} weights, sparsity {plan.largest_sparsity:.4f}"
+        facts.add_row(f"may go for eps {plan.eps:g}", most)
+    return Group(table, facts, _assumptions(plan.assumptions))
+
+
+def _assumptions(assumptions: Iterable[str]) -> Text:
+    return Text("\n".join(["assumed:", *(f"  - {sentence}" for sentence in assumptions)]))
 
 
 def diagnosis_tables(diagnosis: Diagnosis) -> Group:
