@@ -287,7 +287,8 @@ def observe_network(
             seed=options.seed,
             provider=options.provider,
             threads=options.threads,
-            reverse=options.recipe.measures in ("sensitivities", "gradients"),
+            reverse=options.recipe.measures in ("sensitivities", "gradients")
+            or options.finetune_steps > 0,
         )
 
     observer = observing(layers)

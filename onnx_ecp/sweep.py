@@ -48,6 +48,7 @@ COMMON = (
     "compensation",
     "stages",
     "damping",
+    "finetune_steps",
     "metric",
     "probes",
     "gradients",
