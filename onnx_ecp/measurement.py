@@ -44,11 +44,34 @@ def effective_sample_size(weights: np.ndarray) -> float:
     return float(weights.sum()) ** 2 / square if square else 0.0
 
 
-def batch_size(observer: Observer, wanted: int | None) -> int:
-    """The batch size asked for, or one whose observed arrays fit in BATCH_BYTES."""
-    if wanted is not None:
-        return wanted
-    return int(np.clip(BATCH_BYTES // max(observer.bytes_per_sample, 1), 1, 256))
+def batch_size(observer: Observer, state: State, data: Calibration, wanted: int | None) -> int:
+    """The batch size asked for, or one whose observed arrays fit in BATCH_BYTES.
+
+    Either is halved until a first batch can be run.
+
+    Raises:
+        OutOfMemory: not even one sample can.
+    """
+    size = wanted or int(np.clip(BATCH_BYTES // max(observer.bytes_per_sample, 1), 1, 256))
+    batch = next(data.batches(size))
+    while True:
+        try:
+            observer.rehearse(state, batch)
+        except (OutOfMemory, MemoryError) as error:
+            batch = _halves(batch, error)[0]
+            size = batch.samples
+        else:
+            return size
+
+
+def _halves(batch: Batch, error: Exception) -> tuple[Batch, Batch]:
+    """What is left to try of a batch that does not fit in memory."""
+    if batch.samples == 1:
+        raise OutOfMemory(
+            "one sample does not fit in memory.",
+            hint="Use a machine with more memory, or shorter inputs.",
+        ) from error
+    return batch.halves()
 
 
 def observations(
@@ -64,12 +87,7 @@ def _observe(observer: Observer, state: State, batch: Batch) -> Iterator[Observa
     try:
         seen = observer.observe(state, batch)
     except (OutOfMemory, MemoryError) as error:
-        if batch.samples == 1:
-            raise OutOfMemory(
-                "one sample does not fit in memory.",
-                hint="Use a machine with more memory, or shorter inputs.",
-            ) from error
-        for half in batch.halves():
+        for half in _halves(batch, error):
             yield from _observe(observer, state, half)
     else:
         yield seen

@@ -302,8 +302,8 @@ def observe_network(
         if not rest:
             raise nothing_to_prune(skips)
         observer = observing(rest)
-    size = batch_size(observer, options.batch_size)
     original = original_state(dense, observer.layers)
+    size = batch_size(observer, original, data.fit, options.batch_size)
     observer.normalise_outputs(original, data.fit.batches(size))
     return Network(observer, original, data.fit, data.guard, size), skips
 

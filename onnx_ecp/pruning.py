@@ -276,6 +276,8 @@ def compensate(
     Returns:
         The new state, and by layer name remarks about its compensation.
     """
+    if not any(_victims(layer, before, after.keep).any() for layer in network.layers):
+        return before, {}
     shifts = dict(before.shifts)
     if plan.method.compensation != "none":
         for layer in network.layers:

@@ -186,11 +186,18 @@ class Observer:
             adjoints,
         )
 
+    def rehearse(self, state: State, batch: Batch) -> None:
+        """Run a batch for its need of memory alone, backward where there is a reverse graph."""
+        if self._reverse is None:
+            self.activations(state, batch)
+        else:
+            self.observe(state, batch)
+
     def normalise_outputs(self, state: State, batches: Iterable[Batch]) -> None:
         """Under l2, divide each of several outputs by its own root mean square over samples."""
         if self._plan.metric == "l2" and len(self._heads) > 1:
             energies = self._output_energies(state, batches)
-            scales = {name: 1 / np.sqrt(e) for name, e in energies.items() if e > 0}
+            scales = {name: float(1 / np.sqrt(e)) for name, e in energies.items() if e > 0}
             self._plan = replace(self._plan, scales=scales)
 
     def output_energy(self, state: State, batches: Iterable[Batch]) -> float:

@@ -45,4 +45,5 @@ def _mean_gradient(view: View) -> np.ndarray:
 
 def _mean_square_gradient(view: View) -> np.ndarray:
     zero = view.seen.recentred(np.zeros_like(view.seen.centre))
-    return np.asarray(zero.ww / zero.count)
+    # A sum of squares; rounding while the centre moves may make zeros negative.
+    return np.maximum(zero.ww, 0) / zero.count
