@@ -19,10 +19,10 @@ from onnx_ecp.sweep import Point, Sweep
 _WIDTH, _HEIGHT = 800, 400
 _LEFT, _TOP, _BOTTOM = 62, 16, 46
 # Width of a character of a label, and the least distance between two labels.
-_CHARACTER, _LINE = 7.4, 17.0
+_CHARACTER, _LINE = 8.3, 17.0
 _NAME = 24
 # Beyond so many points a curve has no markers: the page stays under 500 kB.
-_MARKED = 800
+_MARKED = 400
 
 # Light and dark; lines of text and markers reach a contrast of 3 with the background.
 COLOURS = (
@@ -220,13 +220,15 @@ def chart(measure: Measure, sweep: Sweep) -> str:
 
 def _frame(measure: Measure, drawn: Sequence[Point], names: Sequence[str]) -> Frame:
     """Room at the right for the longest name, and as high as all names need."""
-    dense = [] if measure.dense is None else ["original 98.765 %"]
-    labels = [*map(_name, names), *dense]
-    right = 40 + _CHARACTER * max(map(len, labels))
+    labels = [*map(_name, names), "original 98.76 %"]
+    right = 32 + _CHARACTER * max(map(len, labels))
     height = max(_HEIGHT, _TOP + _BOTTOM + _LINE * len(labels))
     values = [v for p in drawn if (v := measure.value(p)) is not None]
     values += [measure.dense] if measure.dense is not None else []
-    x = linear([p.sparsity for p in drawn], _LEFT, _WIDTH - right, (0, 1))
+    sparsities = [p.sparsity for p in drawn]
+    if min(sparsities) == max(sparsities):  # a single one stands at the right, beside the names
+        sparsities.append(max(0.0, sparsities[0] - 0.1))
+    x = linear(sparsities, _LEFT, _WIDTH - right, (0, 1))
     bottom = height - _BOTTOM
     if measure.log:
         return Frame(x, logarithmic(values, bottom, _TOP), height)
