@@ -74,7 +74,7 @@ def prepare(proto: onnx.ModelProto, base: Path | None, layers: Sequence[Layer]) 
     _insert_shifts(graph, {layer.output: shifts[layer.name] for layer in layers})
     graph.toposort()
     model = gs.export_onnx(graph, do_type_check=False)
-    model.ir_version = min(private.ir_version, 10) if private.ir_version >= 4 else 8
+    model.ir_version = min(private.ir_version, 10)
     outputs = tuple(y.name for y in graph.outputs)
     return Prepared(model, base, tuple(layers), outputs, shifts)
 
@@ -150,7 +150,8 @@ def probe(
 def _without_values(proto: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
     """The model with the named stored tensors as graph inputs; no large value is copied."""
     graph = proto.graph
-    skeleton = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import,
+    # Before IR 4 initializers had to be listed as inputs; here none is.
+    skeleton = onnx.ModelProto(ir_version=max(proto.ir_version, 8), opset_import=proto.opset_import,
                                functions=proto.functions)  # fmt: skip
     new = skeleton.graph
     new.name = graph.name or "graph"
