@@ -169,6 +169,8 @@ class Session:
             ProviderError: the run failed, or the deadline passed.
         """
         names = list(self.outputs if outputs is None else outputs)
+        if not names:
+            return {}  # ONNX Runtime takes an empty list for all outputs
         options = self._ort.RunOptions()
         options.log_severity_level = 4
         left = check_deadline()

@@ -90,6 +90,7 @@ GEMMS = "{ h = Gemm<transB=1>(x, W, b) r = Relu(h) y = Gemm<transB=1>(r, W2, b2)
 GEMM = {"W": (16, 8), "b": (16,), "W2": (3, 16), "b2": (3,)}
 NETS = {
     "gemm": Net("(float[n,8] x) => (float[n,3] y) " + GEMMS, GEMM),
+    "one layer": Net("(float[n,8] x) => (float[n,5] y) { y = MatMul(x, W) }", {"W": (8, 5)}),
     "no bias": Net(
         "(float[n,8] x) => (float[n,3] y) { h = MatMul(x, W) r = Tanh(h) y = MatMul(r, W2) }",
         {"W": (8, 16), "W2": (16, 3)},
@@ -155,7 +156,14 @@ NETS = {
     ),
 }
 TRAINED = ("digits", "heat")
-SMOOTH = ("no bias", "gemm without c", "weight on the left", "attention", "double precision")
+SMOOTH = (
+    "one layer",
+    "no bias",
+    "gemm without c",
+    "weight on the left",
+    "attention",
+    "double precision",
+)
 
 each_net = pytest.mark.parametrize("net", [*NETS, *TRAINED])
 each_small_net = pytest.mark.parametrize("net", NETS)

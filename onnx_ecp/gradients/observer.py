@@ -189,7 +189,7 @@ class Observer:
     def rehearse(self, state: State, batch: Batch) -> None:
         """Run a batch for its need of memory alone, backward where there is a reverse graph."""
         if self._reverse is None:
-            self.activations(state, batch)
+            self.heads(state, batch)
         else:
             self.observe(state, batch)
 
