@@ -156,3 +156,14 @@ def measure_activations(
             moments[name] = part if before is None else before + part
         progress("activations", batch.start + batch.samples, len(data))
     return Measured(moments)
+
+
+def row_sensitivities(
+    observer: Observer, state: State, data: Calibration, *, size: int
+) -> dict[str, np.ndarray]:
+    """By layer name, the sensitivity of every row, averaged over the units: (groups, rows)."""
+    weights: dict[str, list[np.ndarray]] = {}
+    for seen in observations(observer, state, data, size):
+        for name, g in seen.adjoints.items():
+            weights.setdefault(name, []).append(sensitivities(g).mean(axis=2))
+    return {name: np.concatenate(parts, axis=1) for name, parts in weights.items()}

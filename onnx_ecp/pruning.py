@@ -5,9 +5,11 @@ One-shot pruning is one stage. Nothing here knows files or reports.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
@@ -21,10 +23,11 @@ from onnx_ecp.measurement import (
     effective_sample_size,
     measure,
     measure_activations,
+    row_sensitivities,
     silent,
 )
 from onnx_ecp.methods import Method, View, bias_shift
-from onnx_ecp.refit import Gram, excess, refit
+from onnx_ecp.refit import Gram, excess, mean_shift, refit
 from onnx_ecp.runtime import check_deadline
 from onnx_ecp.selection import Group, select
 from onnx_ecp.walk import Passage, Segment, segments
@@ -97,12 +100,29 @@ class Pruned:
     notes: dict[str, str] = field(default_factory=dict)
 
 
+class Step(Protocol):
+    """One stage of pruning: ``stage`` for single weights, or the same for something larger."""
+
+    def __call__(
+        self,
+        network: Network,
+        plan: Plan,
+        before: Pruned,
+        share: float,
+        progress: Progress,
+        *,
+        measured: Measured | None,
+    ) -> Pruned:
+        """The result of the stage; see ``stage``."""
+
+
 def prune(
     network: Network,
     plan: Plan,
     progress: Progress = silent,
     *,
     measured: Measured | None = None,
+    step: Step | None = None,
 ) -> Pruned:
     """Prune a network to the targets of a plan, in as many stages as its method wants.
 
@@ -111,11 +131,13 @@ def prune(
         plan: how.
         progress: called as work goes on.
         measured: what ``observe`` told of the original, where that is known already.
+        step: what a stage does; None for ``stage``.
     """
+    step = step or stage
     result = Pruned(network.original)
     for share in schedule(plan.method.stages):
         check_deadline()
-        result = stage(network, plan, result, share, progress, measured=measured)
+        result = step(network, plan, result, share, progress, measured=measured)
         measured = None  # it is of the original: later stages look at what they have made
         result = tuned(network, plan, result, last=share == 1.0, progress=progress)
     return result
@@ -190,7 +212,7 @@ def stage(
         for layer in network.layers
     }
     ess = {name: effective_sample_size(s) for name, s in measured.weights.items()}
-    return Pruned(after, removed, ess, before.notes | notes)
+    return Pruned(after, removed, ess, notes)
 
 
 def observe(network: Network, plan: Plan, state: State, progress: Progress = silent) -> Measured:
@@ -296,24 +318,27 @@ def refit_layers(
     """Refit one layer after the other, each in the network that the layers before it make now.
 
     A refit stays only if its error on the guard samples is not larger than that of the bias shift.
+    A weight that several layers share is not refitted: each of them would want another one.
+
+    Returns:
+        The new state, and by layer name why a refit was not kept.
     """
     notes = {}
-    runs = {
-        name: _Run(network, data) for name, data in (("fit", network.fit), ("guard", network.guard))
-    }
-    shrink = plan.method.shrinkage
+    fit, guard = _Run(network, network.fit), _Run(network, network.guard)
+    guard_weights = row_sensitivities(network.observer, state, network.guard, size=network.size)
+    uses = Counter(layer.weight.tensor for layer in network.layers)
     for done, segment in enumerate(network.segments, 1):
         check_deadline()
-        layer = segment.layer
-        fit = runs["fit"].gram(segment, state, measured.weights[layer.name], shrink)
-        guard = runs["guard"].gram(segment, state, None, shrink)
-        target = _matrix(layer, network.original)
-        current = _matrix(layer, state)
-        keep = state.keep[layer.weight.tensor]
-        weight, shift = refit(fit, target, keep, plan.damping)
-        old = excess(guard, target, current, state.shifts[layer.name]).sum()
-        new = excess(guard, target, weight, shift).sum()
-        if new <= old:
+        layer, shrink = segment.layer, plan.method.shrinkage
+        seen = fit.gram(segment, state, measured.weights[layer.name], shrink)
+        judged = guard.gram(segment, state, guard_weights[layer.name], shrink)
+        target, current = _matrix(layer, network.original), _matrix(layer, state)
+        if uses[layer.weight.tensor] > 1:
+            weight, shift = current, mean_shift(seen, target, current)
+        else:
+            weight, shift = refit(seen, target, state.keep[layer.weight.tensor], plan.damping)
+        old = excess(judged, target, current, state.shifts[layer.name]).sum()
+        if excess(judged, target, weight, shift).sum() <= old:
             stored = layer.weight.unmatrix(weight).astype(state.weights[layer.weight.tensor].dtype)
             state = state.with_layer(layer, stored, shift)
         else:
@@ -331,9 +356,7 @@ class _Run:
         self._before = Passage(network.observer, batches)
         self._now = Passage(network.observer, batches)
 
-    def gram(
-        self, segment: Segment, state: State, weights: np.ndarray | None, shrink: float
-    ) -> Gram:
+    def gram(self, segment: Segment, state: State, weights: np.ndarray, shrink: float) -> Gram:
         """Sums of the next layer's inputs over all samples, weighted by the row sensitivities."""
         total, first = None, 0
         for before, now in zip(
@@ -342,10 +365,8 @@ class _Run:
             strict=True,
         ):
             rows = now.shape[1]
-            s = np.ones(now.shape[:2])
-            if weights is not None:
-                s = (1 - shrink) * weights[:, first : first + rows]
-                s = s + shrink * weights.mean(axis=1, keepdims=True)
+            s = (1 - shrink) * weights[:, first : first + rows]
+            s = s + shrink * weights.mean(axis=1, keepdims=True)
             centre = now.mean(axis=1, dtype=np.float64) if total is None else total.centre
             part = Gram.of(now, before, s, centre)
             total = part if total is None else total + part

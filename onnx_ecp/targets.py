@@ -15,7 +15,7 @@ from onnx_ecp.calibration import Calibration
 from onnx_ecp.errors import CalibrationError, TargetError
 from onnx_ecp.gradients.observer import Observer, State
 from onnx_ecp.measurement import Progress, silent
-from onnx_ecp.pruning import Network, Plan, Pruned, observe, stage, tuned
+from onnx_ecp.pruning import Network, Plan, Pruned, Step, observe, stage, tuned
 from onnx_ecp.runtime import check_deadline
 
 # Share of the remaining weights that stay after one step of the walk. 0.7 is about the step of an
@@ -116,7 +116,13 @@ class Judge:
 
 
 def seek(
-    network: Network, plan: Plan, limit: Limit, judge: Judge, progress: Progress = silent
+    network: Network,
+    plan: Plan,
+    limit: Limit,
+    judge: Judge,
+    progress: Progress = silent,
+    *,
+    step: Step = stage,
 ) -> tuple[Pruned, tuple[Point, ...]]:
     """Prune as far as the limit allows.
 
@@ -126,6 +132,7 @@ def seek(
         limit: what the result must not exceed.
         judge: measures it.
         progress: called as work goes on.
+        step: what one step of the walk does.
 
     Returns:
         The last state within the limit, and all points of the walk in the order of visits.
@@ -133,7 +140,7 @@ def seek(
     Raises:
         TargetError: not even the first step is within the limit.
     """
-    walk = _Walk(network, plan, limit, judge, progress)
+    walk = _Walk(network, plan, limit, judge, progress, step)
     best, best_share = Pruned(network.original), 0.0
     outside = None
     for share in _shares():
@@ -162,10 +169,16 @@ class _Walk:
     """Takes steps and keeps the points."""
 
     def __init__(
-        self, network: Network, plan: Plan, limit: Limit, judge: Judge, progress: Progress
+        self,
+        network: Network,
+        plan: Plan,
+        limit: Limit,
+        judge: Judge,
+        progress: Progress,
+        step: Step,
     ) -> None:
         self._network, self._plan, self._limit = network, plan, limit
-        self._judge, self._progress = judge, progress
+        self._judge, self._progress, self._step = judge, progress, step
         self.points: list[Point] = []
         # A one-stage method ranks the original network, whatever the sparsity: one look is enough.
         self._first = None
@@ -177,7 +190,7 @@ class _Walk:
         check_deadline()
         network, plan = self._network, self._plan
         start = before if self._first is None else Pruned(network.original)
-        found = stage(network, plan, start, share, self._progress, measured=self._first)
+        found = self._step(network, plan, start, share, self._progress, measured=self._first)
         found = tuned(network, plan, found, last=False, progress=self._progress)
         point = self._judge.point(found.state)
         within = self._limit.allows(point)

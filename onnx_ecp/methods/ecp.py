@@ -23,7 +23,7 @@ ECP_REFIT = Method(
     importance,
     compensation="refit",
     needs="sensitivities",
-    stages=8,
+    stages=16,
     shrinkage=0.3,
     floor=0.2,
     summary="ECP's ranking in stages; the weights that stay are refitted after each",

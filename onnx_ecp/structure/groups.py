@@ -152,10 +152,8 @@ def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
             walk.axes |= follow(walk, node)
     except Refused as refusal:
         reason = f"{node.op} {name!r}: {refusal}"
-        for tensor in node.inputs:
-            axis = walk.axis(tensor)
-            if axis is not None:
-                walk.marks.pin(axis.marks, reason)
+        for axis in filter(None, map(walk.axis, node.inputs)):
+            walk.marks.pin(axis.marks, reason)
 
 
 def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]:

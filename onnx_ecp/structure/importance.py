@@ -1,4 +1,4 @@
-"""Importance of a unit: what its removal does to the outputs after the best constant took its place.
+"""Importance of a unit: what its removal does to the outputs once a constant took its place.
 
 With the unit's activation a_c in the columns c of a consumer, G_c = sum_i W_ic g_i = v dy/da_c, and
 centred activations, the removal changes the output by ``u = sum_c G_c a_c``, and a constant in its
@@ -57,10 +57,10 @@ class Sums:
         u, h = (gradient * a)[:, order], gradient[:, order]
         if len(present) < len(order):
             u, h = (np.add.reduceat(x, starts, axis=1) for x in (u, h))
-        sums = np.zeros((3, units))
-        for total, product in zip(sums, (u * u, u * h, h * h), strict=True):
+        uu, uh, hh = np.zeros((3, units))
+        for total, product in ((uu, u * u), (uh, u * h), (hh, h * h)):
             total[present] = product.sum(axis=0, dtype=np.float64)
-        return Sums(columns, *sums, np.square(gradient).sum(axis=0, dtype=np.float64))
+        return Sums(columns, uu, uh, hh, np.square(gradient).sum(axis=0, dtype=np.float64))
 
     def __add__(self, other: Sums) -> Sums:
         """The sums over both sets of rows, or probes."""

@@ -1,4 +1,4 @@
-"""Cut units out of a model: everything that belongs to them goes, everything else stays as it was."""
+"""Cut units out of a model: what belongs to them goes, everything else stays as it was."""
 
 from __future__ import annotations
 
@@ -104,8 +104,9 @@ def _shrink(
     """
     constant = slot.constant
     name = model.graph.node[edit.node_index(model, node)].input[index]
-    key = (constant.tensor, constant.steps, constant.seen_dtype)
-    key += tuple((axis % len(constant.seen_shape), stays.tobytes()) for axis, stays in cuts)
+    rank = len(constant.seen_shape)
+    lost = tuple((axis % rank, stays.tobytes()) for axis, stays in cuts)
+    key = (constant.tensor, constant.steps, constant.seen_dtype, lost)
     if key in private:
         edit.set_input(model, node, index, private[key])
         return

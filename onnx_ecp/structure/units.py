@@ -7,7 +7,7 @@ go, so that nothing sees the rows of its producers any longer. The graph is cut 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -15,19 +15,10 @@ from onnx_ecp.errors import TargetError
 from onnx_ecp.gradients.observer import State
 from onnx_ecp.measurement import Measured, Progress, effective_sample_size, measure, silent
 from onnx_ecp.methods import METHODS
-from onnx_ecp.pruning import (
-    Network,
-    Plan,
-    Pruned,
-    compensate,
-    importances,
-    observe,
-    schedule,
-)
-from onnx_ecp.runtime import check_deadline
+from onnx_ecp.pruning import Network, Plan, Pruned, compensate, importances, observe
 from onnx_ecp.structure.groups import Structure
 from onnx_ecp.structure.importance import UnitObserver, by_unit
-from onnx_ecp.structure.selection import Budget, budget, choose
+from onnx_ecp.structure.selection import budget, choose
 
 
 @dataclass(frozen=True)
@@ -47,47 +38,76 @@ class Goal:
     multiple: int = 1
 
 
-def remove_units(
-    network: Network, plan: Plan, structure: Structure, goal: Goal, progress: Progress = silent
-) -> tuple[Pruned, np.ndarray]:
-    """Remove units until the goal is reached, in as many stages as the method wants.
+@dataclass(frozen=True)
+class PrunedUnits(Pruned):
+    """What a stage gave.
+
+    Args:
+        keep: (units,) bool, True where a unit stays.
+    """
+
+    keep: np.ndarray = field(default_factory=lambda: np.ones(0, np.bool_))
+
+
+class UnitStep:
+    """One stage of removing units: the ``step`` of ``prune`` and ``seek``.
 
     Args:
         network: what is pruned; its layers are those of the structure.
-        plan: its method, positions, damping and seed; its groups are of weights and not used.
-        structure: the units.
-        goal: how much goes.
-        progress: called as work goes on.
-
-    Returns:
-        The pruned network, and which units stay: (units,) bool.
-
-    Raises:
-        TargetError: so much cannot go.
+        structure: its units.
+        goal: what a share of 1 is.
     """
-    positions = _positions(network)
-    costs = budget(structure, network.layers, goal.target, positions)
-    ranked_by = budget(structure, network.layers, goal.cost, positions)
-    keep = np.ones(structure.units, np.bool_)
-    whole, result = costs.total(keep), Pruned(network.original)
-    for share in schedule(plan.method.stages):
-        check_deadline()
-        measured, scores = _scores(network, plan, structure, result.state, progress)
-        left = 1 - goal.share * share
-        keep = choose(
+
+    def __init__(self, network: Network, structure: Structure, goal: Goal) -> None:
+        positions = positions_of(network)
+        self.structure, self.goal = structure, goal
+        self.costs = budget(structure, network.layers, goal.target, positions)
+        self._ranked_by = budget(structure, network.layers, goal.cost, positions)
+
+    def __call__(
+        self,
+        network: Network,
+        plan: Plan,
+        before: Pruned,
+        share: float,
+        progress: Progress = silent,
+        *,
+        measured: Measured | None = None,
+    ) -> PrunedUnits:
+        """Observe, score, select and compensate once; see ``pruning.stage``."""
+        whole = np.ones(self.structure.units, np.bool_)
+        keep = before.keep if isinstance(before, PrunedUnits) else whole
+        measured, scores = _scores(network, plan, self.structure, before.state, progress)
+        left = 1 - self.goal.share * share
+        rest = choose(
             scores,
             keep,
-            structure.groups,
-            costs,
-            ranked_by,
-            target=left * whole,
+            self.structure.groups,
+            self.costs,
+            self._ranked_by,
+            target=left * self.costs.total(whole),
             floor=plan.method.floor * left,
-            multiple=goal.multiple,
+            multiple=self.goal.multiple,
         )
-        result = _compensated(network, plan, structure, result, keep, measured, progress)
-    _check_reached(costs, keep, goal)
-    state = replace(result.state, keep=masks(structure, network, keep))
-    return replace(result, state=state), keep
+        state, notes = _without(
+            network, plan, self.structure, before.state, rest, measured, progress
+        )
+        ess = {name: effective_sample_size(s) for name, s in measured.weights.items()}
+        gone = {
+            group.producers[0]: float(scores[group.units[~rest[group.units]]].sum())
+            for group in self.structure.groups
+        }
+        return PrunedUnits(state, gone, ess, before.notes | notes, rest)
+
+    def check_reached(self, keep: np.ndarray) -> None:
+        """TargetError where the floors kept more than the goal allows."""
+        whole, left = self.costs.total(np.ones_like(keep)), self.costs.total(keep)
+        if left > (1 - self.goal.share) * whole:
+            raise TargetError(
+                f"{self.goal.share:.4g} of the {self.goal.target} cannot go with whole units: "
+                f"{1 - left / whole:.4g} is the most.",
+                hint="Ask for less, or use --granularity weight.",
+            )
 
 
 def masks(
@@ -127,41 +147,28 @@ def _scores(
     return measured, units.importance(measured.moments, method.shrinkage)
 
 
-def _compensated(
+def _without(
     network: Network,
     plan: Plan,
     structure: Structure,
-    before: Pruned,
+    state: State,
     keep: np.ndarray,
     measured: Measured,
     progress: Progress,
-) -> Pruned:
-    """The network without the units that went in one stage."""
-    state = before.state
-    after = replace(state, keep=masks(structure, network, keep, rows=False))
-    state, notes = compensate(network, plan, state, after, measured, progress)
-    ess = {name: effective_sample_size(s) for name, s in measured.weights.items()}
-    return Pruned(state, {}, ess, before.notes | notes)
+) -> tuple[State, dict[str, str]]:
+    """The network without the units that went in one stage, and remarks by layer name."""
+    read = masks(structure, network, keep, rows=False)
+    after, notes = compensate(network, plan, state, replace(state, keep=read), measured, progress)
+    return replace(after, keep=masks(structure, network, keep)), notes
 
 
-def _positions(network: Network) -> dict[str, int]:
+def positions_of(network: Network) -> dict[str, int]:
     """By layer name, how often a sample applies it."""
     facts = network.observer.facts
     return {
         layer.name: max(int(np.prod(facts[layer.output].shape[1:])) // layer.shape[0], 1)
         for layer in network.layers
     }
-
-
-def _check_reached(costs: Budget, keep: np.ndarray, goal: Goal) -> None:
-    whole, left = costs.total(np.ones_like(keep)), costs.total(keep)
-    if left <= (1 - goal.share) * whole or not len(keep):
-        return
-    raise TargetError(
-        f"{goal.share:.4g} of the {goal.target} cannot go with whole units: "
-        f"{1 - left / whole:.4g} is the most.",
-        hint="Ask for less, or use --granularity weight.",
-    )
 
 
 def kept_weights(
