@@ -300,7 +300,7 @@ VARIANTS = {
             dataclasses.replace(p, method=f"{p.method} {k}") for k, p in enumerate(swept(40).points)
         )
     },
-    "many points": {"points": swept(5000).points},
+    "many points": {"points": swept(2000).points},
 }
 VARIANTS |= {
     name: {
