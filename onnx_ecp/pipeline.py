@@ -282,7 +282,7 @@ def observe_network(
             chosen,
             next(data.fit.batches(2)),
             engine=options.gradients,
-            metric=options.metric,
+            metric=options.resolved_metric,
             probes=options.probes,
             seed=options.seed,
             provider=options.provider,
@@ -488,7 +488,11 @@ def recipe_of(options: Options) -> Recipe:
         method=options.method,
         importance=options.importance or options.method,
         compensation=method.compensation,
-        metric=options.metric,
+        metric=options.resolved_metric,
+        metric_reason="asked for"
+        if options.metric
+        else "the default: it suits outputs of any kind, logits or not",
+        damping=options.damping,
         positions=options.positions,
         gradients=options.gradients,
         stages=method.stages,

@@ -123,6 +123,7 @@ def test_json_schema_is_this_one():
         "versions": ["onnx_ecp", "onnx", "onnxruntime", "numpy", "python"],
         "recipe": [
             "method", "importance", "compensation", "metric", "positions", "gradients", "stages",
+            "metric_reason", "damping",
         ],
         "options": ["sparsity", "include", "labels"],
         "seed": None,

@@ -35,6 +35,8 @@ class Recipe:
     positions: str
     gradients: str
     stages: int
+    metric_reason: str = ""
+    damping: float | None = None
 
 
 @dataclass(frozen=True)

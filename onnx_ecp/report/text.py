@@ -24,7 +24,7 @@ from onnx_ecp.evaluate import Comparison, Gap, Latency, ModelFacts
 from onnx_ecp.inspection import Inspection
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.model import printable
-from onnx_ecp.report import LayerRow, Report
+from onnx_ecp.report import LayerRow, Recipe, Report
 from onnx_ecp.targets import Point
 
 WIDTH = 100
@@ -318,6 +318,10 @@ def _curve_table(curve: Sequence[Point]) -> Table:
     return table
 
 
+def _why(recipe: Recipe) -> str:
+    return f" ({recipe.metric_reason})" if recipe.metric_reason else ""
+
+
 def _facts(report: Report) -> Table:
     recipe, data = report.recipe, report.calibration
     errors = {"predicted": report.predicted_error}
@@ -328,7 +332,7 @@ def _facts(report: Report) -> Table:
     table.add_row(
         "method",
         f"{recipe.method}: importance {recipe.importance}, compensation {recipe.compensation}, "
-        f"metric {recipe.metric}, stages {recipe.stages}",
+        f"metric {recipe.metric}{_why(recipe)}, stages {recipe.stages}",
     )
     table.add_row("calibration", f"{origin}: {data.samples:,} samples, {data.held_out:,} held out")
     table.add_row("output error", ", ".join(known) or "not measured")

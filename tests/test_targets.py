@@ -1,0 +1,222 @@
+"""Error targets, given masks, fine-tuning: what they promise, on small networks."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+import onnx_ecp
+from onnx_ecp.errors import CalibrationError, QualityError, TargetError, UsageError
+from onnx_ecp.targets import Limit, Point
+
+MLP = """<ir_version: 8, opset_import: ["" : 17]> g (float[batch, 12] x) => (float[batch, 4] y) {
+    h = Gemm<transB = 1>(x, W1, b1)
+    r = Relu(h)
+    y = Gemm<transB = 1>(r, W2, b2)
+}"""
+
+
+@pytest.fixture
+def model(rng):
+    model = onnx.parser.parse_model(MLP)
+    shapes = {"W1": (16, 12), "b1": (16,), "W2": (4, 16), "b2": (4,)}
+    for name, shape in shapes.items():
+        values = rng.normal(size=shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    return model
+
+
+@pytest.fixture
+def data(rng):
+    mixing = rng.normal(size=(6, 12))
+    return {"x": (rng.normal(size=(200, 6)) @ mixing).astype(np.float32)}
+
+
+@pytest.fixture
+def labels(model, data, tmp_path):
+    y = ReferenceEvaluator(model).run(None, data)[0]
+    np.save(tmp_path / "y.npy", y.argmax(axis=1))
+    return tmp_path / "y.npy"
+
+
+METHODS = [{"method": "ecp-refit", "stages": 4}, {"method": "ecp"}, {"method": "magnitude"}]
+
+
+@pytest.mark.parametrize("choice", METHODS, ids=lambda c: c["method"])
+def test_the_error_stays_within_the_target_and_a_little_more_would_not(model, data, choice):
+    found = onnx_ecp.optimize(model, data, max_error=0.1, **choice).report
+    assert found.gap.relative_error <= 0.1
+    assert 0 < found.sparsity < 1
+    within = [p.sparsity for p in found.curve if p.within]
+    beyond = [p.sparsity for p in found.curve if not p.within]
+    assert max(within) == pytest.approx(found.sparsity)
+    # The last halved step is 1/16 of a step that leaves 0.7 of the weights.
+    assert min(beyond) - max(within) < 0.3 * (1 - max(within)) / 8
+    assert all(p.within == (p.error <= 0.1) for p in found.curve)
+
+
+def test_a_wider_target_prunes_more(model, data):
+    tight, wide = (
+        onnx_ecp.optimize(model, data, max_error=e, stages=2).report for e in (0.05, 0.3)
+    )
+    assert tight.sparsity < wide.sparsity
+
+
+def test_one_stage_methods_are_observed_once_however_many_points(model, data, monkeypatch):
+    from onnx_ecp import pruning, targets
+
+    looks = []
+
+    def observe(*arguments, **keywords):
+        looks.append(1)
+        return pruning.observe(*arguments, **keywords)
+
+    monkeypatch.setattr(targets, "observe", observe)
+    found = onnx_ecp.optimize(model, data, method="ecp", max_error=0.2)
+    assert len(looks) == 1
+    assert len(found.report.curve) > 2
+
+
+def test_a_walk_ends_in_what_a_run_to_its_sparsity_gives(model, data):
+    """Of a one-stage method: every guess starts from the original network."""
+    walked = onnx_ecp.optimize(model, data, method="ecp", max_error=0.2)
+    direct = onnx_ecp.optimize(model, data, method="ecp", sparsity=walked.report.sparsity)
+    assert walked.model == direct.model
+
+
+def test_accuracy_drop_is_judged_on_labels(model, data, labels):
+    found = onnx_ecp.optimize(model, data, max_accuracy_drop=10.0, labels=labels, stages=2).report
+    assert any(p.within for p in found.curve)
+    assert all(p.within == (p.drop <= 10.0) for p in found.curve)
+    score = found.gap.scores[0]
+    assert score.a - score.b <= 10.0
+
+
+def test_a_target_that_nothing_meets_is_said_to_be(model, data):
+    with pytest.raises(TargetError, match="no sparsity meets the target") as error:
+        onnx_ecp.optimize(model, data, method="random", max_error=1e-9)
+    assert error.value.exit_code == 5
+
+
+def test_a_sparsity_with_a_target_is_a_gate(model, data, tmp_path):
+    output = tmp_path / "out.onnx"
+    with pytest.raises(QualityError, match="misses the target") as error:
+        onnx_ecp.optimize(
+            model, data, output=output, method="magnitude", sparsity=0.9, max_error=0.01
+        )
+    assert error.value.exit_code == 7
+    assert not output.exists()
+    passed = onnx_ecp.optimize(model, data, output=output, sparsity=0.1, max_error=0.5)
+    assert output.exists()
+    assert passed.report.sparsity == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"max_error": -1.0}, "cannot be negative"),
+        ({"max_accuracy_drop": 1.0}, "needs labels"),
+        ({"finetune_steps": -1}, "cannot be negative"),
+        ({"max_error": 0.1, "apply_masks": "m.npz"}, "leaves nothing"),
+    ],
+)
+def test_targets_that_make_no_sense_are_refused(model, data, choices, words):
+    with pytest.raises(UsageError, match=words):
+        onnx_ecp.optimize(model, data, **choices)
+
+
+def test_a_drop_needs_class_scores(rng, tmp_path):
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]> g (float[batch, 4] x) => (float[batch, 1] y) {
+        y = Gemm(x, W)
+    }"""
+    )
+    weight = rng.normal(size=(4, 1)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "W"))
+    np.save(tmp_path / "y.npy", np.zeros(20, np.int64))
+    x = rng.normal(size=(20, 4)).astype(np.float32)
+    with pytest.raises(CalibrationError, match="class"):
+        onnx_ecp.optimize(model, x, max_accuracy_drop=1.0, labels=tmp_path / "y.npy")
+
+
+def test_limits_are_met_together():
+    limit = Limit(error=0.1, drop=1.0)
+    assert limit.allows(Point(0.5, 0.1, 1.0))
+    assert not limit.allows(Point(0.5, 0.11, 0.0))
+    assert not limit.allows(Point(0.5, 0.0, 1.1))
+    assert not limit.allows(Point(0.5, 0.0, None))
+
+
+def test_masks_that_were_written_can_be_applied(model, data, tmp_path):
+    masks = tmp_path / "masks.npz"
+    first = onnx_ecp.optimize(model, data, method="ecp", sparsity=0.6, masks=masks)
+    again = onnx_ecp.optimize(model, data, method="ecp", apply_masks=masks)
+    assert again.model == first.model
+    refitted = onnx_ecp.optimize(model, data, apply_masks=masks, stages=3)
+    for name, mask in first.masks.items():
+        np.testing.assert_array_equal(refitted.masks[name], mask)
+    assert refitted.report.gap.relative_error < first.report.gap.relative_error
+
+
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ({"W9": np.ones((16, 12), bool)}, "W9"),
+        ({"W1": np.ones((12, 16), bool)}, r"\(16, 12\)"),
+        ({"W1": np.ones((16, 12))}, "float64"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(model, data, tmp_path, stored, words):
+    np.savez(tmp_path / "masks.npz", **stored)
+    with pytest.raises(UsageError, match=words):
+        onnx_ecp.optimize(model, data, apply_masks=tmp_path / "masks.npz")
+
+
+@pytest.mark.parametrize("metric", ["l2", "kl"])
+def test_fine_tuning_lowers_the_held_out_loss_and_keeps_the_mask(model, data, metric):
+    plain = onnx_ecp.optimize(model, data, sparsity=0.7, method="ecp", metric=metric)
+    tuned = onnx_ecp.optimize(
+        model, data, sparsity=0.7, method="ecp", metric=metric, finetune_steps=200
+    )
+    for name, mask in plain.masks.items():
+        np.testing.assert_array_equal(tuned.masks[name], mask)
+    if metric == "l2":
+        assert tuned.report.gap.relative_error < plain.report.gap.relative_error
+    assert tuned.report.gap.agreement >= plain.report.gap.agreement
+    for tensor in tuned.model.graph.initializer:
+        if tensor.name in tuned.masks:
+            values = onnx.numpy_helper.to_array(tensor)
+            assert np.all(values[~tuned.masks[tensor.name]] == 0)
+
+
+def test_fine_tuning_follows_the_gradient_of_the_distillation_loss(model, data):
+    """The gradient that Adam takes agrees with finite differences of the loss."""
+    from dataclasses import replace
+
+    from onnx_ecp import finetune
+    from onnx_ecp import model as modelling
+    from onnx_ecp.calibration import Calibration
+    from onnx_ecp.gradients.observer import Observer, original_state
+    from onnx_ecp.layers import find_layers
+
+    samples = Calibration({"x": data["x"][:32]}, True, "", False, 0)
+    layers = find_layers(model).layers
+    loaded = modelling.load(model)
+    for metric in ("l2", "kl"):
+        observer = Observer(loaded, layers, next(samples.batches(2)), metric=metric)
+        original = original_state(loaded, layers)
+        moved = {n: (0.9 * w).astype(np.float32) for n, w in original.weights.items()}
+        state = replace(original, weights=moved)
+        batch = next(samples.batches(32))
+        gradient = finetune._gradients(observer, original, state, batch)
+        step = 1e-2
+        for name in ("W1", "W2"):
+            at = np.unravel_index(np.abs(gradient[name]).argmax(), gradient[name].shape)
+            ends = []
+            for sign in (1, -1):
+                weights = {**state.weights, name: state.weights[name].copy()}
+                weights[name][at] += sign * step
+                disturbed = replace(state, weights=weights)
+                ends.append(finetune.loss(observer, original, disturbed, samples))
+            slope = (ends[0] - ends[1]) / (2 * step)
+            assert gradient[name][at] == pytest.approx(slope, rel=5e-2)
