@@ -68,6 +68,14 @@ def lower(graph: gs.Graph, facts: Mapping[str, Fact] | None = None) -> None:
     graph.nodes = nodes
 
 
+def is_fused(graph: gs.Graph) -> bool:
+    """Whether ``lower`` has anything to do."""
+    return any(
+        (node.op in LOWERINGS and _is_own(node)) or _is_function(node, graph.opset)
+        for node in graph.nodes
+    )
+
+
 def _annotated(graph: gs.Graph) -> dict[str, Fact]:
     """What the model itself says about its tensors; symbolic sizes count as -1."""
     typed = {n: t for n, t in graph.tensors().items() if t.shape is not None and t.dtype}

@@ -15,16 +15,18 @@ import numpy as np
 import onnx
 
 from onnx_ecp.calibration import Batch
-from onnx_ecp.errors import UsageError, did_you_mean
+from onnx_ecp.errors import ModelError, UsageError, did_you_mean
 from onnx_ecp.gradients.builder import Fact
 from onnx_ecp.gradients.numeric import PIECEWISE, numeric_adjoint
-from onnx_ecp.gradients.prepare import add_reverse, prepare, probe
+from onnx_ecp.gradients.prepare import add_reverse, facts_of, prepare
 from onnx_ecp.gradients.seeds import plan
 from onnx_ecp.layers import Layer
-from onnx_ecp.model import Model, constants, read_tensor
+from onnx_ecp.model import Model, constants, printable, read_tensor
 from onnx_ecp.runtime import Session
 
 ENGINES = ("vjp", "numeric")
+# Relative difference that rewriting a graph may make: half precision rounds at 5e-4, which adds up.
+SAME = 0.05
 
 
 @dataclass(frozen=True)
@@ -114,16 +116,17 @@ class Observer:
     ) -> None:
         if engine not in ENGINES:
             raise UsageError(f"unknown gradients {engine!r}.", hint=did_you_mean(engine, ENGINES))
-        self._prepared = prepare(model.proto, model.base, layers)
+        state = original_state(model, layers)
+        fed = {name: _widened(x) for name, x in first.feeds.items()}
+        self._prepared = prepare(model.proto, model.base, layers, fed | state.weights)
         self._options: dict[str, Any] = {
             "provider": provider,
             "threads": threads,
             "base": model.base,
         }
         self._dtypes = _float_inputs(self._prepared.proto)
-        state = original_state(model, layers)
         feeds = self._feeds(state, first.feeds)
-        self.facts: dict[str, Fact] = probe(self._prepared, feeds)
+        self.facts: dict[str, Fact] = facts_of(self.proto, model.base, feeds)
         self._heads = _heads(self._prepared.proto, self.facts, metric)
         self.outputs = tuple(self._heads)
         tensors = [*self._heads, *self._heads.values(), *(layer.input for layer in layers)]
@@ -138,6 +141,8 @@ class Observer:
                 self._prepared, self.facts, self._heads.values()
             )
             self._reverse = Session(proto, **self._options)
+        if self._prepared.rewritten:
+            _check_same(Session(model.proto, base=model.base), first.feeds, self._forward, feeds)
         y = self._forward.run(feeds, list(self._heads.values()))
         self._plan = plan(y, first.samples, metric=metric, probes=probes, seed=seed)
         self._first = first.samples
@@ -306,6 +311,34 @@ class Observer:
         wanted = [name for name in dict.fromkeys(tensors) if name not in fed]
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
         return self.session(proto)
+
+
+def _widened(x: np.ndarray) -> np.ndarray:
+    """Half precision as float32, everything else as it is."""
+    return x.astype(np.float32) if str(x.dtype) in ("float16", "bfloat16") else x
+
+
+def _check_same(
+    model: Session,
+    feeds: Mapping[str, np.ndarray],
+    observed: Session,
+    observed_feeds: Mapping[str, np.ndarray],
+) -> None:
+    """The observation graph must compute what the model computes, or its sensitivities are lies.
+
+    Raises:
+        ModelError: it does not; some operator was lowered in a way that this model does not bear.
+    """
+    names = [name for name in model.outputs if name in observed.outputs]
+    expected, found = model.run(feeds, names), observed.run(observed_feeds, names)
+    for name in names:
+        y, z = expected[name].astype(np.float64), found[name].astype(np.float64)
+        if not np.linalg.norm(z - y) <= SAME * np.linalg.norm(y) + np.finfo(np.float32).tiny:
+            raise ModelError(
+                f"the network under observation does not compute output {printable(name)!r} of "
+                "the model: its fused or old operators are not understood.",
+                hint="Use --gradients numeric with --method magnitude, or export the model anew.",
+            )
 
 
 def _size(fact: Fact) -> int:

@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_ecp.errors import ModelError
 from onnx_ecp.gradients.builder import Builder, Fact
-from onnx_ecp.gradients.lowering import lower
+from onnx_ecp.gradients.lowering import is_fused, lower
 from onnx_ecp.gradients.reverse import adjoints
 from onnx_ecp.layers import Layer
 from onnx_ecp.runtime import Session
@@ -42,7 +42,7 @@ class Prepared:
         layers: the layers that it observes.
         outputs: names of the float outputs of the model.
         shifts: by layer name, the input that carries its bias shift.
-        widths: by input name of the model, the float dtype it is widened to, where it is.
+        rewritten: whether its operators are not those of the model any more.
     """
 
     proto: onnx.ModelProto
@@ -50,15 +50,23 @@ class Prepared:
     layers: tuple[Layer, ...]
     outputs: tuple[str, ...]
     shifts: dict[str, str]
+    rewritten: bool
 
 
-def prepare(proto: onnx.ModelProto, base: Path | None, layers: Sequence[Layer]) -> Prepared:
+def prepare(
+    proto: onnx.ModelProto,
+    base: Path | None,
+    layers: Sequence[Layer],
+    feeds: Mapping[str, np.ndarray],
+) -> Prepared:
     """Build the observation graph of a model whose sparse initializers are decoded.
 
     Args:
         proto: the model; it is not changed.
         base: directory of its external data.
         layers: layers of this model.
+        feeds: inputs of the model and stored tensors of the layers, half precision widened; a run
+            with them tells the ranks that the lowering of fused operators needs.
 
     Raises:
         ModelError: the opset cannot be lifted.
@@ -67,16 +75,20 @@ def prepare(proto: onnx.ModelProto, base: Path | None, layers: Sequence[Layer]) 
     private.CopyFrom(_without_values(proto, {layer.weight.tensor for layer in layers}))
     if private.functions:
         private = onnx.inliner.inline_local_functions(private)
-    graph = gs.import_onnx(_lifted(private))
-    _widen(graph)
-    lower(graph)
+    lifted = _lifted(private)
+    graph = gs.import_onnx(lifted)
+    widened = _widen(graph)
+    fused = is_fused(graph)
+    if fused:
+        lower(graph, facts_of(gs.export_onnx(graph, do_type_check=False), base, feeds))
     shifts = {layer.name: f"ecp/shift/{layer.output}" for layer in layers}
     _insert_shifts(graph, {layer.output: shifts[layer.name] for layer in layers})
     graph.toposort()
     model = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = min(private.ir_version, 10)
     outputs = tuple(y.name for y in graph.outputs)
-    return Prepared(model, base, tuple(layers), outputs, shifts)
+    rewritten = lifted is not private or bool(proto.functions) or widened or fused
+    return Prepared(model, base, tuple(layers), outputs, shifts, rewritten)
 
 
 def add_reverse(
@@ -124,24 +136,24 @@ def add_reverse(
     return model, names, blocked
 
 
-def probe(
-    prepared: Prepared, feeds: Mapping[str, np.ndarray], session: type[Session] = Session
+def facts_of(
+    proto: onnx.ModelProto, base: Path | None, feeds: Mapping[str, np.ndarray]
 ) -> dict[str, Fact]:
-    """Run the observation graph once and note shape and dtype of every tensor.
+    """Run a model once and note shape and dtype of every tensor.
 
     onnx shape inference knows ranks for only half of the tensors of a fused network.
 
     Args:
-        prepared: from ``prepare``.
-        feeds: all inputs of the observation graph, with a batch of at least two where it is free.
-        session: what runs it.
+        proto: the model; it is not changed.
+        base: directory of its external data.
+        feeds: all its inputs, with a batch of at least two where it is free.
     """
     model = onnx.ModelProto()
-    model.CopyFrom(prepared.proto)
+    model.CopyFrom(proto)
     given = {y.name for y in model.graph.output}
     names = dict.fromkeys(y for node in model.graph.node for y in node.output if y)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)
-    values = session(model, base=prepared.base).run(feeds)
+    values = Session(model, base=base).run(feeds)
     facts = {n: Fact(v.shape, v.dtype) for n, v in values.items() if isinstance(v, np.ndarray)}
     facts.update({n: Fact(np.shape(v), np.asarray(v).dtype) for n, v in feeds.items()})
     return facts
@@ -193,8 +205,9 @@ def _lifted(model: onnx.ModelProto) -> onnx.ModelProto:
     return lifted
 
 
-def _widen(graph: gs.Graph) -> None:
-    """Turn half precision into float32 everywhere; the layers' inputs included."""
+def _widen(graph: gs.Graph) -> bool:
+    """Turn half precision into float32 everywhere; whether there was any."""
+    found = any(_is_half(tensor.dtype) for tensor in graph.tensors().values())
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Constant):
             if _is_half(tensor.dtype):
@@ -209,6 +222,7 @@ def _widen(graph: gs.Graph) -> None:
         value = node.attrs.get("value")
         if isinstance(value, gs.Constant) and _is_half(value.dtype):
             value.values = value.values.astype(np.float32)
+    return found
 
 
 def _is_half(dtype: Any) -> bool:
