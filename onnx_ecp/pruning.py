@@ -164,7 +164,7 @@ def tuned(
 
 
 def schedule(stages: int) -> list[float]:
-    """Shares of the way to the target after each stage: 1 - (1 - t/T)^3, METHOD section 3.
+    """Shares of the way to the target after each stage: 1 - (1 - t/T)^3.
 
     >>> schedule(2)
     [0.875, 1.0]

@@ -4,7 +4,7 @@ With the current network's input a', the original one's input a and W, and a wei
 
     min over (w_i on its support, d_i) of  E[ s (w_i a' + d_i - W_i a)^2 ] + ridge |w_i - W_i|^2
 
-(METHOD section 3). The shift d absorbs the weighted means, so the Gram matrix is the weighted
+(docs/method.md, section 3). The shift d absorbs the weighted means, so the Gram matrix is the weighted
 covariance of a'. One Gram matrix serves all rows of a layer.
 """
 

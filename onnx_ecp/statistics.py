@@ -1,6 +1,6 @@
 """Sums over samples that importance and compensation are computed from. All float64; they add up.
 
-For a layer ``z = W a + b`` with adjoints ``g = v dy/dz`` (METHOD section 1, arXiv:2602.20467):
+For a layer ``z = W a + b`` with adjoints ``g = v dy/dz`` (arXiv:2602.20467):
 
     bb_i = E[(dy/db_i)^2]    wb_ij = E[dy/dW_ij dy/db_i]    ww_ij = E[(dy/dW_ij)^2]
 
@@ -111,7 +111,7 @@ class Moments:
 
     @property
     def _responsive(self) -> np.ndarray:
-        """(out,) bool: the bias moves the outputs at all (guard of METHOD section 1).
+        """(out,) bool: the bias moves the outputs at all (docs/method.md, section 1).
 
         bb may vanish while ww does not: dead units, and attention keys in ``reduce`` mode, where
         the softmax does not feel a shift.
@@ -121,7 +121,7 @@ class Moments:
     def shrunk(self, q: float) -> Moments:
         """Moments as if every sensitivity were ``(1 - q) s + q mean(s)`` of its unit.
 
-        A few samples near a decision boundary otherwise carry all the weight (METHOD section 3).
+        A few samples near a decision boundary otherwise carry all the weight (docs/method.md).
         Defined for one position per row, so for ``expand``.
         """
         mean = q * self.bb[:, None] / self.rows

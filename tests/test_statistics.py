@@ -96,7 +96,7 @@ def test_a_unit_that_nobody_feels_gets_no_shift(rows, rng):
 
 
 def test_positions_that_cancel_in_the_bias_do_not_blow_up(rng):
-    """Attention keys: the softmax does not feel a shift, so bb is rounding noise (METHOD 1)."""
+    """Attention keys: the softmax does not feel a shift, so bb is rounding noise ."""
     a = rng.normal(size=(1, 8, 3)).astype(np.float32)
     g = rng.normal(size=(1, 1, 8, 2)).astype(np.float32)
     g = g.reshape(1, 1, 4, 2, 2)

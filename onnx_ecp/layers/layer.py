@@ -1,7 +1,7 @@
 """The nouns of layer finding: what a prunable layer is, whatever its spelling, and why one is not.
 
 A layer computes ``z = W a + b``. It presents its input as rows ``a`` (groups, rows, in) and its
-output as rows ``z`` (groups, rows, out per group): a row is one position of one sample (METHOD:
+output as rows ``z`` (groups, rows, out per group): a row is one position of one sample (
 Gemm has one position, MatMul on tokens many, Conv its patches). Only a grouped Conv has more than
 one group.
 """

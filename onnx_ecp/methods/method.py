@@ -103,7 +103,7 @@ def bias_shift(weight: np.ndarray, moments: Moments, keep: np.ndarray) -> np.nda
     """Shift (out,) of the bias that makes good for the removed weights, to first order.
 
     The sum over a row of the single optima db*_ij = W_ij wb_ij / bb_i is the joint optimum of the
-    linearised problem for a given mask (METHOD section 1).
+    linearised problem for a given mask (docs/method.md, section 1).
 
     Args:
         weight: (out, in) before removal.
