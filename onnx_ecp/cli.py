@@ -200,6 +200,23 @@ OPTIONS = (
         "--max-accuracy-drop", type=float, metavar="P",
         help="Prune as far as top-1 accuracy on held-out --labels drops P points at most.",
     ),
+    _choice(
+        "--granularity", "weight|unit", "weight",
+        "unit: remove whole neurons, channels and heads, which makes a smaller dense model.",
+    ),
+    click.option(
+        "--speedup", type=float, metavar="X",
+        help="Instead of --sparsity, with units: 1/X of the multiplications stay.",
+    ),
+    _choice("--cost", "params|flops", "params", "What a unit's importance is divided by."),
+    click.option(
+        "--unit-multiple", type=int, metavar="N", default=1, show_default=True,
+        help="Keep units in multiples of N, such as 8 or 16.",
+    ),
+    click.option(
+        "--cleanup/--no-cleanup", default=False, show_default=True,
+        help="Delete units that have no weights left; exact but for rounding.",
+    ),
     _choice("--importance", "NAME", None, "Rank weights as this method does.  [default: METHOD]"),
     *PRUNING,
     _choice("--format", "dense|sparse|packed", "dense", "Storage of zeros; dense loads anywhere."),

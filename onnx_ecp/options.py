@@ -15,7 +15,11 @@ from onnx_ecp.methods import COMPENSATIONS, METHODS, Method
 from onnx_ecp.model import ENCODINGS
 from onnx_ecp.selection import NM, SCOPES, Sparsity, parse_sparsity
 from onnx_ecp.statistics import POSITIONS
+from onnx_ecp.structure.selection import COSTS
 from onnx_ecp.targets import Limit
+
+# What is removed: single weights, or whole neurons, channels and heads.
+GRANULARITIES = ("weight", "unit")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,11 @@ class Options:
     gradients: str = "vjp"
     positions: str = "expand"
     scope: str = "global"
+    granularity: str = "weight"
+    speedup: float | None = None
+    cost: str = "params"
+    unit_multiple: int = 1
+    cleanup: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layer_sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
@@ -81,8 +90,10 @@ class Options:
         one_of("gradients", self.gradients, ENGINES)
         one_of("positions", self.positions, POSITIONS)
         one_of("scope", self.scope, SCOPES)
+        one_of("granularity", self.granularity, GRANULARITIES)
+        one_of("cost", self.cost, COSTS)
         one_of("format", self.format, ENCODINGS)
-        for name in ("samples", "batch_size", "threads", "stages", "probes"):
+        for name in ("samples", "batch_size", "threads", "stages", "probes", "unit_multiple"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
@@ -94,6 +105,7 @@ class Options:
         if self.finetune_steps < 0:
             raise UsageError(f"--finetune-steps is {self.finetune_steps}; it cannot be negative.")
         self._check_limits()
+        self._check_units()
         if not self.damping > 0:
             raise UsageError(f"--damping is {self.damping}; it must be greater than 0.")
 
@@ -109,6 +121,31 @@ class Options:
             )
         if self.limit is not None and self.sparsity is None and self.apply_masks is not None:
             raise UsageError("--apply-masks leaves nothing for a target to choose.")
+
+    def _check_units(self) -> None:
+        if self.granularity == "weight":
+            for name, default in (("speedup", None), ("cost", "params"), ("unit_multiple", 1)):
+                if getattr(self, name) != default:
+                    raise UsageError(f"--{name.replace('_', '-')} needs --granularity unit.")
+            return
+        refused = {
+            "N:M sparsity": isinstance(self.sparsity, NM),
+            "--layer-sparsity": bool(self.layer_sparsity),
+            "--scope layer": self.scope == "layer",
+            "--apply-masks": self.apply_masks is not None,
+        }
+        for what, given in refused.items():
+            if given:
+                raise UsageError(f"--granularity unit does not go with {what}.")
+        if self.speedup is not None and not self.speedup >= 1:
+            raise UsageError(f"--speedup is {self.speedup}; it must be at least 1.")
+        if self.speedup is not None and self.sparsity is not None:
+            raise UsageError("--speedup and --sparsity are two targets; give one of them.")
+
+    @property
+    def session(self) -> dict[str, Any]:
+        """The settings of every ONNX Runtime session."""
+        return {"provider": self.provider, "threads": self.threads}
 
     @property
     def limit(self) -> Limit | None:

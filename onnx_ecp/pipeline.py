@@ -25,10 +25,19 @@ from onnx_ecp.layers import Layer, Skip, find_layers
 from onnx_ecp.measurement import Progress, batch_size, silent
 from onnx_ecp.model import Model
 from onnx_ecp.options import Options
-from onnx_ecp.pruning import Network, Plan, Pruned, importances, observe, prune
-from onnx_ecp.report import SYNTHETIC_WARNING, CalibrationFacts, LayerRow, Recipe, Report
+from onnx_ecp.pruning import Network, Plan, Pruned, importances, observe, prune, stage
+from onnx_ecp.report import (
+    SYNTHETIC_WARNING,
+    UNSTRUCTURED_SPEED,
+    CalibrationFacts,
+    LayerRow,
+    Recipe,
+    Report,
+)
 from onnx_ecp.runtime import deadline
 from onnx_ecp.selection import NM, Group, Sparsity
+from onnx_ecp.structure.smaller import Smaller, cleaned, smaller, units_of
+from onnx_ecp.structure.units import Goal, PrunedUnits, UnitStep
 from onnx_ecp.targets import Judge, Point, seek
 
 # Shares of the calibration samples that are set aside, and how many at most: to judge refits, and
@@ -95,8 +104,10 @@ def optimize(
         data = gather(source, calibration, options)
         network, blocked = observe_network(source, layers, data, options)
         plan = make_plan(network.layers, options)
-        pruned, curve = prune_within(network, plan, data, options, progress)
-        result, created = stored(source, network, pruned.state)
+        step = unit_step(source, network, options) if options.granularity == "unit" else None
+        pruned, curve = prune_within(network, plan, data, options, step, progress)
+        made = finished(source, network, step, pruned, options)
+        result, created = made.model, made.created
         if output is not None and not options.dry_run:
             result = save(result, source, network.layers, output, options)
         comparison = compare(source, result, data, options)
@@ -117,12 +128,16 @@ def optimize(
             data.fit.synthetic,
         ),
         layers=tuple(layer_rows(network, pruned, created)),
-        skips=(*skips, *blocked),
+        skips=(*skips, *blocked, *(() if step is None else step.structure.refusals)),
         predicted_error=predicted_error(network, plan, pruned),
         gap=comparison.gap,
         curve=curve,
         seconds=time.monotonic() - began,
-        warnings=tuple(warnings(data, network, pruned, comparison)),
+        warnings=(*warnings(data, network, pruned, comparison), *made.warnings),
+        units=made.rows,
+        work_before=made.before,
+        work_after=made.after,
+        speed=made.speed or UNSTRUCTURED_SPEED,
     )
     return Result(result.proto, report, masks)
 
@@ -192,7 +207,7 @@ def choose_layers(source: Model, options: Options) -> tuple[list[Layer], list[Sk
     layers, skips = [], list(found.skips)
     for layer in found.layers:
         reason = _unwanted(layer.name, options)
-        if reason:
+        if reason and options.granularity == "weight":
             skips.append(Skip(layer.name, layer.op, reason))
         else:
             layers.append(layer)
@@ -373,8 +388,52 @@ def load_masks(path: str | Path, layers: Mapping[str, Layer]) -> dict[str, np.nd
     return masks
 
 
+def unit_step(source: Model, network: Network, options: Options) -> UnitStep:
+    """What a stage does when whole units go; a layer that is not wanted keeps its own units.
+
+    Raises:
+        TargetError: no unit can be removed.
+    """
+    frozen = {x.name: r for x in network.layers if (r := _unwanted(x.name, options))}
+    structure = units_of(source, network, frozen, options.session)
+    share, target = options.end, "params"
+    if options.speedup is not None:
+        share, target = 1 - 1 / options.speedup, "flops"
+    assert not isinstance(share, NM), "Options refuses N:M of units"
+    goal = Goal(share, target, options.cost, options.unit_multiple)
+    return UnitStep(network, structure, goal)
+
+
+def finished(
+    source: Model, network: Network, step: UnitStep | None, pruned: Pruned, options: Options
+) -> Smaller:
+    """The model that the pruned network makes: cut where units went, cleaned up where they died.
+
+    Raises:
+        TargetError: fewer units could go than were to.
+    """
+    masked, created = stored(source, network, pruned.state)
+    if step is not None:
+        assert isinstance(pruned, PrunedUnits), "a UnitStep gives them"
+        if options.limit is None:
+            step.check_reached(pruned.keep)
+        return smaller(source, masked, network, step.structure, pruned, options.session)
+    anything = any(
+        not np.array_equal(keep, network.original.keep[name])
+        for name, keep in pruned.state.keep.items()
+    )
+    if not options.cleanup or not anything or isinstance(options.end, NM):
+        return Smaller(masked, created)
+    return cleaned(source, masked, created, network, options.session)
+
+
 def prune_within(
-    network: Network, plan: Plan, data: Data, options: Options, progress: Progress
+    network: Network,
+    plan: Plan,
+    data: Data,
+    options: Options,
+    step: UnitStep | None,
+    progress: Progress,
 ) -> tuple[Pruned, tuple[Point, ...]]:
     """Prune to the sparsity asked for, or as far as the limit allows; and the points on the way.
 
@@ -384,15 +443,15 @@ def prune_within(
     """
     limit = options.limit
     if limit is None:
-        return prune(network, plan, progress), ()
+        return prune(network, plan, progress, step=step), ()
     labels = None
     if data.labels is not None and data.guard_labels is not None:
         labels = (data.guard_labels, data.labels)
     parts = (data.guard, data.held_out)
     judge = Judge(network.observer, network.original, parts, labels, network.size)
     if options.sparsity is None and options.apply_masks is None:
-        return seek(network, plan, limit, judge, progress)
-    pruned = prune(network, plan, progress)
+        return seek(network, plan, limit, judge, progress, step=step or stage)
+    pruned = prune(network, plan, progress, step=step)
     point = judge.point(pruned.state)
     if not limit.allows(point):
         raise QualityError(

@@ -12,6 +12,7 @@ from onnx_ecp.errors import UsageError
 from onnx_ecp.evaluate import Gap, ModelFacts
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.model import check_output, write_whole
+from onnx_ecp.structure.outcome import UnitRow, Work
 from onnx_ecp.targets import Point
 
 UNSTRUCTURED_SPEED = (
@@ -114,6 +115,9 @@ class Report:
         seconds: elapsed time.
         warnings: what the user must know, one sentence each.
         speed: what the result does for latency, one sentence.
+        units: what every group of units lost; empty where only single weights went.
+        work_before: what the layers took, None where no unit went.
+        work_after: what the layers of the result take.
         curve: the points that a search for a target visited, in order.
     """
 
@@ -131,6 +135,9 @@ class Report:
     seconds: float
     warnings: tuple[str, ...] = field(default=())
     speed: str = UNSTRUCTURED_SPEED
+    units: tuple[UnitRow, ...] = ()
+    work_before: Work | None = None
+    work_after: Work | None = None
     curve: tuple[Point, ...] = ()
 
     @property

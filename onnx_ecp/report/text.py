@@ -84,6 +84,8 @@ def report_tables(report: Report, *, verbose: bool = False) -> Group:
     parts: list[RenderableType] = [_summary(report), _layer_table(report, verbose)]
     if any(row.note for row in report.layers):
         parts.append(_notes(report.layers, verbose))
+    if report.units:
+        parts.append(_unit_table(report, verbose))
     if report.skips:
         parts.append(_skip_table(report.skips, verbose))
     if report.gap is not None:
@@ -281,6 +283,23 @@ def _notes(layers: Sequence[LayerRow], verbose: bool) -> Text:
         for row in _cut(noted, verbose)
     ]
     return Text("\n".join(lines))
+
+
+def _unit_table(report: Report, verbose: bool) -> Table:
+    table = _table("Units", "made by", "read by", "before>", "after>", "why")
+    for row in _cut(report.units, verbose):
+        if isinstance(row, int):
+            table.add_row(_omitted(row))
+            continue
+        made, read = (" + ".join(map(printable, names)) for names in (row.producers, row.consumers))
+        table.add_row(made, read, f"{row.before:,}", f"{row.after:,}", row.why)
+    before, after = report.work_before, report.work_after
+    if before is not None and after is not None:
+        table.add_section()
+        for what in ("weights", "flops"):
+            x, y = getattr(before, what), getattr(after, what)
+            table.add_row(f"{what} of the layers", "", f"{x:,}", f"{y:,}", f"x{y / max(x, 1):.3f}")
+    return table
 
 
 def _skip_table(skips: Sequence[Skip], verbose: bool) -> Table:

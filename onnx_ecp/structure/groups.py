@@ -8,7 +8,7 @@ is named.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnx_ecp.layers import Layer, Skip, preactivation
-from onnx_ecp.layers.trace import main_scope
+from onnx_ecp.layers.trace import Scope, Traced, main_scope
 from onnx_ecp.layers.views import operator
 from onnx_ecp.structure.marks import Axis
 from onnx_ecp.structure.rules import RULES
@@ -105,12 +105,7 @@ def find_structure(
     """
     walk = Walk(main_scope(proto), shapes)
     found = _Found(walk, {}, {})
-    by_output = {layer.output: layer for layer in layers}
-    for node in walk.scope.graph.nodes:
-        names = [y.name for y in node.outputs if y.name]
-        layer = next(
-            (by_output[x] for y in names for x in (y, preactivation(y)) if x in by_output), None
-        )
+    for node, layer in with_layers(walk.scope, layers):
         _visit(found, node, layer)
     _share(found, layers)
     for layer in layers:
@@ -121,6 +116,24 @@ def find_structure(
         if axis is not None:
             walk.marks.pin(axis.marks, f"they are the model's output {tensor.name!r}")
     return _numbered(found, layers)
+
+
+def with_layers(scope: Scope, layers: Iterable[Layer]) -> list[tuple[gs.Node, Layer | None]]:
+    """All nodes of a graph in order, each with the layer that it is, if it is one."""
+    by_output = {layer.output: layer for layer in layers}
+    found = []
+    for node in scope.graph.nodes:
+        outputs = [name for y in node.outputs for name in (y.name, preactivation(y.name))]
+        found.append((node, next((by_output[x] for x in outputs if x in by_output), None)))
+    return found
+
+
+def column_slot(scope: Scope, node: gs.Node, layer: Layer) -> Slot:
+    """Where the columns of a Gemm or MatMul layer are stored, each a unit of its own."""
+    index, (_, axis) = _weight_axes(node, layer, conv=False)
+    constant = scope.trace(node.inputs[index])
+    assert isinstance(constant, Traced), "the weight of a layer is stored"
+    return Slot(node.outputs[0].name, index, axis, constant, np.arange(layer.shape[1]))
 
 
 @dataclass(frozen=True)

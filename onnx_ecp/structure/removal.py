@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +34,7 @@ def cut(
     model.CopyFrom(proto)
     if keep.all():
         return model
-    private: dict[tuple, str] = {}
-    for (node, index), slots in _by_input(structure.slots).items():
-        cuts = [(slot.axis, kept(slot.marks, keep)) for slot in slots]
-        if not all(stays.all() for _, stays in cuts):
-            _shrink(model, node, index, slots[0], cuts, base, private)
+    shrink(model, structure.slots, keep, base)
     for (node, kind), counts in _by_node(structure.counts).items():
         _recount(model, node, kind, counts, keep)
     for info in [info for info in model.graph.value_info if info.name in structure.values]:
@@ -49,8 +45,8 @@ def cut(
 def store(
     model: onnx.ModelProto,
     layers: Iterable[Layer],
-    weights: dict[str, np.ndarray],
-    shifts: dict[str, np.ndarray],
+    weights: Mapping[str, np.ndarray],
+    shifts: Mapping[str, np.ndarray],
     base: Path | None = None,
 ) -> frozenset[str]:
     """Write new weights and bias shifts into a model that was cut.
@@ -73,6 +69,24 @@ def store(
             if layer.store(model, stored, shifts[layer.name], base):
                 created.add(layer.name)
     return frozenset(created)
+
+
+def shrink(
+    model: onnx.ModelProto, slots: Iterable[Slot], keep: np.ndarray, base: Path | None
+) -> None:
+    """Take entries out of stored tensors of our own copy; nothing else is changed.
+
+    Args:
+        model: what is changed.
+        slots: where the entries lie; their marks are units.
+        keep: (units,) bool, True where a unit stays.
+        base: directory of external data.
+    """
+    private: dict[tuple, str] = {}
+    for (node, index), axes in _by_input(slots).items():
+        cuts = [(slot.axis, kept(slot.marks, keep)) for slot in axes]
+        if not all(stays.all() for _, stays in cuts):
+            _shrink(model, node, index, axes[0], cuts, base, private)
 
 
 def _by_input(slots: Iterable[Slot]) -> dict[tuple[str, int], list[Slot]]:

@@ -1,0 +1,56 @@
+"""What happened to units, for reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_ecp.structure.groups import Structure
+
+
+@dataclass(frozen=True)
+class UnitRow:
+    """What one group of units lost.
+
+    Args:
+        producers: names of the layers that make the units.
+        consumers: names of the layers that read them.
+        width: rows of the first producer per unit: 1, or the size of a head.
+        before: number of units in the given model.
+        after: number of units in the result.
+        why: "removed", or "dead" for what clean-up took away.
+    """
+
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    width: int
+    before: int
+    after: int
+    why: str = "removed"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the layers take.
+
+    Args:
+        weights: elements of their weights; shared ones count once.
+        flops: multiplications per sample of the shapes that were seen.
+    """
+
+    weights: int
+    flops: int
+
+
+def unit_rows(structure: Structure, keep: np.ndarray, why: str = "removed") -> list[UnitRow]:
+    """A row for every group that lost units; with "removed", for all."""
+    rows = []
+    for group in structure.groups:
+        after = int(keep[group.units].sum())
+        if why == "removed" or after < len(group.units):
+            row = UnitRow(
+                group.producers, group.consumers, group.width, len(group.units), after, why
+            )
+            rows.append(row)
+    return rows

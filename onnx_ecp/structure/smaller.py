@@ -1,0 +1,159 @@
+"""From a network without some of its units to a smaller model, and the proof that both agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from onnx_ecp import model as modelling
+from onnx_ecp.errors import ModelError, TargetError
+from onnx_ecp.layers import find_layers
+from onnx_ecp.layers.fused import preactivation
+from onnx_ecp.model import Model
+from onnx_ecp.pruning import Network
+from onnx_ecp.structure.cleanup import clean_up, largest_difference
+from onnx_ecp.structure.groups import Structure, find_structure
+from onnx_ecp.structure.outcome import UnitRow, Work, unit_rows
+from onnx_ecp.structure.removal import cut, store
+from onnx_ecp.structure.shapes import shapes_of_a_run
+from onnx_ecp.structure.units import PrunedUnits, kept_weights
+
+Settings = Mapping[str, object]
+
+# Largest difference of outputs, as a share of their largest value, between the smaller model and
+# the one with zeros: rounding of other summation orders, far below what a wrong cut would do.
+ROUNDING = 1e-3
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """A model that lost units.
+
+    Args:
+        model: the result.
+        created: names of the layers that had no bias and have one now.
+        rows: what every group lost.
+        before: what the layers took.
+        after: what they take now.
+        warnings: what the user must know, one sentence each.
+    """
+
+    model: Model
+    created: frozenset[str]
+    rows: tuple[UnitRow, ...] = ()
+    before: Work | None = None
+    after: Work | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def speed(self) -> str:
+        """What the result does for latency, one sentence; empty where nothing became smaller."""
+        if self.before is None or self.after is None:
+            return ""
+        ratio = self.after.flops / max(self.before.flops, 1)
+        return (
+            f"The layers need {ratio:.3f} of the multiplications: latency follows that wherever "
+            "they take most of the time; `onnx-ecp compare --measure` tells."
+        )
+
+
+def units_of(
+    source: Model, network: Network, frozen: Mapping[str, str], settings: Settings
+) -> Structure:
+    """The units of the layers that are observed.
+
+    Args:
+        source: the model.
+        network: its layers under observation.
+        frozen: by layer name, why a layer keeps its rows.
+        settings: of the ``Session``.
+
+    Raises:
+        TargetError: no unit can be removed.
+    """
+    dense = replace(source, proto=modelling.decode_sparse(source.proto))
+    shapes = shapes_of_a_run(dense, next(network.fit.batches(2)).feeds, **settings)
+    structure = find_structure(dense.proto, network.layers, shapes, frozen)
+    if not structure.units:
+        reasons = "; ".join(
+            f"{modelling.printable(x.name)} ({x.op}): {x.reason}" for x in structure.refusals
+        )
+        raise TargetError(f"no unit can be removed: {reasons}.", hint="Use --granularity weight.")
+    return structure
+
+
+def smaller(
+    source: Model,
+    masked: Model,
+    network: Network,
+    structure: Structure,
+    pruned: PrunedUnits,
+    settings: Settings,
+) -> Smaller:
+    """Cut the units out of a model.
+
+    Args:
+        source: the model.
+        masked: the same with zeros in the place of the units: what the result must agree with.
+        network: its layers under observation.
+        structure: its units.
+        pruned: which of them stay, and the weights that made good for the others.
+        settings: of the ``Session``.
+
+    Raises:
+        ModelError: the result computes something else.
+    """
+    proto = cut(modelling.decode_sparse(source.proto), structure, pruned.keep, source.base)
+    weights, shifts = kept_weights(network, structure, pruned.state, pruned.keep)
+    created = store(proto, network.layers, weights, shifts, source.base)
+    model = Model(proto, None, source.base)
+    feeds = [batch.feeds for batch in network.guard.batches(network.size)]
+    gap = largest_difference(masked, model, feeds, **settings)
+    if not gap <= ROUNDING:
+        raise ModelError(
+            f"the model without units computes something else: outputs differ by {gap:.2g}.",
+            hint="Its shapes may enter its arithmetic. Use --granularity weight, and report it.",
+        )
+    rows = tuple(unit_rows(structure, pruned.keep))
+    return _measured(source, Smaller(model, created, rows), feeds[0], settings)
+
+
+def cleaned(
+    source: Model, pruned: Model, created: frozenset[str], network: Network, settings: Settings
+) -> Smaller:
+    """Take out of a pruned model what does nothing any longer; see ``cleanup``."""
+    feeds = [batch.feeds for batch in network.guard.batches(network.size)]
+    done = clean_up(pruned, feeds, **settings)
+    if done.refused:
+        return Smaller(pruned, created, warnings=(f"nothing was cleaned up: {done.refused}.",))
+    if not done.rows and not done.inputs:
+        return Smaller(pruned, created)
+    warnings = tuple(
+        f"clean-up: {modelling.printable(name)} reads {after} of its {before} inputs, "
+        "through a Gather."
+        for name, (before, after) in done.inputs.items()
+    )
+    made = Smaller(done.model, created, done.rows, warnings=warnings)
+    return _measured(source, made, feeds[0], settings)
+
+
+def _measured(
+    source: Model, made: Smaller, feeds: Mapping[str, np.ndarray], settings: Settings
+) -> Smaller:
+    before = work(source, feeds, settings)
+    return replace(made, before=before, after=work(made.model, feeds, settings))
+
+
+def work(model: Model, feeds: Mapping[str, np.ndarray], settings: Settings) -> Work:
+    """What the layers of a model take, for inputs of these shapes."""
+    dense = replace(model, proto=modelling.decode_sparse(model.proto))
+    shapes = shapes_of_a_run(dense, feeds, **settings)
+    # A fused operator has one name for z and what follows; both have the same shape.
+    shapes |= {preactivation(name): shape for name, shape in shapes.items()}
+    samples = max((len(x) for x in feeds.values() if x.ndim), default=1)
+    layers = find_layers(dense.proto).layers
+    weights = {layer.weight.tensor: int(np.prod(layer.shape)) for layer in layers}
+    products = sum(int(np.prod(shapes[layer.output])) * layer.shape[1] for layer in layers)
+    return Work(sum(weights.values()), products // samples)
