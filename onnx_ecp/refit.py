@@ -2,21 +2,25 @@
 
 With the current network's input a', the original one's input a and W, and a weight s per row,
 
-    min over (w_i on its support, d_i) of  E[ s (w_i a' + d_i - W_i a)^2 ] + ridge |w_i - W_i|^2
+    min over w_i on its support, d_i of  E[ s (w_i a' + d_i - W_i a)^2 ] + ridge |w_i - W_i|^2
 
-(docs/method.md, section 3). The shift d absorbs the weighted means, so the Gram matrix is the weighted
-covariance of a'. One Gram matrix serves all rows of a layer.
+(docs/method.md, section 3). The shift d absorbs the weighted means, so the Gram matrix is the
+weighted covariance of a'. One Gram matrix serves all rows of a layer.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
-# A batch of padded systems may take this much.
-CHUNK_BYTES = 64 * 2**20
+# A batch of padded systems may take this much, in every thread.
+CHUNK_BYTES = 32 * 2**20
 # Conjugate gradients stop at this residual relative to the right-hand side, or after so many steps:
 # further steps changed no digit of the accuracies in benchmarks/refit_scale.py.
 CG_TOLERANCE = 1e-4
@@ -194,25 +198,46 @@ def _common(
 
 
 def _direct(system: np.ndarray, right: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Batches of rows with about equally wide supports, padded with ones on the diagonal."""
+    """Batches of rows with about equally wide supports, padded with ones on the diagonal.
+
+    Many small systems: one thread per batch beats threads within a system, most of all on a
+    machine that others use too (benchmarks/refit_scale.py).
+    """
     solution = np.zeros_like(right)
     widths = keep.sum(axis=1)
     order = np.argsort(widths, kind="stable")
-    for rows in _chunks(order, widths):
-        width = int(widths[rows[-1]])
-        if width == 0:
-            continue
-        # argsort puts the kept columns first; the rest of the row is padding.
-        columns = np.argsort(~keep[rows], axis=1, kind="stable")[:, :width]
-        real = np.arange(width) < widths[rows][:, None]
-        systems = system[columns[:, :, None], columns[:, None, :]]
-        systems = np.where(real[:, :, None] & real[:, None, :], systems, np.eye(width))
-        wanted = np.where(real, np.take_along_axis(right[rows], columns, axis=1), 0.0)
-        found = np.linalg.solve(systems, wanted[:, :, None])[:, :, 0]
-        block = np.zeros((len(rows), right.shape[1]))
-        np.put_along_axis(block, columns, np.where(real, found, 0.0), axis=1)
-        solution[rows] = block
+    chunks = [rows for rows in _chunks(order, widths) if widths[rows[-1]]]
+    with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(_cores()) as pool:
+        blocks = pool.map(lambda rows: _padded_solve(system, right[rows], keep[rows]), chunks)
+        for rows, block in zip(chunks, blocks, strict=True):
+            solution[rows] = block
     return solution
+
+
+def _padded_solve(system: np.ndarray, right: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """The solutions of rows in ascending order of the width of their supports."""
+    widths = keep.sum(axis=1)
+    width = int(widths[-1])
+    # argsort puts the kept columns first; the rest of the row is padding.
+    columns = np.argsort(~keep, axis=1, kind="stable")[:, :width]
+    real = np.arange(width) < widths[:, None]
+    systems = system[columns[:, :, None], columns[:, None, :]]
+    systems = np.where(real[:, :, None] & real[:, None, :], systems, np.eye(width))
+    wanted = np.where(real, np.take_along_axis(right, columns, axis=1), 0.0)
+    found = np.linalg.solve(systems, wanted[:, :, None])[:, :, 0]
+    block = np.zeros_like(right)
+    np.put_along_axis(block, columns, np.where(real, found, 0.0), axis=1)
+    return block
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _chunks(order: np.ndarray, widths: np.ndarray) -> Iterator[np.ndarray]:
