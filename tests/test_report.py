@@ -138,7 +138,10 @@ def test_json_schema_is_this_one():
         "seconds": None,
         "warnings": None,
         "speed": None,
-            "curve": None,
+        "curve": None,
+        "units": None,
+        "work_before": None,
+        "work_after": None,
     }  # fmt: skip
     assert list(values) == ["schema", "totals", *[f.name for f in dataclasses.fields(Report)]]
 
