@@ -1,0 +1,505 @@
+"""Units: what belongs to them is found, they leave without a trace, and nothing else changes."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+import onnx_ecp
+from onnx_ecp.errors import TargetError, UsageError
+from onnx_ecp.layers import find_layers
+from onnx_ecp.model import Model, load
+from onnx_ecp.structure import cut, find_structure, inferred_shapes, shapes_of_a_run
+from onnx_ecp.structure.cleanup import clean_up
+
+HEADER = '<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>\n'
+# Name: (signature, body, initializer shapes, units by group).
+NETWORKS = {
+    "Gemm chain": (
+        "float[N, 5] x",
+        """h = Gemm<transB = 1>(x, W, b)
+        a = Relu(h)
+        k = Gemm(a, V, c)
+        t = Tanh(k)
+        y = Gemm(t, U)""",
+        {"W": (6, 5), "b": (6,), "V": (6, 4), "c": (1, 4), "U": (4, 3)},
+        [6, 4],
+    ),
+    "MatMul, scale and bias broadcast, on tokens": (
+        "float[N, 3, 5] x",
+        """h = MatMul(x, W)
+        s = Mul(h, scale)
+        z = Add(b, s)
+        a = Sigmoid(z)
+        y = MatMul(a, V)""",
+        {"W": (5, 6), "scale": (1, 6), "b": (6,), "V": (6, 4)},
+        [6],
+    ),
+    "weight on the left": (
+        "float[N, 5, 3] x",
+        """h = MatMul(W, x)
+        z = Add(h, b)
+        a = Relu(z)
+        y = MatMul(V, a)""",
+        {"W": (6, 5), "b": (6, 1), "V": (4, 6)},
+        [6],
+    ),
+    "BiasGelu": (
+        "float[N, 5] x",
+        """h = MatMul(x, W)
+        a = com.microsoft.BiasGelu(h, b)
+        y = MatMul(a, V)""",
+        {"W": (5, 6), "b": (6,), "V": (6, 4)},
+        [6],
+    ),
+    "SwiGLU: two producers": (
+        "float[N, 3, 5] x",
+        """g = MatMul(x, G)
+        s = Sigmoid(g)
+        w = Mul(g, s)
+        u = MatMul(x, W)
+        a = Mul(w, u)
+        y = MatMul(a, V)""",
+        {"G": (5, 6), "W": (5, 6), "V": (6, 4)},
+        [6],
+    ),
+    "Conv, BatchNormalization, pools, Flatten": (
+        "float[N, 2, 8, 8] x",
+        """h = Conv<pads = [1, 1, 1, 1]>(x, W, b)
+        n = BatchNormalization(h, g, o, m, v)
+        a = Relu(n)
+        p = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(a)
+        k = Conv(p, V)
+        q = AveragePool<kernel_shape = [2, 2]>(k)
+        f = Flatten(q)
+        y = Gemm<transB = 1>(f, U, c)""",
+        {
+            **{"W": (6, 2, 3, 3), "b": (6,), "g": (6,), "o": (6,), "m": (6,), "v": (6,)},
+            **{"V": (4, 6, 3, 3), "U": (3, 4), "c": (3,)},
+        },
+        [6, 4],
+    ),
+    "depthwise Conv": (
+        "float[N, 2, 6, 6] x",
+        """h = Conv(x, W, b)
+        a = Relu(h)
+        d = Conv<group = 6, pads = [1, 1, 1, 1]>(a, D, e)
+        r = Clip(d)
+        k = Conv(r, V)
+        y = GlobalAveragePool(k)""",
+        {"W": (6, 2, 3, 3), "b": (6,), "D": (12, 1, 3, 3), "e": (12,), "V": (4, 12, 1, 1)},
+        [6],
+    ),
+    "residual addition": (
+        "float[N, 2, 6, 6] x",
+        """h = Conv(x, W, b)
+        a = Relu(h)
+        k = Conv<pads = [1, 1, 1, 1]>(a, V)
+        l = Relu(k)
+        m = Conv<pads = [1, 1, 1, 1]>(l, U)
+        s = Add(a, m)
+        g = GlobalAveragePool(s)
+        f = Flatten(g)
+        y = Gemm(f, T)""",
+        {
+            **{"W": (6, 2, 3, 3), "b": (6,), "V": (5, 6, 3, 3), "U": (6, 5, 3, 3)},
+            "T": (6, 3),
+        },
+        [6, 5],
+    ),
+    "Concat of two producers and an input": (
+        "float[N, 5] x",
+        """h = Gemm(x, W)
+        k = Gemm(x, V)
+        a = Relu(h)
+        c = Concat<axis = 1>(a, x, k)
+        y = Gemm(c, U)""",
+        {"W": (5, 4), "V": (5, 3), "U": (12, 2)},
+        [4, 3],
+    ),
+    "Split of one producer": (
+        "float[N, 5] x",
+        """h = Gemm(x, W, b)
+        p, q = Split<axis = 1>(h)
+        s = Sigmoid(p)
+        a = Mul(s, q)
+        y = Gemm(a, U)""",
+        {"W": (5, 8), "b": (8,), "U": (4, 2)},
+        [4],
+    ),
+    "attention: heads": (
+        "float[N, 3, 5] x",
+        """q = MatMul(x, Q)
+        k = MatMul(x, K)
+        v = MatMul(x, V)
+        shape = Constant<value = int64[4] {0, 0, 4, 2}>()
+        qs = Reshape(q, shape)
+        ks = Reshape(k, shape)
+        vs = Reshape(v, shape)
+        qt = Transpose<perm = [0, 2, 1, 3]>(qs)
+        kt = Transpose<perm = [0, 2, 3, 1]>(ks)
+        vt = Transpose<perm = [0, 2, 1, 3]>(vs)
+        l = MatMul(qt, kt)
+        d = Div(l, root)
+        p = Softmax<axis = -1>(d)
+        o = MatMul(p, vt)
+        ot = Transpose<perm = [0, 2, 1, 3]>(o)
+        back = Constant<value = int64[3] {0, 0, 8}>()
+        m = Reshape(ot, back)
+        y = MatMul(m, O)""",
+        {"Q": (5, 8), "K": (5, 8), "V": (5, 8), "O": (8, 5), "root": ()},
+        [4],
+    ),
+    "shared bias": (
+        "float[N, 5] x",
+        """h = Gemm(x, W, b)
+        a = Relu(h)
+        k = Gemm(a, V, b)
+        r = Relu(k)
+        y = Gemm(r, U)""",
+        {"W": (5, 6), "V": (6, 6), "b": (6,), "U": (6, 2)},
+        [6, 6],
+    ),
+    "weight behind a Transpose": (
+        "float[N, 5] x",
+        """t = Transpose<perm = [1, 0]>(W)
+        h = MatMul(x, t)
+        a = Relu(h)
+        y = MatMul(a, V)""",
+        {"W": (6, 5), "V": (6, 4)},
+        [6],
+    ),
+}
+each_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+
+
+def build(network, rng):
+    """A model of random values; variances are positive."""
+    signature, body, shapes, _ = network
+    lines = [line.strip() for line in body.splitlines()]
+    text = f"{HEADER}net ({signature}) => (float[] y) {{ {chr(10).join(lines)} }}"
+    model = onnx.parser.parse_model(text)
+    for name, shape in shapes.items():
+        values = rng.standard_normal(shape) if name != "v" else rng.random(shape) + 0.5
+        if shape == ():
+            values = np.float32(1.4)
+        array = np.asarray(values, np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    declare_output(model, rng)
+    onnx.checker.check_model(model, full_check=True)
+    return load(model)
+
+
+def declare_output(model, rng):
+    """Give the output the shape that it has, with a free number of samples."""
+    output = model.graph.output[0]
+    output.type.tensor_type.ClearField("shape")
+    _, *rest = run(model, inputs(Model(model, None, None), rng)).shape
+    output.CopyFrom(onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", *rest]))
+
+
+def inputs(model, rng, samples=4):
+    """Samples for the one input of a model."""
+    shape = [d.dim_value or samples for d in model.proto.graph.input[0].type.tensor_type.shape.dim]
+    return {"x": rng.standard_normal(shape).astype(np.float32)}
+
+
+def structure_of(model, feeds):
+    return find_structure(
+        model.proto, find_layers(model.proto).layers, shapes_of_a_run(model, feeds)
+    )
+
+
+def run(proto, feeds):
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, feeds)[0]
+
+
+def some_units(structure, rng):
+    """About half of the units, one at least in every group."""
+    keep = rng.random(structure.units) > 0.5
+    for group in structure.groups:
+        keep[rng.choice(group.units)] = True
+    return keep
+
+
+def without_outgoing_weights(model, structure, keep):
+    """The model with zeros in the columns of all units that do not stay."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    stored = {t.name: t for t in proto.graph.initializer}
+    for layer in find_layers(model.proto).layers:
+        tensor = stored[layer.weight.tensor]
+        matrix = layer.weight.matrix(onnx.numpy_helper.to_array(tensor)).copy()
+        matrix[:, ~structure.columns_kept(layer.name, keep)] = 0
+        values = np.ascontiguousarray(layer.weight.unmatrix(matrix))
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    return Model(proto, None, None)
+
+
+@each_network
+def test_the_units_of_every_group_are_found(network, rng):
+    model = build(network, rng)
+    structure = structure_of(model, inputs(model, rng))
+    assert [len(group.units) for group in structure.groups] == network[3]
+    assert [x.name for x in structure.refusals] != []  # the last layer makes the output
+
+
+@each_network
+def test_removing_units_that_nobody_reads_changes_nothing(network, rng):
+    model = build(network, rng)
+    feeds = inputs(model, rng)
+    structure = structure_of(model, feeds)
+    keep = some_units(structure, rng)
+    masked = without_outgoing_weights(model, structure, keep)
+    smaller = cut(masked.proto, structure, keep)
+    onnx.checker.check_model(smaller, full_check=True)
+    assert smaller.graph.input == model.proto.graph.input
+    assert smaller.graph.output == model.proto.graph.output
+    wanted, scale = run(masked.proto, feeds), np.abs(run(masked.proto, feeds)).max()
+    np.testing.assert_allclose(run(smaller, feeds), wanted, rtol=0, atol=1e-5 * scale)
+
+
+@each_network
+def test_the_smaller_model_holds_nothing_of_the_units_that_went(network, rng):
+    model = build(network, rng)
+    structure = structure_of(model, inputs(model, rng))
+    keep = some_units(structure, rng)
+    smaller = cut(model.proto, structure, keep)
+    before = {layer.name: layer for layer in find_layers(model.proto).layers}
+    for layer in find_layers(smaller).layers:
+        rows = structure.rows_kept(layer.name, keep).sum()
+        columns = structure.columns_kept(layer.name, keep).sum()
+        assert layer.shape == (rows, columns)
+        assert before.pop(layer.name).op == layer.op
+    assert not before
+    read = {x for node in smaller.graph.node for x in node.input}
+    assert all(t.name in read for t in smaller.graph.initializer)
+
+
+@each_network
+def test_keeping_all_units_is_the_identity(network, rng):
+    model = build(network, rng)
+    structure = structure_of(model, inputs(model, rng))
+    assert cut(model.proto, structure, np.ones(structure.units, bool)) == model.proto
+
+
+@each_network
+def test_the_reference_implementation_agrees(network, rng):
+    if any(node.domain for node in build(network, rng).proto.graph.node):
+        pytest.skip("onnx.reference has no operators of com.microsoft")
+    model = build(network, rng)
+    feeds = inputs(model, rng)
+    structure = structure_of(model, feeds)
+    smaller = cut(model.proto, structure, some_units(structure, rng))
+    (wanted,) = ReferenceEvaluator(smaller).run(None, feeds)
+    np.testing.assert_allclose(
+        run(smaller, feeds), wanted, rtol=0, atol=1e-4 * np.abs(wanted).max()
+    )
+
+
+@each_network
+@pytest.mark.parametrize("method", ["ecp-refit", "ecp", "magnitude"])
+def test_optimize_reaches_the_share_of_weights_and_what_it_writes_checks(
+    network, method, rng, tmp_path
+):
+    model = build(network, rng)
+    output = tmp_path / "out.onnx"
+    data = inputs(model, rng, 60)
+    result = onnx_ecp.optimize(
+        model.proto, data, output=output, method=method, granularity="unit", sparsity=0.2, stages=2
+    )
+    report = result.report
+    onnx.checker.check_model(str(output), full_check=True)
+    assert report.sparsity >= 0.2
+    assert report.zeros_after == report.work_before.weights - report.work_after.weights
+    assert report.work_after.weights == sum(
+        layer.shape[0] * layer.shape[1] for layer in find_layers(onnx.load(output)).layers
+    )
+
+
+REFUSED = {
+    "a model output": ("h = MatMul(x, W)\n y = MatMul(h, V)\n", "y", "the model's output 'y'"),
+    "a hidden model output": ("y = MatMul(x, W)\n z = MatMul(y, V)\n", "W", "model's output 'y'"),
+    "normalised": (
+        "h = MatMul(x, W)\n n = LayerNormalization(h, g)\n y = MatMul(n, V)\n",
+        "h",
+        "LayerNormalization 'n': it normalises over units",
+    ),
+    "summed": (
+        "h = MatMul(x, W)\n m = ReduceMean<axes = [1]>(h)\n d = Sub(h, m)\n y = MatMul(d, V)\n",
+        "h",
+        "ReduceMean 'm': it reduces over units",
+    ),
+    "an operator without a rule": (
+        "h = MatMul(x, W)\n c = CumSum(h, one)\n y = MatMul(c, V)\n",
+        "h",
+        "CumSum 'c': units are not followed through this operator",
+    ),
+    "joined with an input": (
+        "h = MatMul(x, W)\n s = Add(h, e)\n y = MatMul(s, V)\n",
+        "h",
+        "Add 's': its input 'e' is not a stored tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "name", "reason"), REFUSED.values(), ids=REFUSED)
+def test_a_unit_that_cannot_be_followed_stays_and_the_operator_is_named(body, name, reason, rng):
+    hidden = "MatMul(y, V)" in body
+    text = f"""{HEADER}net (float[N, 5] x, float[N, 6] e) => (float[N, K] y{", float[N, L] z" * hidden})
+    <float[5, 6] W, float[6, 4] V, float[6] g, int64 one = {{1}}> {{ {body} }}"""
+    proto = onnx.parser.parse_model(text)
+    for name_, shape in {"W": (5, 6), "V": (6, 4), "g": (6,)}.items():
+        values = rng.standard_normal(shape).astype(np.float32)
+        stored = next((t for t in proto.graph.initializer if t.name == name_), None)
+        stored = stored if stored is not None else proto.graph.initializer.add()
+        stored.CopyFrom(onnx.numpy_helper.from_array(values, name_))
+    structure = find_structure(proto, find_layers(proto).layers, inferred_shapes(proto))
+    reasons = [x.reason for x in structure.refusals]
+    assert any(reason in text for text in reasons), reasons
+    if name == "h":
+        assert structure.units == 0
+
+
+@each_network
+def test_shape_inference_finds_what_a_run_finds(network, rng):
+    model = build(network, rng)
+    if any(node.domain for node in model.proto.graph.node):
+        pytest.skip("onnx infers no shapes of com.microsoft")
+    layers = find_layers(model.proto).layers
+    inferred = find_structure(model.proto, layers, inferred_shapes(model.proto))
+    measured = structure_of(model, inputs(model, rng))
+    assert [g.producers for g in inferred.groups] == [g.producers for g in measured.groups]
+
+
+@each_network
+def test_clean_up_deletes_dead_units_and_changes_no_output(network, rng):
+    model = build(network, rng)
+    feeds = inputs(model, rng)
+    structure = structure_of(model, feeds)
+    keep = some_units(structure, rng)
+    masked = without_outgoing_weights(model, structure, keep)
+    done = clean_up(masked, [feeds])
+    assert not done.refused
+    assert sum(row.before - row.after for row in done.rows) == (~keep).sum()
+    onnx.checker.check_model(done.model.proto, full_check=True)
+    wanted = run(masked.proto, feeds)
+    np.testing.assert_allclose(
+        run(done.model.proto, feeds), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max()
+    )
+
+
+CONSTANT = ["Gemm chain", "MatMul, scale and bias broadcast, on tokens", "weight on the left"]
+
+
+@pytest.mark.parametrize("name", [*CONSTANT, "Conv, BatchNormalization, pools, Flatten"])
+def test_clean_up_folds_constant_units_into_the_next_bias(name, rng):
+    model = build(NETWORKS[name], rng)
+    feeds = inputs(model, rng)
+    weight = next(t for t in model.proto.graph.initializer if t.name == "W")
+    values = onnx.numpy_helper.to_array(weight).copy()
+    layer = find_layers(model.proto).layers[0]
+    matrix = layer.weight.matrix(values)
+    matrix[[1, 4]] = 0
+    weight.CopyFrom(onnx.numpy_helper.from_array(layer.weight.unmatrix(matrix), "W"))
+    done = clean_up(model, [feeds])
+    assert [(row.before, row.after) for row in done.rows] == [(6, 4)]
+    wanted = run(model.proto, feeds)
+    np.testing.assert_allclose(
+        run(done.model.proto, feeds), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max()
+    )
+
+
+def test_a_constant_that_a_border_hides_stays(rng):
+    network = (
+        "float[N, 2, 6, 6] x",
+        """h = Conv(x, W, b)
+        k = Conv<pads = [1, 1, 1, 1]>(h, V)
+        y = GlobalAveragePool(k)""",
+        {"W": (6, 2, 3, 3), "b": (6,), "V": (4, 6, 3, 3)},
+        [6],
+    )
+    model = build(network, rng)
+    weight = next(t for t in model.proto.graph.initializer if t.name == "W")
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[2] = 0
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, "W"))
+    assert clean_up(model, [inputs(model, rng)]).rows == ()
+
+
+def test_inputs_that_nobody_reads_are_gathered_away(rng):
+    model = build(NETWORKS["Gemm chain"], rng)
+    weight = next(t for t in model.proto.graph.initializer if t.name == "W")
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[:, [0, 2, 3]] = 0
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, "W"))
+    feeds = inputs(model, rng)
+    done = clean_up(model, [feeds])
+    assert done.inputs == {"h": (5, 2)}
+    onnx.checker.check_model(done.model.proto, full_check=True)
+    np.testing.assert_allclose(run(done.model.proto, feeds), run(model.proto, feeds), rtol=1e-5)
+
+
+def test_units_stay_in_multiples_where_they_go(rng):
+    model = build(NETWORKS["residual addition"], rng)
+    result = onnx_ecp.optimize(
+        model.proto, inputs(model, rng, 40), granularity="unit", sparsity=0.3, unit_multiple=2
+    )
+    after = [row.after for row in result.report.units]
+    before = [row.before for row in result.report.units]
+    assert all(a % 2 == 0 or a == b for a, b in zip(after, before, strict=True))
+    assert after != before
+
+
+def test_a_speedup_is_one_of_multiplications(rng):
+    model = build(NETWORKS["Conv, BatchNormalization, pools, Flatten"], rng)
+    data = inputs(model, rng, 40)
+    report = onnx_ecp.optimize(
+        model.proto, data, granularity="unit", speedup=1.5, cost="flops"
+    ).report
+    assert report.work_after.flops <= report.work_before.flops / 1.5
+
+
+def test_an_excluded_layer_keeps_its_units_and_loses_inputs(rng):
+    model = build(NETWORKS["Gemm chain"], rng)
+    data = inputs(model, rng, 40)
+    report = onnx_ecp.optimize(
+        model.proto, data, granularity="unit", sparsity=0.2, exclude="^k$"
+    ).report
+    assert [row.producers for row in report.units] == [("h",)]
+    assert any("matched by --exclude" in skip.reason for skip in report.skips)
+
+
+def test_what_cannot_be_reached_is_an_error_with_the_most_that_can_be(rng):
+    model = build(NETWORKS["Gemm chain"], rng)
+    data = inputs(model, rng, 40)
+    with pytest.raises(TargetError, match="is the most"):
+        onnx_ecp.optimize(model.proto, data, granularity="unit", sparsity=0.999)
+
+
+def test_a_model_without_units_is_an_error_with_reasons(rng):
+    model = build(("float[N, 5] x", "y = MatMul(x, W)", {"W": (5, 3)}, []), rng)
+    with pytest.raises(TargetError, match="the model's output 'y'"):
+        onnx_ecp.optimize(model.proto, inputs(model, rng, 40), granularity="unit")
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"sparsity": "2:4"},
+        {"scope": "layer"},
+        {"layer_sparsity": {"h": 0.5}},
+        {"speedup": 2.0, "sparsity": 0.5},
+        {"speedup": 0.5},
+        {"granularity": "weight", "speedup": 2.0},
+        {"cost": "params!"},
+    ],
+)
+def test_choices_that_contradict_units_are_refused(choices, rng):
+    model = build(NETWORKS["Gemm chain"], rng)
+    with pytest.raises(UsageError):
+        onnx_ecp.optimize(model.proto, inputs(model, rng, 40), **{"granularity": "unit"} | choices)
