@@ -11,10 +11,11 @@ weighted covariance of a'. One Gram matrix serves all rows of a layer.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -129,11 +130,20 @@ def refit(
     for h, k, rows in zip(
         gram.covariance, gram.cross_covariance, _rows(target, groups), strict=True
     ):
-        ridge = damping * max(float(np.trace(h)) / len(h), np.finfo(np.float64).tiny)
-        system = h + ridge * np.eye(len(h))
-        right = target[rows] @ k + ridge * target[rows]
+        system = damped(h, damping)
+        right = target[rows] @ k + ridge_of(h, damping) * target[rows]
         weight[rows] = solve(system, right, keep[rows], start=target[rows])
     return weight, mean_shift(gram, target, weight)
+
+
+def ridge_of(covariance: np.ndarray, damping: float) -> float:
+    """The ridge: a share of the mean diagonal, and never zero."""
+    return damping * max(float(np.trace(covariance)) / len(covariance), np.finfo(np.float64).tiny)
+
+
+def damped(covariance: np.ndarray, damping: float) -> np.ndarray:
+    """The covariance (in, in) with the ridge on its diagonal."""
+    return covariance + ridge_of(covariance, damping) * np.eye(len(covariance))
 
 
 def mean_shift(gram: Gram, target: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -176,63 +186,101 @@ def solve(system: np.ndarray, right: np.ndarray, keep: np.ndarray, start: np.nda
     Returns:
         (rows, in), zero outside the support.
     """
-    supports = np.unique(keep[keep.any(axis=1)], axis=0)
-    if len(supports) == 1:  # as when whole units go: one factorisation serves all rows
-        return _common(system, right, keep, supports[0])
-    columns = keep.shape[1]
+    if not _is_narrow(keep):
+        return _conjugate_gradients(system, right, keep, start)
+
+    def solved(part: _Part) -> np.ndarray:
+        wanted = part.gathered(right)
+        return np.linalg.solve(part.systems(system), wanted[:, :, None])[:, :, 0]
+
+    return _by_support(solved, keep)
+
+
+def inverse_diagonal(system: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """(rows, in): the diagonal of ``(system_SS)^-1`` for every row's own support S, 0 outside.
+
+    Wide supports take the diagonal of the whole inverse instead, which is never smaller: a weight
+    then counts as if removed ones could help to replace it.
+
+    Args:
+        system: (in, in), symmetric positive definite.
+        keep: (rows, in), the supports.
+    """
+    if not _is_narrow(keep):
+        return np.where(keep, np.diagonal(np.linalg.inv(system)), 0.0)
+
+    def inverted(part: _Part) -> np.ndarray:
+        return np.diagonal(np.linalg.inv(part.systems(system)), axis1=1, axis2=2)
+
+    return _by_support(inverted, keep)
+
+
+def _is_narrow(keep: np.ndarray) -> bool:
+    """Whether systems of every row's own cost less than steps with one system for all rows.
+
+    Own: 2/3 k^3 per row. All: a product with the system per step, 2 in^2 per row.
+    """
     widest = int(keep.sum(axis=1).max(initial=0))
-    # Direct: 2/3 k^3 per row. Iterative: a product with the system per step, 2 in^2 per row.
-    if widest**3 / 3 <= CG_STEPS * columns**2:
-        return _direct(system, right, keep)
-    return _conjugate_gradients(system, right, keep, start)
+    return bool(widest**3 / 3 <= CG_STEPS * keep.shape[1] ** 2)
 
 
-def _common(
-    system: np.ndarray, right: np.ndarray, keep: np.ndarray, support: np.ndarray
-) -> np.ndarray:
-    """All rows that keep anything keep the same columns."""
-    solution = np.zeros_like(right)
-    found = np.linalg.solve(system[support][:, support], right[:, support].T).T
-    solution[:, support] = np.where(keep[:, support], found, 0.0)
-    return solution
+@dataclass(frozen=True)
+class _Part:
+    """Rows with about equally wide supports, padded to the widest.
+
+    Args:
+        rows: their indices.
+        columns: (rows, width), kept columns first, then padding.
+        real: (rows, width) bool, False where padding is.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    real: np.ndarray
+
+    def systems(self, system: np.ndarray) -> np.ndarray:
+        """(rows, width, width): every row's own system, ones on the diagonal of the padding."""
+        own = system[self.columns[:, :, None], self.columns[:, None, :]]
+        both = self.real[:, :, None] & self.real[:, None, :]
+        return np.where(both, own, np.eye(own.shape[1]))
+
+    def gathered(self, values: np.ndarray) -> np.ndarray:
+        """(rows, width) of the values (all rows, in), zero in the padding."""
+        own = np.take_along_axis(values[self.rows], self.columns, axis=1)
+        return np.where(self.real, own, 0.0)
 
 
-def _direct(system: np.ndarray, right: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Batches of rows with about equally wide supports, padded with ones on the diagonal.
+def _by_support(compute: Callable[[_Part], np.ndarray], keep: np.ndarray) -> np.ndarray:
+    """(rows, in): what ``compute`` gives (rows, width) for each part, back in its place.
 
-    Many small systems: one thread per batch beats threads within a system, most of all on a
+    Many small systems: one thread per part beats threads within a system, most of all on a
     machine that others use too (benchmarks/refit_scale.py).
     """
-    solution = np.zeros_like(right)
+    result = np.zeros(keep.shape)
+    parts = list(_parts(keep))
+    with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(_cores()) as pool:
+        for part, found in zip(parts, pool.map(compute, parts), strict=True):
+            block = np.zeros((len(part.rows), keep.shape[1]))
+            np.put_along_axis(block, part.columns, np.where(part.real, found, 0.0), axis=1)
+            result[part.rows] = block
+    return result
+
+
+def _parts(keep: np.ndarray) -> Iterator[_Part]:
+    """Rows in ascending order of width, in parts whose padded systems stay small."""
     widths = keep.sum(axis=1)
     order = np.argsort(widths, kind="stable")
-    chunks = [rows for rows in _chunks(order, widths) if widths[rows[-1]]]
-    with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(_cores()) as pool:
-        blocks = pool.map(lambda rows: _padded_solve(system, right[rows], keep[rows]), chunks)
-        for rows, block in zip(chunks, blocks, strict=True):
-            solution[rows] = block
-    return solution
-
-
-def _padded_solve(system: np.ndarray, right: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """The solutions of rows in ascending order of the width of their supports."""
-    widths = keep.sum(axis=1)
-    width = int(widths[-1])
-    # argsort puts the kept columns first; the rest of the row is padding.
-    columns = np.argsort(~keep, axis=1, kind="stable")[:, :width]
-    real = np.arange(width) < widths[:, None]
-    systems = system[columns[:, :, None], columns[:, None, :]]
-    systems = np.where(real[:, :, None] & real[:, None, :], systems, np.eye(width))
-    wanted = np.where(real, np.take_along_axis(right, columns, axis=1), 0.0)
-    found = np.linalg.solve(systems, wanted[:, :, None])[:, :, 0]
-    block = np.zeros_like(right)
-    np.put_along_axis(block, columns, np.where(real, found, 0.0), axis=1)
-    return block
+    for rows in _chunks(order, widths):
+        width = int(widths[rows[-1]])
+        if width:
+            # argsort puts the kept columns first; the rest of the row is padding.
+            columns = np.argsort(~keep[rows], axis=1, kind="stable")[:, :width]
+            yield _Part(rows, columns, np.arange(width) < widths[rows][:, None])
 
 
 @cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController()
+def _blas() -> Any:
+    return ThreadpoolController()  # type: ignore[no-untyped-call]
 
 
 def _cores() -> int:

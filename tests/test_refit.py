@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from onnx_ecp import refit as module
-from onnx_ecp.refit import Gram, excess, mean_shift, refit, solve
+from onnx_ecp.refit import Gram, excess, inverse_diagonal, mean_shift, refit, solve
 
 ROWS, INPUTS, OUT = 60, 7, 5
 
@@ -114,3 +114,25 @@ def test_direct_and_iterative_solutions_agree(rng, monkeypatch):
     np.testing.assert_allclose(
         solve(system, right, keep, start=np.zeros_like(right)), direct, rtol=1e-12
     )
+
+
+def test_inverse_diagonal_is_that_of_every_rows_own_system(rng):
+    x = rng.normal(size=(200, 30))
+    system = x.T @ x / 200 + 0.05 * np.eye(30)
+    keep = rng.random((20, 30)) > rng.random((20, 1))
+    found = inverse_diagonal(system, keep)
+    for row, on in zip(found, keep, strict=True):
+        own = np.diagonal(np.linalg.inv(system[np.ix_(on, on)]))
+        np.testing.assert_allclose(row[on], own, rtol=1e-9)
+        assert np.all(row[~on] == 0)
+
+
+def test_wide_supports_take_the_whole_inverse(rng, monkeypatch):
+    x = rng.normal(size=(200, 30))
+    system = x.T @ x / 200 + 0.05 * np.eye(30)
+    keep = rng.random((20, 30)) > 0.3
+    own = inverse_diagonal(system, keep)
+    monkeypatch.setattr(module, "CG_STEPS", 0)
+    whole = inverse_diagonal(system, keep)
+    np.testing.assert_allclose(whole, np.where(keep, np.diagonal(np.linalg.inv(system)), 0))
+    assert np.all(whole >= own - 1e-12)

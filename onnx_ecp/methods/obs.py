@@ -2,9 +2,10 @@
 
     I_ij = E[s_i] W_ij^2 / [H^-1]_jj
 
-H is the weighted covariance of the layer's input in the current network, so the score is what the
-removal of one weight costs after the refit of all others of its row; ECP's score allows for the
-bias alone. The mean sensitivity of the unit makes layers comparable.
+H is the weighted covariance of the layer's input in the current network, on the columns that the
+row still has: the score is what the removal of one weight costs after the refit of the others of
+its row; ECP's score allows for the bias alone. The mean sensitivity of the unit makes layers
+comparable.
 """
 
 from __future__ import annotations
@@ -12,18 +13,19 @@ from __future__ import annotations
 import numpy as np
 
 from onnx_ecp.methods.method import Method, View
+from onnx_ecp.refit import damped, inverse_diagonal
 
 
 def importance(view: View) -> np.ndarray:
     """(out, in): the output error that the best change of the rest of the row leaves."""
     assert view.gram is not None, "needs_gram has it measured"
-    covariance = view.gram.covariance
-    ridge = view.damping * np.trace(covariance, axis1=1, axis2=2) / covariance.shape[1]
-    ridge = np.maximum(ridge, np.finfo(np.float64).tiny)
-    damped = covariance + ridge[:, None, None] * np.eye(covariance.shape[1])
-    freedom = np.diagonal(np.linalg.inv(damped), axis1=1, axis2=2)
     sensitivity = view.seen.bb / view.seen.rows
-    return np.asarray(sensitivity[:, None] * view.weight**2 / view.per_row(freedom))
+    freedom = np.zeros_like(view.weight)
+    rows = np.split(np.arange(len(view.weight)), len(view.gram.weight))
+    for covariance, group in zip(view.gram.covariance, rows, strict=True):
+        freedom[group] = inverse_diagonal(damped(covariance, view.damping), view.weight[group] != 0)
+    cost = np.divide(view.weight**2, freedom, out=np.zeros_like(freedom), where=freedom > 0)
+    return np.asarray(sensitivity[:, None] * cost)
 
 
 OBS = Method(
