@@ -132,12 +132,13 @@ def measure(
             g = seen.adjoints[name]
             before = moments.get(name)
             centre = a.mean(axis=1, dtype=np.float64) if before is None else before.centre
+            s = sensitivities(g)
             if positions == "expand":
-                part = expand(a, g, centre, with_gradient=with_gradient)
+                part = expand(a, g, centre, s=s, with_gradient=with_gradient)
             else:
                 part = reduce_positions(a, g, centre, seen.samples, with_gradient=with_gradient)
             moments[name] = part if before is None else before + part
-            weights.setdefault(name, []).append(sensitivities(g).mean(axis=2))
+            weights.setdefault(name, []).append(s.mean(axis=2))
         if visit is not None:
             visit(seen, moments)
     return Measured(moments, {n: np.concatenate(w, axis=1) for n, w in weights.items()})

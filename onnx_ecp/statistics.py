@@ -138,7 +138,12 @@ def total(parts: Iterable[Moments]) -> Moments:
 
 
 def expand(
-    a: np.ndarray, g: np.ndarray, centre: np.ndarray, *, with_gradient: bool = False
+    a: np.ndarray,
+    g: np.ndarray,
+    centre: np.ndarray,
+    *,
+    s: np.ndarray | None = None,
+    with_gradient: bool = False,
 ) -> Moments:
     """Moments in which every position is a sample of its own.
 
@@ -146,21 +151,22 @@ def expand(
         a: input rows (groups, rows, in).
         g: adjoint rows (P, groups, rows, out per group).
         centre: (groups, in).
+        s: ``sensitivities(g)`` where the caller has them already.
         with_gradient: also sum dy/dW per probe.
     """
-    a = a.astype(np.float64)
-    shifted = a - centre[:, None, :]
-    s = sensitivities(g)
+    shifted = np.subtract(a, centre[:, None, :], dtype=np.float64)
+    squared = np.square(shifted)
+    s = sensitivities(g) if s is None else s
     return Moments(
         count=a.shape[1],
         centre=centre,
         bb=s.sum(axis=1).reshape(-1),
         wb=_products(s, shifted),
-        ww=_products(s, shifted**2),
-        gradient=_gradients(g, a) if with_gradient else None,
+        ww=_products(s, squared),
+        gradient=_gradients(g, a.astype(np.float64)) if with_gradient else None,
         rows=a.shape[1],
         a=shifted.sum(axis=1),
-        aa=(shifted**2).sum(axis=1),
+        aa=squared.sum(axis=1),
     )
 
 
@@ -203,7 +209,10 @@ def reduce_positions(
 
 def sensitivities(g: np.ndarray) -> np.ndarray:
     """``s = sum_p g_p^2``: adjoints (P, groups, rows, out) to (groups, rows, out), float64."""
-    return np.square(g.astype(np.float64)).sum(axis=0)
+    s = np.square(g[0], dtype=np.float64)
+    for probe in g[1:]:  # one probe at a time: float64 copies of all of them would not fit a cache
+        s += np.square(probe, dtype=np.float64)
+    return s
 
 
 def _products(s: np.ndarray, a: np.ndarray) -> np.ndarray:
