@@ -185,7 +185,7 @@ OPTIONS = (
     CALIBRATION,
     click.option(
         "-m", "--method", metavar="NAME", default="ecp-refit", show_default=True,
-        help="ecp, ecp-refit, obs, magnitude, random, gradient-magnitude, wanda or obd.",
+        help="ecp, ecp-refit, obs, magnitude, random, gradient-magnitude, wanda, flap or obd.",
     ),
     click.option(
         "-s", "--sparsity", metavar="VALUE",

@@ -89,6 +89,11 @@ class Moments:
         )
 
     @property
+    def spread(self) -> np.ndarray:
+        """(groups, in): the variance of every input over all rows."""
+        return np.maximum(self.aa / self.rows - (self.a / self.rows) ** 2, 0)
+
+    @property
     def gain(self) -> np.ndarray:
         """(out, in): the bias shift per unit of removed weight that compensates best, db*/W.
 

@@ -11,6 +11,7 @@ METHODS: dict[str, Method] = {
     "random": simple.RANDOM,
     "gradient-magnitude": simple.GRADIENT_MAGNITUDE,
     "wanda": simple.WANDA,
+    "flap": simple.FLAP,
     "obd": simple.OBD,
 }
 

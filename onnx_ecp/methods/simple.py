@@ -28,6 +28,13 @@ WANDA = Method(
     summary="|W_ij| ||a_j||_2 (Sun et al., arXiv:2306.11695)",
 )
 
+FLAP = Method(
+    lambda view: view.weight**2 * view.per_row(view.seen.spread),
+    compensation="bias",
+    needs="activations",
+    summary="W_ij^2 Var(a_j), with the bias made good (FLAP, An et al., arXiv:2312.11983)",
+)
+
 OBD = Method(
     lambda view: view.weight**2 * _mean_square_gradient(view),
     needs="sensitivities",
