@@ -141,7 +141,9 @@ PRUNING = (
     ),
     click.option("--stages", type=int, metavar="N", help="Stages.  [default: the method's own]"),
     _choice("--scope", "global|layer", "global", "Rank over all layers, or within each."),
-    _choice("--metric", "l2|kl", None, "Distance of outputs; kl takes them as logits.  [default: l2]"),
+    _choice(
+        "--metric", "l2|kl", None, "Distance of outputs; kl takes them as logits.  [default: l2]"
+    ),
     click.option(
         "--probes", type=int, metavar="N",
         help="Random output directions per sample.  [default: exact for few outputs, else one]",
