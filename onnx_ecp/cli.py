@@ -102,7 +102,7 @@ PROVIDER = click.option(
 )  # fmt: skip
 THREADS = click.option(
     "--threads", type=int, metavar="N",
-    help="Threads of ONNX Runtime.  [default: its own choice]",
+    help="Threads of ONNX Runtime and NumPy.  [default: their own choice]",
 )  # fmt: skip
 TRACEBACK = click.option("--traceback", is_flag=True, help="Show the traceback of an error.")
 JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")

@@ -54,6 +54,7 @@ def finetune(
     guard: Calibration,
     *,
     steps: int,
+    batch: int = BATCH,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Tuned:
@@ -66,6 +67,7 @@ def finetune(
         fit: samples to learn from.
         guard: other samples, for early stopping.
         steps: batches.
+        batch: samples in one.
         seed: of the order of samples.
         progress: called after every step.
     """
@@ -73,11 +75,11 @@ def finetune(
     values = _parameters(observer, state)
     scale = {name: _root_mean_square(v) for name, v in values.items()}
     moments = {name: (np.zeros_like(v), np.zeros_like(v)) for name, v in values.items()}
-    best, best_loss = state, loss(observer, original, state, guard)
+    best, best_loss = state, loss(observer, original, state, guard, batch)
     before = best_loss
     for step in range(1, steps + 1):
         check_deadline()
-        gradient = _gradients(observer, original, state, _draw(fit, rng))
+        gradient = _gradients(observer, original, state, _draw(fit, batch, rng))
         rate = STEP * 0.5 * (1 + np.cos(np.pi * step / steps))
         for name, g in gradient.items():
             first, second = moments[name]
@@ -88,17 +90,19 @@ def finetune(
             values[name] = values[name] - rate * scale[name] * corrected / (spread + 1e-12)
         state = _with_parameters(observer, state, values)
         if step % max(steps // CHECKS, 1) == 0 or step == steps:
-            now = loss(observer, original, state, guard)
+            now = loss(observer, original, state, guard, batch)
             if now < best_loss:
                 best, best_loss = state, now
         progress("fine-tuning", step, steps)
     return Tuned(best, before, best_loss)
 
 
-def loss(observer: Observer, original: State, state: State, data: Calibration) -> float:
-    """Mean distillation loss per sample."""
+def loss(
+    observer: Observer, original: State, state: State, data: Calibration, size: int = BATCH
+) -> float:
+    """Mean distillation loss per sample, computed ``size`` samples at a time."""
     total, count = 0.0, 0
-    for batch in data.batches(BATCH):
+    for batch in data.batches(size):
         target, y = observer.heads(original, batch), observer.heads(state, batch)
         total += sum(_loss(observer, name, y[name], target[name]) for name in y)
         count += batch.samples
@@ -160,7 +164,7 @@ def _root_mean_square(values: np.ndarray) -> float:
     return float(np.sqrt(np.square(there).mean())) if there.size else 1.0
 
 
-def _draw(data: Calibration, rng: np.random.Generator) -> Batch:
+def _draw(data: Calibration, size: int, rng: np.random.Generator) -> Batch:
     """A random batch; a single sample where samples cannot be put together."""
-    size = min(BATCH, len(data)) if data.stacked else 1
+    size = min(size, len(data)) if data.stacked else 1
     return next(data.take(rng.choice(len(data), size, replace=False)).batches(size))

@@ -34,7 +34,7 @@ from onnx_ecp.report import (
     Recipe,
     Report,
 )
-from onnx_ecp.runtime import deadline
+from onnx_ecp.runtime import blas_threads, deadline
 from onnx_ecp.selection import NM, Group, Sparsity
 from onnx_ecp.structure.smaller import Smaller, cleaned, smaller, units_of
 from onnx_ecp.structure.units import Goal, PrunedUnits, UnitStep
@@ -97,7 +97,7 @@ def optimize(
     """
     began = time.monotonic()
     options = Options.of(**choices)
-    with deadline(options.timeout):
+    with deadline(options.timeout), blas_threads(options.threads):
         source = load(model)
         check_outputs(source, output, options)
         layers, skips = choose_layers(source, options)
@@ -156,7 +156,7 @@ def importance(
         OnnxEcpError: as ``optimize`` does.
     """
     options = Options.of(**choices)
-    with deadline(options.timeout):
+    with deadline(options.timeout), blas_threads(options.threads):
         source = load(model)
         layers, _ = choose_layers(source, options)
         data = gather(source, calibration, options)

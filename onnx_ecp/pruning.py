@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from onnx_ecp.calibration import Calibration
-from onnx_ecp.finetune import finetune
+from onnx_ecp.finetune import BATCH, finetune
 from onnx_ecp.gradients.observer import Observer, State
 from onnx_ecp.layers import Layer
 from onnx_ecp.measurement import (
@@ -157,6 +157,7 @@ def tuned(
         network.fit,
         network.guard,
         steps=steps,
+        batch=min(BATCH, network.size),
         seed=plan.seed,
         progress=progress,
     )

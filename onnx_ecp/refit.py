@@ -10,15 +10,13 @@ weighted covariance of a'. One Gram matrix serves all rows of a layer.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
+
+from onnx_ecp.runtime import blas_threads, cores
 
 # A batch of padded systems may take this much, in every thread.
 CHUNK_BYTES = 32 * 2**20
@@ -258,7 +256,7 @@ def _by_support(compute: Callable[[_Part], np.ndarray], keep: np.ndarray) -> np.
     """
     result = np.zeros(keep.shape)
     parts = list(_parts(keep))
-    with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(_cores()) as pool:
+    with blas_threads(1), ThreadPoolExecutor(cores()) as pool:
         for part, found in zip(parts, pool.map(compute, parts), strict=True):
             block = np.zeros((len(part.rows), keep.shape[1]))
             np.put_along_axis(block, part.columns, np.where(part.real, found, 0.0), axis=1)
@@ -276,16 +274,6 @@ def _parts(keep: np.ndarray) -> Iterator[_Part]:
             # argsort puts the kept columns first; the rest of the row is padding.
             columns = np.argsort(~keep[rows], axis=1, kind="stable")[:, :width]
             yield _Part(rows, columns, np.arange(width) < widths[rows][:, None])
-
-
-@cache
-def _blas() -> Any:
-    return ThreadpoolController()  # type: ignore[no-untyped-call]
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _chunks(order: np.ndarray, widths: np.ndarray) -> Iterator[np.ndarray]:

@@ -7,16 +7,19 @@ thread waits: an exception there (Ctrl-C, SIGTERM, the end of ``deadline``) term
 from __future__ import annotations
 
 import contextvars
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from threadpoolctl import ThreadpoolController
 
 from onnx_ecp.errors import OnnxEcpError, ProviderError, UsageError, did_you_mean
 
@@ -53,6 +56,23 @@ def check_deadline() -> float | None:
             hint="Raise --timeout, or use fewer --samples.",
         )
     return left
+
+
+@cache
+def _blas() -> Any:
+    return ThreadpoolController()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def blas_threads(limit: int | None) -> Iterator[None]:
+    """Let NumPy's matrix products use this many threads inside (None: their own choice)."""
+    with _blas().limit(limits=limit, user_api="blas"):
+        yield
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def onnxruntime() -> Any:

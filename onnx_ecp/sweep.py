@@ -39,7 +39,7 @@ from onnx_ecp.pipeline import (
 )
 from onnx_ecp.pruning import Network, Plan, observe, prune
 from onnx_ecp.report import CalibrationFacts
-from onnx_ecp.runtime import deadline
+from onnx_ecp.runtime import blas_threads, deadline
 
 METHODS_SWEPT = ("ecp-refit", "ecp", "wanda", "magnitude")
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -190,7 +190,7 @@ def sweep(
     """
     began = time.monotonic()
     grid = grid_of(methods, sparsities, choices)
-    with deadline(grid[0].timeout):
+    with deadline(grid[0].timeout), blas_threads(grid[0].threads):
         shared = prepare(model, calibration, grid, evaluation, labels, progress)
         prepared = time.monotonic()
         runs: list[Run] = []

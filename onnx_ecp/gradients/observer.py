@@ -118,7 +118,7 @@ class Observer:
             raise UsageError(f"unknown gradients {engine!r}.", hint=did_you_mean(engine, ENGINES))
         state = original_state(model, layers)
         fed = {name: _widened(x) for name, x in first.feeds.items()}
-        self._prepared = prepare(model.proto, model.base, layers, fed | state.weights)
+        self._prepared = prepare(model.proto, model.base, layers, fed | state.weights, threads)
         self._options: dict[str, Any] = {
             "provider": provider,
             "threads": threads,
@@ -126,7 +126,7 @@ class Observer:
         }
         self._dtypes = _float_inputs(self._prepared.proto)
         feeds = self._feeds(state, first.feeds)
-        self.facts: dict[str, Fact] = facts_of(self.proto, model.base, feeds)
+        self.facts: dict[str, Fact] = facts_of(self.proto, model.base, feeds, threads)
         self._heads = _heads(self._prepared.proto, self.facts, metric)
         self.outputs = tuple(self._heads)
         tensors = [*self._heads, *self._heads.values(), *(layer.input for layer in layers)]
@@ -142,7 +142,7 @@ class Observer:
             )
             self._reverse = Session(proto, **self._options)
         if self._prepared.rewritten:
-            _check_same(Session(model.proto, base=model.base), first.feeds, self._forward, feeds)
+            _check_same(Session(model.proto, **self._options), first.feeds, self._forward, feeds)
         y = self._forward.run(feeds, list(self._heads.values()))
         self._plan = plan(y, first.samples, metric=metric, probes=probes, seed=seed)
         self._first = first.samples

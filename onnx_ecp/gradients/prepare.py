@@ -58,6 +58,7 @@ def prepare(
     base: Path | None,
     layers: Sequence[Layer],
     feeds: Mapping[str, np.ndarray],
+    threads: int | None = None,
 ) -> Prepared:
     """Build the observation graph of a model whose sparse initializers are decoded.
 
@@ -67,6 +68,7 @@ def prepare(
         layers: layers of this model.
         feeds: inputs of the model and stored tensors of the layers, half precision widened; a run
             with them tells the ranks that the lowering of fused operators needs.
+        threads: threads of that run.
 
     Raises:
         ModelError: the opset cannot be lifted.
@@ -80,7 +82,7 @@ def prepare(
     widened = _widen(graph)
     fused = is_fused(graph)
     if fused:
-        lower(graph, facts_of(gs.export_onnx(graph, do_type_check=False), base, feeds))
+        lower(graph, facts_of(gs.export_onnx(graph, do_type_check=False), base, feeds, threads))
     shifts = {layer.name: f"ecp/shift/{layer.output}" for layer in layers}
     _insert_shifts(graph, {layer.output: shifts[layer.name] for layer in layers})
     graph.toposort()
@@ -137,7 +139,10 @@ def add_reverse(
 
 
 def facts_of(
-    proto: onnx.ModelProto, base: Path | None, feeds: Mapping[str, np.ndarray]
+    proto: onnx.ModelProto,
+    base: Path | None,
+    feeds: Mapping[str, np.ndarray],
+    threads: int | None = None,
 ) -> dict[str, Fact]:
     """Run a model once and note shape and dtype of every tensor.
 
@@ -147,13 +152,14 @@ def facts_of(
         proto: the model; it is not changed.
         base: directory of its external data.
         feeds: all its inputs, with a batch of at least two where it is free.
+        threads: threads of the run.
     """
     model = onnx.ModelProto()
     model.CopyFrom(proto)
     given = {y.name for y in model.graph.output}
     names = dict.fromkeys(y for node in model.graph.node for y in node.output if y)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)
-    values = Session(model, base=base).run(feeds)
+    values = Session(model, base=base, threads=threads).run(feeds)
     facts = {n: Fact(v.shape, v.dtype) for n, v in values.items() if isinstance(v, np.ndarray)}
     facts.update({n: Fact(np.shape(v), np.asarray(v).dtype) for n, v in feeds.items()})
     return facts
