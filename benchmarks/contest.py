@@ -114,16 +114,29 @@ def compete(
         samples: calibration digits; None takes the network's own number.
     """
     network = NETWORKS[name]
-    model = onnx.load(network.path)
     feeds, _ = network.digits("train", samples or network.samples)
     test, labels = network.digits("test")
+    model = onnx.load(network.path)
+    yield from compete_on(name, model, feeds, test, labels, contestants, sparsities)
+
+
+def compete_on(
+    name: str,
+    model: onnx.ModelProto,
+    feeds: Feeds,
+    test: Feeds,
+    labels: np.ndarray,
+    contestants: Mapping[str, Contestant],
+    sparsities: Sequence[float | str],
+) -> Iterator[dict[str, Any]]:
+    """The same for any model, with calibration inputs, test inputs and labels."""
     for sparsity in sparsities:
         for label, prune in contestants.items():
             began = time.monotonic()
             pruned, seconds = prune(model, feeds, sparsity), time.monotonic() - began
             scores = judged(model, pruned, test, labels)
             row = {"network": name, "method": label, "sparsity": sparsity, **scores}
-            row |= {"seconds": seconds, "samples": samples or network.samples}
+            row |= {"seconds": seconds, "samples": len(next(iter(feeds.values())))}
             print(" ".join(map(text, row.values())), file=sys.stderr, flush=True)
             yield row
 

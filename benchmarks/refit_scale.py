@@ -1,0 +1,149 @@
+"""The refit scales: a 4096 x 4096 layer in minutes, a BERT-base-shaped model in one sitting.
+
+Time and peak memory of whole runs of ``ecp-refit``, each in a fresh process: networks with one
+square layer whose width doubles, with one stage, and (with ``--bert``) an encoder of the shape of
+BERT-base with random weights. What dominates is read off a profile.
+
+Usage: python benchmarks/refit_scale.py [--bert [STAGES]]
+"""
+
+from __future__ import annotations
+
+import cProfile
+import json
+import pstats
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from encoders import Shape, encoder
+from onnx import helper, numpy_helper
+from outcome import Claim, finish, publish, table
+
+import onnx_ecp
+
+WIDTHS = (256, 512, 1024, 2048, 4096)
+SAMPLES = 2048
+BERT = Shape(tokens=128, features=768, width=768, heads=12, hidden=3072, blocks=12, classes=2)
+BERT_SAMPLES = 64
+BERT_LIMIT = 25 * 60.0
+# Functions of the package among which the time is divided; none of them calls another one.
+PARTS = {
+    "solve": "solving",
+    "inverse_diagonal": "inverses",
+    "of": "Gram sums",
+    "expand": "statistics",
+    "run": "ONNX Runtime",
+}
+MINUTES = 10 * 60.0
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(one(int(sys.argv[2]), float(sys.argv[3]))))
+        return 0
+    if sys.argv[1:2] == ["--one-bert"]:
+        print(json.dumps(bert(int(sys.argv[2]))))
+        return 0
+    if sys.argv[1:2] == ["--bert"]:
+        rows = [fresh("--one-bert", *(sys.argv[2:] or ["1"]))]
+        publish("refit_scale_bert", rows)
+        print(table(rows))
+        return finish([Claim("BERT-base-shaped model: finished", True)])
+    rows = [fresh("--one", str(w), str(s)) for s in (0.5, 0.9) for w in WIDTHS]
+    publish("refit_scale", rows)
+    print(table(rows))
+    slowest = max(row["seconds"] for row in rows)
+    text = f"4096 x 4096: {slowest:.0f} s, less than {MINUTES:.0f} s"
+    return finish([Claim(text, slowest < MINUTES)])
+
+
+def fresh(*arguments: str) -> dict[str, Any]:
+    """One run in its own process, so that its peak memory is its own."""
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    row = json.loads(done.stdout.splitlines()[-1])
+    print(row, file=sys.stderr, flush=True)
+    return row
+
+
+def one(width: int, sparsity: float) -> dict[str, Any]:
+    """A network 64 - width - width - 16 of which the square layer is pruned, in one stage."""
+    rng = np.random.default_rng(0)
+    feeds = {"x": rng.normal(size=(SAMPLES, 64)).astype(np.float32)}
+    model = square(width, rng)
+    row = {"width": width, "sparsity": sparsity, "samples": SAMPLES}
+    chosen = {"sparsity": sparsity, "stages": 1, "include": "square"}
+    return row | profiled(lambda: onnx_ecp.optimize(model, feeds, **chosen))
+
+
+def square(width: int, rng: np.random.Generator) -> onnx.ModelProto:
+    """Three layers, the middle one square."""
+    sizes = {"first": (64, width), "square": (width, width), "last": (width, 16)}
+    stored = [
+        numpy_helper.from_array((rng.normal(size=s) / s[0] ** 0.5).astype(np.float32), f"{n}/w")
+        for n, s in sizes.items()
+    ]
+    nodes, x = [], "x"
+    for name in sizes:
+        nodes.append(helper.make_node("MatMul", [x, f"{name}/w"], [f"{name}/z"], name=name))
+        nodes.append(helper.make_node("Relu", [f"{name}/z"], [f"{name}/a"]))
+        x = f"{name}/a"
+    nodes[-1] = helper.make_node("Identity", ["last/z"], ["y"])
+    kinds = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", size])
+        for name, size in (("x", 64), ("y", 16))
+    ]
+    graph = helper.make_graph(nodes, "square", kinds[:1], kinds[1:], stored)
+    return helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)])
+
+
+def bert(stages: int) -> dict[str, Any]:
+    """The encoder, from file to file."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(BERT_SAMPLES, BERT.tokens, BERT.features)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "in.onnx"), Path(folder, "out.onnx")
+        onnx.save(encoder(BERT), source)
+        row = profiled(
+            lambda: onnx_ecp.optimize(
+                source, {"x": inputs}, output=target, stages=stages, timeout=BERT_LIMIT
+            )
+        )
+    return {"model": "BERT-base shape", "samples": BERT_SAMPLES, "stages": stages} | row
+
+
+def profiled(run: Callable[[], onnx_ecp.Result]) -> dict[str, Any]:
+    """Seconds, peak memory, and shares of the time."""
+    profile = cProfile.Profile()
+    began = time.monotonic()
+    report = profile.runcall(run).report
+    seconds = time.monotonic() - began
+    assert report.gap is not None, "optimize compares"
+    row: dict[str, Any] = {
+        "weights": report.weights,
+        "seconds": seconds,
+        "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "error": report.gap.relative_error,
+    }
+    return row | {f"{part} %": round(100 * s / seconds) for part, s in parts(profile).items()}
+
+
+def parts(profile: cProfile.Profile) -> dict[str, float]:
+    """Seconds in the functions of PARTS, callees included."""
+    seconds = dict.fromkeys(PARTS.values(), 0.0)
+    for (file, _, name), (_, _, _, total, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+        if "onnx_ecp" in file and name in PARTS:
+            seconds[PARTS[name]] += total
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())
