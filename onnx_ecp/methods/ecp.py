@@ -18,17 +18,6 @@ def importance(view: View) -> np.ndarray:
     return np.asarray(view.weight**2 * view.seen.variance)
 
 
-# Stages, shrinkage and floor: see docs/methods/ecp-refit.md for the measurements behind them.
-ECP_REFIT = Method(
-    importance,
-    compensation="refit",
-    needs="sensitivities",
-    stages=16,
-    shrinkage=0.3,
-    floor=0.2,
-    summary="ECP's ranking in stages; the weights that stay are refitted after each",
-)
-
 ECP = Method(
     importance,
     compensation="bias",

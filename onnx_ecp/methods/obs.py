@@ -20,12 +20,15 @@ def importance(view: View) -> np.ndarray:
     """(out, in): the output error that the best change of the rest of the row leaves."""
     assert view.gram is not None, "needs_gram has it measured"
     sensitivity = view.seen.bb / view.seen.rows
-    freedom = np.zeros_like(view.weight)
+    cost = np.zeros_like(view.weight)
     rows = np.split(np.arange(len(view.weight)), len(view.gram.weight))
     for covariance, group in zip(view.gram.covariance, rows, strict=True):
-        freedom[group] = inverse_diagonal(damped(covariance, view.damping), view.weight[group] != 0)
-    cost = np.divide(view.weight**2, freedom, out=np.zeros_like(freedom), where=freedom > 0)
-    return np.asarray(sensitivity[:, None] * cost)
+        there = view.weight[group] != 0
+        freedom = inverse_diagonal(damped(covariance, view.damping), there)
+        refitted = np.divide(1.0, freedom, out=np.zeros_like(freedom), where=there)
+        # The bias alone leaves the variance; the damping must not make a refit look worse.
+        cost[group] = np.minimum(refitted, np.diagonal(covariance))
+    return np.asarray(sensitivity[:, None] * view.weight**2 * np.maximum(cost, 0))
 
 
 OBS = Method(
@@ -33,8 +36,7 @@ OBS = Method(
     compensation="refit",
     needs="sensitivities",
     needs_gram=True,
-    stages=16,
     shrinkage=0.3,
     floor=0.2,
-    summary="optimal brain surgeon on each layer's output, in stages with refit (arXiv:1705.07565)",
+    summary="optimal brain surgeon on each layer's output, one stage, refit (arXiv:1705.07565)",
 )

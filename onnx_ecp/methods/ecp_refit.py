@@ -1,0 +1,26 @@
+"""The default: ECP's sensitivities and compensation, carried on to the weights that stay.
+
+In each of several stages the network is observed anew, weights are ranked by what their removal
+costs after the refit of their row (``obs.importance``), biases are shifted as ECP does, and every
+layer is refitted in turn (docs/method.md, section 3).
+"""
+
+from __future__ import annotations
+
+from onnx_ecp.methods.method import Method
+from onnx_ecp.methods.obs import importance
+
+# On training digits held out from calibration, over five networks (docs/benchmarks.md): 16 stages
+# beat 8 and 4; shrinkages of 0.1 to 0.5 are alike, none collapses; ranking by `obs` leaves a lower
+# output error than by `ecp` on four of five and the same accuracy on average; the floor matters
+# only where a global ranking would empty a layer.
+ECP_REFIT = Method(
+    importance,
+    compensation="refit",
+    needs="sensitivities",
+    needs_gram=True,
+    stages=16,
+    shrinkage=0.3,
+    floor=0.2,
+    summary="weights ranked and refitted in stages, with ECP's sensitivities and compensation",
+)
