@@ -16,10 +16,10 @@ def main() -> int:
     rows: list[Row] = []
     for name in ("lenet300", "mlpnet"):
         for samples in SAMPLES:
-            rows += compete(name, CONTESTANTS, SPARSITIES, samples)
+            for row in compete(name, CONTESTANTS, SPARSITIES, samples):
+                rows.append({"run": "{network}, {method}, {sparsity}".format(**row), **row})
     publish("few_samples", rows)
-    lines = [{**row, "run": "{network}, {method}, {sparsity}".format(**row)} for row in rows]
-    print(table(pivot(lines, "run", "samples", "accuracy")))
+    print(table(pivot(rows, "run", "samples", "accuracy")))
     draw(rows)
     return finish(no_collapse(rows))
 

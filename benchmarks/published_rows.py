@@ -27,8 +27,8 @@ def main() -> int:
     ways = {method: ours(method) for method in METHODS}
     mlpnet = list(compete("mlpnet", ways, tuple(KNOWN["magnitude"])))
     lenet300 = list(compete("lenet300", ways, (0.8, 0.9)))
-    publish("published_rows", [*mlpnet, *lenet300])
     for rows in (mlpnet, lenet300):
+        publish(f"published_rows_{rows[0]['network']}", rows)
         print(f"{rows[0]['network']}: dense {rows[0]['dense']:.2f} %; accuracy %, relative error")
         print(table(pivot(rows, "method", "sparsity", "accuracy")))
         print(table(pivot(rows, "method", "sparsity", "error")))
