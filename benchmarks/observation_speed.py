@@ -37,7 +37,7 @@ ROUNDS = 5
 BATCH = 128
 # Relative, in the Frobenius norm. The sums are float64, the network is float32.
 AGREEMENT = 1e-5
-# Differences with a step of 1e-3 err by up to 8e-3 near the kinks of ReLU and MaxPool; squares, twice.
+# Differences err by up to 8e-3 near the kinks of ReLU and MaxPool, and the sums are of squares.
 DIFFERENCES_AGREEMENT = 3e-2
 Sums = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 
