@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from onnx_ecp.calibration import Calibration
+from onnx_ecp.errors import ModelError
 from onnx_ecp.finetune import BATCH, finetune
 from onnx_ecp.gradients.observer import Observer, State
 from onnx_ecp.layers import Layer
@@ -27,6 +28,7 @@ from onnx_ecp.measurement import (
     silent,
 )
 from onnx_ecp.methods import Method, View, bias_shift
+from onnx_ecp.model import printable
 from onnx_ecp.refit import Gram, excess, mean_shift, refit
 from onnx_ecp.runtime import check_deadline
 from onnx_ecp.selection import Group, select
@@ -239,7 +241,11 @@ def observe(network: Network, plan: Plan, state: State, progress: Progress = sil
 def importances(
     network: Network, plan: Plan, state: State, measured: Measured
 ) -> dict[str, np.ndarray]:
-    """Importance (out, in) by layer name, in the method's own unit."""
+    """Importance (out, in) by layer name, in the method's own unit.
+
+    Raises:
+        ModelError: one is NaN or infinite, which no ranking could bear.
+    """
     method, scores = plan.method, {}
     index = {layer.name: i for i, layer in enumerate(network.layers)}
     for layer, gram in _with_grams(network, plan, state, measured):
@@ -249,7 +255,18 @@ def importances(
         rng = np.random.default_rng([plan.seed, index[layer.name]])
         view = View(_matrix(layer, state), moments, rng, gram, plan.damping)
         scores[layer.name] = method.importance(view)
+        _check_finite(layer, scores[layer.name])
     return scores
+
+
+def _check_finite(layer: Layer, scores: np.ndarray) -> None:
+    if not np.isfinite(scores).all():
+        raise ModelError(
+            f"the importance of layer {printable(layer.name)!r} is NaN or infinite: on these "
+            "samples its inputs, the outputs or their derivatives are.",
+            hint="Check the calibration data, leave the layer out with --exclude, or use a "
+            "--method that needs no sensitivities.",
+        )
 
 
 def _with_grams(

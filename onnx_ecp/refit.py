@@ -24,6 +24,8 @@ CHUNK_BYTES = 32 * 2**20
 # further steps changed no digit of the accuracies in benchmarks/refit_scale.py.
 CG_TOLERANCE = 1e-4
 CG_STEPS = 40
+# The ridge where no input varies at all, as with one calibration sample.
+LEAST_RIDGE = 1e-290
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,8 @@ def refit(
 
 
 def ridge_of(covariance: np.ndarray, damping: float) -> float:
-    """The ridge: a share of the mean diagonal, and never zero."""
-    return damping * max(float(np.trace(covariance)) / len(covariance), np.finfo(np.float64).tiny)
+    """The ridge: a share of the mean diagonal, and never so small that its inverse overflows."""
+    return max(damping * float(np.trace(covariance)) / len(covariance), LEAST_RIDGE)
 
 
 def damped(covariance: np.ndarray, damping: float) -> np.ndarray:

@@ -22,7 +22,7 @@ from onnx import helper, numpy_helper
 
 import onnx_ecp
 from onnx_ecp import pipeline
-from onnx_ecp.errors import OnnxEcpError, ProviderError, UsageError
+from onnx_ecp.errors import ModelError, OnnxEcpError, ProviderError, UsageError
 from onnx_ecp.layers import find_layers
 from onnx_ecp.methods import METHODS
 from onnx_ecp.model import constants, decode_sparse, read_tensor, signature
@@ -591,6 +591,121 @@ def test_the_predicted_error_is_the_measured_one_where_the_network_is_linear():
     x = np.random.default_rng(0).standard_normal((4000, 8)).astype(np.float32)
     report = onnx_ecp.optimize(net, {"x": x}, method="ecp", sparsity=0.25).report
     assert report.predicted_error == pytest.approx(report.gap.relative_error, rel=0.1)
+
+
+# Outputs of all kinds.
+
+BODY = "h = MatMul(x, W)  r = Relu(h)  z = MatMul(r, W2) "
+SHAPES = {"W": (8, 16), "W2": (16, 3)}
+BESIDE = {
+    "a constant": ("float[3] c", "c = Identity(C)"),
+    "a stored tensor": ("float[3] C", ""),
+    "an input": ("float[n,8] x", ""),
+    "a function of an input": ("float[n,8] c", "c = Exp(x)"),
+}
+
+
+@pytest.mark.parametrize("method", ["ecp", "magnitude"])
+@pytest.mark.parametrize("beside", BESIDE)
+def test_an_output_that_no_layer_reaches_plays_no_part(beside, method):
+    outputs, node = BESIDE[beside]
+    stored = SHAPES | ({"C": (3,)} if "C" in outputs + node else {})
+    alone = Net("(float[n,8] x) => (float[n,3] z) { " + BODY + "}", SHAPES).model()
+    both = Net(f"(float[n,8] x) => (float[n,3] z, {outputs}) {{ {BODY} {node} }}", stored).model()
+    expected, found = (
+        onnx_ecp.optimize(model, inputs("gemm"), method=method, sparsity=0.6).masks
+        for model in (alone, both)
+    )
+    for name, mask in expected.items():
+        np.testing.assert_array_equal(found[name], mask)
+
+
+MIXING = {
+    "a mean over samples": "(float[3] y) { BODY y = ReduceMean<axes=[0], keepdims=0>(z) }",
+    "one number": "(float y) { BODY y = ReduceMean<keepdims=0>(z) }",
+    "a covariance": "(float[3,3] y) { BODY t = Transpose<perm=[1,0]>(z) y = MatMul(t, z) }",
+}
+
+
+@pytest.mark.parametrize("text", MIXING.values(), ids=MIXING)
+def test_a_network_that_mixes_samples_has_no_sensitivities(text):
+    model = Net("(float[n,8] x) => " + text.replace("BODY", BODY), SHAPES).model()
+    with pytest.raises(ModelError, match=r"'y' has shape .* mixes samples"):
+        onnx_ecp.optimize(model, inputs("gemm"), method="ecp")
+    assert onnx_ecp.optimize(model, inputs("gemm"), method="magnitude").report.zeros_after == 88
+
+
+KL_HEADS = {
+    "probabilities": "float[n,3] y",
+    "logits and probabilities": "float[n,3] z, float[n,3] y",
+    "probabilities twice": "float[n,3] y, float[n,3] l",
+}
+
+
+def test_under_kl_logits_count_once_however_many_outputs_they_have():
+    scores = []
+    for outputs in KL_HEADS.values():
+        text = f"(float[n,8] x) => ({outputs}) {{ {BODY} y = Softmax(z) l = LogSoftmax(z) }}"
+        model = Net(text, SHAPES).model()
+        scores.append(onnx_ecp.importance(model, inputs("gemm"), method="ecp", metric="kl"))
+    for other in scores[1:]:
+        for name, score in scores[0].items():
+            np.testing.assert_allclose(other[name], score, rtol=1e-6)
+
+
+NO_CLASSES = {
+    "a number": "(float[n] y) { BODY y = ReduceMean<axes=[1], keepdims=0>(z) }",
+    "one score": "(float[n,1] y) { BODY y = ReduceMean<axes=[1], keepdims=1>(z) }",
+    "another axis": "(float[n,3,1] y) { BODY a = Constant<value_ints=[2]>() "
+    "u = Unsqueeze(z, a) y = Softmax<axis=1>(u) }",
+}
+
+
+@pytest.mark.parametrize("text", NO_CLASSES.values(), ids=NO_CLASSES)
+def test_kl_wants_classes_on_the_last_axis(text):
+    model = Net("(float[n,8] x) => " + text.replace("BODY", BODY), SHAPES).model()
+    with pytest.raises(UsageError, match="kl") as caught:
+        onnx_ecp.optimize(model, inputs("gemm"), metric="kl")
+    assert "l2" in caught.value.hint
+
+
+@pytest.mark.parametrize("method", ["ecp", "ecp-refit"])
+def test_an_infinite_derivative_is_told_and_prunes_nothing(method):
+    text = "{ h = MatMul(x, W) r = Relu(h) s = Sqrt(r) y = MatMul(s, W2) }"
+    model = Net("(float[n,8] x) => (float[n,3] y) " + text, SHAPES).model()
+    with pytest.raises(ModelError, match="importance of layer 'h' is NaN"):
+        onnx_ecp.optimize(model, inputs("gemm"), method=method)
+
+
+FEW = {
+    "one sample": np.ones((1, 8)),
+    "two samples": np.stack([np.ones(8), np.arange(8)]),
+    "always the same": np.ones((40, 8)),
+    "zeros": np.zeros((40, 8)),
+}
+
+
+@each_method
+@pytest.mark.parametrize("x", FEW.values(), ids=FEW)
+def test_inputs_that_do_not_vary_are_no_obstacle(x, method):
+    x = x.astype(np.float32)
+    scores = onnx_ecp.importance(original("gemm"), {"x": x}, method=method)
+    assert all(np.isfinite(score).all() for score in scores.values())
+    result = onnx_ecp.optimize(original("gemm"), {"x": x}, method=method, sparsity=0.5)
+    assert result.report.zeros_after == 88
+    if method == "ecp-refit" and len(np.unique(x, axis=0)) == 1:
+        assert result.report.gap.relative_error < 1e-5  # the biases alone make everything good
+
+
+def test_finite_differences_bear_large_numbers():
+    model, x = original("gemm"), {"x": 1e6 * inputs("gemm")["x"]}
+    graph, differences = (
+        onnx_ecp.importance(model, x, method="obd", gradients=engine)
+        for engine in ("vjp", "numeric")
+    )
+    for name, score in graph.items():
+        gap = np.linalg.norm(differences[name] - score) / np.linalg.norm(score)
+        assert gap < 2e-2
 
 
 # Where the samples come from.

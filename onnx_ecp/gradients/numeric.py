@@ -2,6 +2,7 @@
 
     v dy/dz_i  ~  v (y(z + h e_i) - y(z - h e_i)) / (z_i+ - z_i-)
 
+h grows with |z|, else float32 would round a small step beside a large z to none.
 The step that was really taken (float32 rounds z + h) is read off the disturbed z itself. This is
 the oracle of the reverse graph and the way out for operators that have no rule.
 """
@@ -58,7 +59,7 @@ def numeric_adjoint(
         target: name of z.
         seeds: by output name, (P, *shape of y).
         samples: batch size; samples are disturbed together where z has the batch axis in front.
-        step: h, absolute.
+        step: h, in units of max(|z|, 1).
     """
     names = [*seeds, target]
     z = session.run(feeds, [target])[target]
@@ -66,14 +67,15 @@ def numeric_adjoint(
     outer = z.shape[0] if together else 1
     inner = z.shape[1:] if together else z.shape
     probes = next(iter(seeds.values())).shape[0]
+    steps = (step * np.maximum(np.abs(z), 1)).astype(z.dtype)
     adjoint = np.zeros((probes, outer, *inner))
     for index in np.ndindex(*inner):
         check_deadline()
         at = (slice(None), *index) if together else index
         ends = []
         for sign in (1.0, -1.0):
-            disturbed = np.zeros((1, *inner) if together else inner, z.dtype)
-            disturbed[at] = sign * step
+            disturbed = np.zeros_like(z)
+            disturbed[at] = sign * steps[at]
             ends.append(session.run({**feeds, shift: feeds[shift] + disturbed}, names))
         plus, minus = ends
         taken = plus[target][at].astype(np.float64) - minus[target][at]

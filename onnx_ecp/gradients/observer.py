@@ -18,7 +18,7 @@ from onnx_ecp.calibration import Batch
 from onnx_ecp.errors import ModelError, UsageError, did_you_mean
 from onnx_ecp.gradients.builder import Fact
 from onnx_ecp.gradients.numeric import PIECEWISE, numeric_adjoint
-from onnx_ecp.gradients.prepare import add_reverse, facts_of, prepare
+from onnx_ecp.gradients.prepare import Prepared, add_reverse, facts_of, prepare
 from onnx_ecp.gradients.seeds import plan
 from onnx_ecp.layers import Layer
 from onnx_ecp.model import Model, constants, printable, read_tensor
@@ -96,7 +96,7 @@ class Observer:
 
     Attributes:
         blocked: by layer name, why the layer has no sensitivity.
-        outputs: names of the float outputs that are seeded.
+        outputs: names of the float outputs that depend on a layer.
         metric: "l2" or "kl".
     """
 
@@ -127,9 +127,13 @@ class Observer:
         self._dtypes = _float_inputs(self._prepared.proto)
         feeds = self._feeds(state, first.feeds)
         self.facts: dict[str, Fact] = facts_of(self.proto, model.base, feeds, threads)
-        self._heads = _heads(self._prepared.proto, self.facts, metric)
+        self._heads = _heads(self._prepared, self.facts, metric)
+        # A softmax and its logits may both be outputs: under kl they have one head.
+        self._seeded = list(dict.fromkeys(self._heads.values()))
+        if metric == "kl":
+            _check_scores(self._seeded, self.facts, first.samples)
         self.outputs = tuple(self._heads)
-        tensors = [*self._heads, *self._heads.values(), *(layer.input for layer in layers)]
+        tensors = [*self._heads, *self._seeded, *(layer.input for layer in layers)]
         if engine == "numeric":
             tensors += [layer.output for layer in layers]
         self._forward = self._with_outputs(tensors)
@@ -138,12 +142,15 @@ class Observer:
         self._reverse: Session | None = None
         if reverse and engine == "vjp":
             proto, self._adjoints, self.blocked = add_reverse(
-                self._prepared, self.facts, self._heads.values()
+                self._prepared, self.facts, self._seeded
             )
             self._reverse = Session(proto, **self._options)
         if self._prepared.rewritten:
             _check_same(Session(model.proto, **self._options), first.feeds, self._forward, feeds)
-        y = self._forward.run(feeds, list(self._heads.values()))
+        y = self._forward.run(feeds, self._seeded)
+        if reverse and first.samples > 1:
+            half = first.halves()[0]
+            _check_apart(y, first.samples, self.heads(state, half), half.samples)
         self._plan = plan(y, first.samples, metric=metric, probes=probes, seed=seed)
         self._first = first.samples
         self.metric = metric
@@ -156,7 +163,7 @@ class Observer:
 
     def heads(self, state: State, batch: Batch) -> dict[str, np.ndarray]:
         """The tensors that seeds meet, by name: the float outputs, under kl their logits."""
-        return self._forward.run(self._feeds(state, batch.feeds), list(self._heads.values()))
+        return self._forward.run(self._feeds(state, batch.feeds), self._seeded)
 
     def predict(self, state: State, batch: Batch) -> dict[str, np.ndarray]:
         """The float outputs of the model, by name."""
@@ -200,7 +207,7 @@ class Observer:
 
     def normalise_outputs(self, state: State, batches: Iterable[Batch]) -> None:
         """Under l2, divide each of several outputs by its own root mean square over samples."""
-        if self._plan.metric == "l2" and len(self._heads) > 1:
+        if self._plan.metric == "l2" and len(self._seeded) > 1:
             energies = self._output_energies(state, batches)
             scales = {name: float(1 / np.sqrt(e)) for name, e in energies.items() if e > 0}
             self._plan = replace(self._plan, scales=scales)
@@ -212,7 +219,7 @@ class Observer:
 
     def _output_energies(self, state: State, batches: Iterable[Batch]) -> dict[str, float]:
         """Mean over samples of the sum of squares, by seeded output."""
-        samples, totals = 0, dict.fromkeys(self._heads.values(), 0.0)
+        samples, totals = 0, dict.fromkeys(self._seeded, 0.0)
         for batch in batches:
             for name, y in self.heads(state, batch).items():
                 totals[name] += float(np.square(y, dtype=np.float64).sum())
@@ -228,12 +235,12 @@ class Observer:
     @property
     def scales(self) -> dict[str, float]:
         """By head, the factor of its elements in the metric."""
-        return {name: self._plan.scales.get(name, 1.0) for name in self._heads.values()}
+        return {name: self._plan.scales.get(name, 1.0) for name in self._seeded}
 
     @property
     def bytes_per_sample(self) -> int:
         """What ``observe`` returns for one sample, in bytes."""
-        elements = sum(_size(self.facts[h]) for h in self._heads.values()) // self._first
+        elements = sum(_size(self.facts[h]) for h in self._seeded) // self._first
         probes = self._plan.probes or elements
         inputs = {layer.input for layer in self.layers}
         adjoints = {layer.output for layer in self.layers}
@@ -269,12 +276,11 @@ class Observer:
 
     def _seeds(self, feeds: dict[str, np.ndarray], batch: Batch) -> dict[str, np.ndarray]:
         """Seeds need the values of y under kl; else its shape, which a batch axis tells."""
-        heads = list(self._heads.values())
         if self._batched and self._plan.metric == "l2":
-            facts = {name: self.facts[name] for name in heads}
+            facts = {name: self.facts[name] for name in self._seeded}
             y = {n: np.zeros((batch.samples, *f.shape[1:]), f.dtype) for n, f in facts.items()}
         else:
-            y = self._forward.run(feeds, heads)
+            y = self._forward.run(feeds, self._seeded)
         return self._plan.seeds(y, batch.start, batch.samples)
 
     def input_feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -333,11 +339,46 @@ def _check_same(
     expected, found = model.run(feeds, names), observed.run(observed_feeds, names)
     for name in names:
         y, z = expected[name].astype(np.float64), found[name].astype(np.float64)
+        finite = np.isfinite(y)  # where the model itself gives none there is nothing to compare
+        y, z = y[finite], z[finite]
         if not np.linalg.norm(z - y) <= SAME * np.linalg.norm(y) + np.finfo(np.float32).tiny:
             raise ModelError(
                 f"the network under observation does not compute output {printable(name)!r} of "
                 "the model: its fused or old operators are not understood.",
-                hint="Use --gradients numeric with --method magnitude, or export the model anew.",
+                hint="Export the model anew with standard operators of a newer opset.",
+            )
+
+
+def _check_apart(
+    whole: Mapping[str, np.ndarray], samples: int, part: Mapping[str, np.ndarray], fewer: int
+) -> None:
+    """Sensitivities are per sample, so every output must have its share of each.
+
+    Raises:
+        ModelError: an output does not grow with the batch: it mixes samples.
+    """
+    for name, y in whole.items():
+        if y.size * fewer != part[name].size * samples:
+            raise ModelError(
+                f"output {printable(name)!r} has shape {y.shape} for {samples} samples and "
+                f"{part[name].shape} for {fewer}: it mixes samples, so no sample has an error.",
+                hint="Export the model with a fixed batch, or use --method magnitude.",
+            )
+
+
+def _check_scores(heads: Iterable[str], facts: Mapping[str, Fact], samples: int) -> None:
+    """The metric kl needs logits on the last axis of every output.
+
+    Raises:
+        UsageError: an output has none.
+    """
+    for name in heads:
+        shape = facts[name].shape
+        if not shape or shape[-1] < 2 or (samples > 1 and len(shape) < 2):
+            raise UsageError(
+                f"--metric kl needs the scores of two or more classes on the last axis; output "
+                f"{printable(name)!r} has shape {shape} for {samples} samples.",
+                hint="Use --metric l2, which suits outputs of any kind.",
             )
 
 
@@ -355,15 +396,30 @@ def _float_inputs(proto: onnx.ModelProto) -> dict[str, np.dtype]:
     return found
 
 
-def _heads(proto: onnx.ModelProto, facts: Mapping[str, Fact], metric: str) -> dict[str, str]:
-    """By name of a float output, the tensor to seed: under kl the logits before a softmax."""
-    producers = {y: node for node in proto.graph.node for y in node.output}
+def _heads(prepared: Prepared, facts: Mapping[str, Fact], metric: str) -> dict[str, str]:
+    """By name of a float output, the tensor to seed: under kl the logits before a softmax.
+
+    Raises:
+        UsageError: under kl a softmax runs over another axis than the last.
+    """
+    producers = {y: node for node in prepared.proto.graph.node for y in node.output}
     heads = {}
-    for value in proto.graph.output:
-        fact = facts.get(value.name)
+    for name in prepared.outputs:
+        fact = facts.get(name)
         if fact is None or not np.issubdtype(fact.dtype, np.floating):
             continue
-        node = producers.get(value.name)
-        before = metric == "kl" and node is not None and node.op_type in ("Softmax", "LogSoftmax")
-        heads[value.name] = node.input[0] if before and node is not None else value.name
+        node = producers[name]
+        before = metric == "kl" and node.op_type in ("Softmax", "LogSoftmax")
+        if before and _axis(node) not in (-1, len(fact.shape) - 1):
+            raise UsageError(
+                f"--metric kl takes classes on the last axis; the {node.op_type} of output "
+                f"{printable(name)!r} runs over axis {_axis(node)}.",
+                hint="Use --metric l2, which suits outputs of any kind.",
+            )
+        heads[name] = node.input[0] if before else name
     return heads
+
+
+def _axis(node: onnx.NodeProto) -> int:
+    """Of a Softmax since opset 13."""
+    return next((int(a.i) for a in node.attribute if a.name == "axis"), -1)

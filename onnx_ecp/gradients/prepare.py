@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 from onnx_ecp.errors import ModelError
 from onnx_ecp.gradients.builder import Builder, Fact
 from onnx_ecp.gradients.lowering import is_fused, lower
-from onnx_ecp.gradients.reverse import adjoints
+from onnx_ecp.gradients.reverse import adjoints, names_read
 from onnx_ecp.layers import Layer
 from onnx_ecp.runtime import Session
 
@@ -40,7 +40,7 @@ class Prepared:
         proto: the forward model with weights and shifts as inputs.
         base: directory of its external data.
         layers: the layers that it observes.
-        outputs: names of the float outputs of the model.
+        outputs: names of the outputs of the model that depend on a layer.
         shifts: by layer name, the input that carries its bias shift.
         rewritten: whether its operators are not those of the model any more.
     """
@@ -88,7 +88,7 @@ def prepare(
     graph.toposort()
     model = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = min(private.ir_version, 10)
-    outputs = tuple(y.name for y in graph.outputs)
+    outputs = _downstream(graph, {layer.output for layer in layers})
     rewritten = lifted is not private or bool(proto.functions) or widened or fused
     return Prepared(model, base, tuple(layers), outputs, shifts, rewritten)
 
@@ -163,6 +163,15 @@ def facts_of(
     facts = {n: Fact(v.shape, v.dtype) for n, v in values.items() if isinstance(v, np.ndarray)}
     facts.update({n: Fact(np.shape(v), np.asarray(v).dtype) for n, v in feeds.items()})
     return facts
+
+
+def _downstream(graph: gs.Graph, names: set[str]) -> tuple[str, ...]:
+    """Names of the outputs of a sorted graph that depend on the named tensors."""
+    down = set(names)
+    for node in graph.nodes:
+        if names_read(node) & down:
+            down.update(y.name for y in node.outputs)
+    return tuple(y.name for y in graph.outputs if y.name in down)
 
 
 def _without_values(proto: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:

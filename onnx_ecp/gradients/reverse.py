@@ -107,12 +107,12 @@ def _active(nodes: list[gs.Node], op: Builder, targets: set[str], outputs: set[s
     """Names of float tensors downstream of a target and upstream of a seeded output."""
     down = set(targets)
     for node in nodes:
-        if _names(node) & down:
+        if names_read(node) & down:
             down.update(y.name for y in node.outputs if _is_float(op, y.name))
     up = set(outputs)
     for node in reversed(nodes):
         if any(y.name in up for y in node.outputs):
-            up |= _names(node)
+            up |= names_read(node)
     return down & up
 
 
@@ -122,7 +122,8 @@ def _is_float(op: Builder, name: str) -> bool:
     return fact is None or np.issubdtype(fact.dtype, np.floating)
 
 
-def _names(node: gs.Node) -> set[str]:
+def names_read(node: gs.Node) -> set[str]:
+    """Names of the tensors that a node reads, those that its bodies capture included."""
     return {x.name for x in node.inputs if x.name} | _captured(node)
 
 
@@ -132,6 +133,6 @@ def _captured(node: gs.Node) -> set[str]:
     names: set[str] = set()
     for body in bodies:
         inside = {y.name for n in body.nodes for y in n.outputs} | {x.name for x in body.inputs}
-        read = set().union(*(_names(n) for n in body.nodes), {y.name for y in body.outputs})
+        read = set().union(*(names_read(n) for n in body.nodes), {y.name for y in body.outputs})
         names |= read - inside
     return names
