@@ -488,7 +488,7 @@ def bound(
     """  # noqa: D301 - the \b is for click
     if (model_b is None) == (method is None):
         raise UsageError(
-            "a bound is for MODEL_B or for a --method.", hint="Name one of the two, not both."
+            "a bound is for MODEL_B or for a --method.", hint="Name exactly one of the two."
         )
     from onnx_ecp import bounds
     from onnx_ecp.report import text

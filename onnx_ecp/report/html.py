@@ -27,7 +27,9 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--fg); background: var(-
 table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--soft); text-align: left;
   overflow-wrap: anywhere; }
-td.n, th.n { text-align: right; white-space: nowrap; }
+/* Without a least width, anywhere lets a name shrink to one letter a line. */
+td { min-width: 4em; } td:first-child { min-width: 8em; }
+td.n, th.n { text-align: right; overflow-wrap: normal; } td.n { min-width: 0; white-space: nowrap; }
 rect.all { fill: var(--soft); } rect.new { fill: var(--bar); } rect.old { fill: var(--old); }
 .warning { color: var(--warn); font-weight: 600; }
 pre { overflow-x: auto; }

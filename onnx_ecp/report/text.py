@@ -282,7 +282,7 @@ def _notes(layers: Sequence[LayerRow], verbose: bool) -> Text:
         else f"{printable(row.name)}: {printable(row.note, _SENTENCE)}"
         for row in _cut(noted, verbose)
     ]
-    return Text("\n".join(lines))
+    return Text("\n".join([*lines, ""]))
 
 
 def _unit_table(report: Report, verbose: bool) -> Table:
