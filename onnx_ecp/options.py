@@ -75,10 +75,10 @@ class Options:
                 raise UsageError(f"unknown option {name!r}.", hint=did_you_mean(name, known))
         for name in ("include", "exclude"):
             value = choices.get(name, ())
-            choices[name] = (value,) if isinstance(value, str) else tuple(value)
+            choices[name] = (value,) if isinstance(value, str) else tuple(value or ())
         if choices.get("sparsity") is not None:
             choices["sparsity"] = parse_sparsity(choices["sparsity"])
-        own = dict(choices.get("layer_sparsity", {}))
+        own = dict(choices.get("layer_sparsity") or {})
         choices["layer_sparsity"] = {k: parse_sparsity(v) for k, v in own.items()}
         return Options(**choices)
 
@@ -102,6 +102,10 @@ class Options:
                 re.compile(pattern)
             except re.error as error:
                 raise UsageError(f"{pattern!r} is no regular expression: {error}.") from error
+        if not 0 <= self.seed < 2**128:
+            raise UsageError(f"--seed is {self.seed}; it must be from 0 to 2^128 - 1.")
+        if self.timeout is not None and not self.timeout > 0:
+            raise UsageError(f"--timeout is {self.timeout}; it must be greater than 0.")
         if self.finetune_steps < 0:
             raise UsageError(f"--finetune-steps is {self.finetune_steps}; it cannot be negative.")
         self._check_limits()
@@ -119,8 +123,16 @@ class Options:
                 "--max-accuracy-drop needs labels.",
                 hint="Name them with --labels, or use --max-error.",
             )
-        if self.limit is not None and self.sparsity is None and self.apply_masks is not None:
+        if self.limit is None or self.sparsity is not None:
+            return
+        if self.apply_masks is not None:
             raise UsageError("--apply-masks leaves nothing for a target to choose.")
+        pattern = next((v for v in self.layer_sparsity.values() if isinstance(v, NM)), None)
+        if pattern is not None:
+            raise UsageError(
+                f"a search ends where the target is met, not where every group is {pattern}.",
+                hint="Give --sparsity too: the target is then a gate.",
+            )
 
     def _check_units(self) -> None:
         if self.granularity == "weight":

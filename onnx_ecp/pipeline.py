@@ -206,7 +206,7 @@ def choose_layers(source: Model, options: Options) -> tuple[list[Layer], list[Sk
     found = find_layers(modelling.decode_sparse(source.proto))
     layers, skips = [], list(found.skips)
     for layer in found.layers:
-        reason = _unwanted(layer.name, options)
+        reason = _unwanted_weight(layer, found.layers, options)
         if reason and options.granularity == "weight":
             skips.append(Skip(layer.name, layer.op, reason))
         else:
@@ -225,6 +225,17 @@ def nothing_to_prune(skips: Sequence[Skip]) -> TargetError:
         if listed
         else "The model has no Gemm, MatMul or Conv with constant weights.",
     )
+
+
+def _unwanted_weight(layer: Layer, layers: Sequence[Layer], options: Options) -> str:
+    """Why a layer stays as it is; a shared weight stays if one of its layers must."""
+    own = _unwanted(layer.name, options)
+    if own:
+        return own
+    for other in layers:
+        if other.weight.tensor == layer.weight.tensor and (why := _unwanted(other.name, options)):
+            return f"it shares its weight with {modelling.printable(other.name)}, which is {why}"
+    return ""
 
 
 def _unwanted(name: str, options: Options) -> str:
@@ -332,7 +343,7 @@ def make_plan(layers: Sequence[Layer], options: Options) -> Plan:
     by_tensor = {layer.weight.tensor: layer for layer in layers}
     own: dict[str, Sparsity] = {}
     for pattern, value in options.layer_sparsity.items():
-        matched = [t for t, layer in by_tensor.items() if re.search(pattern, layer.name)]
+        matched = [x.weight.tensor for x in layers if re.search(pattern, x.name)]
         if not matched:
             raise UsageError(
                 f"--layer-sparsity {pattern!r} matches no prunable layer.",

@@ -80,6 +80,10 @@ class Judge:
         parts: held-out samples; the worst part counts.
         labels: class indices of each part's samples, or None.
         size: batch size.
+
+    Raises:
+        TargetError: the model has no output that an error could be measured at.
+        CalibrationError: the labels fit no output.
     """
 
     def __init__(
@@ -90,6 +94,11 @@ class Judge:
         labels: Iterable[np.ndarray] | None,
         size: int,
     ) -> None:
+        if not observer.outputs:
+            raise TargetError(
+                "no floating-point output depends on the layers: there is no error to limit.",
+                hint="Give --sparsity instead of a target.",
+            )
         self._observer = observer
         self._parts = [list(part.batches(size)) for part in parts]
         self._labels = None if labels is None else list(labels)

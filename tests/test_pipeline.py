@@ -352,6 +352,23 @@ def test_layers_are_chosen_by_name():
         assert result.report.zeros_after == 64
 
 
+@pytest.mark.parametrize(
+    "choice", [{"exclude": "^h$"}, {"exclude": "^g$"}, {"include": ["^h$", "^y$"]}]
+)
+def test_a_shared_weight_stays_if_one_of_its_layers_must(choice):
+    result = onnx_ecp.optimize(original("tied"), inputs("tied"), **choice)
+    assert [row.name for row in result.report.layers] == ["y"]
+    assert [skip.name for skip in result.report.skips] == ["h", "g"]
+    assert sum("shares its weight" in skip.reason for skip in result.report.skips) == 1
+    assert bits(tensors(result.model)["W"]) == bits(tensors(original("tied"))["W"])
+
+
+@pytest.mark.parametrize("layer", ["^h$", "^g$"])
+def test_a_shared_weight_has_the_sparsity_of_any_of_its_layers(layer):
+    result = onnx_ecp.optimize(original("tied"), inputs("tied"), layer_sparsity={layer: 0.75})
+    assert np.count_nonzero(~result.masks["W"]) == 48
+
+
 def test_a_layer_with_its_own_sparsity_is_not_ranked_with_the_others():
     result = onnx_ecp.optimize(
         original("attention"),

@@ -62,6 +62,31 @@ def test_a_wider_target_prunes_more(model, data):
     assert tight.sparsity < wide.sparsity
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"max_error": 0.1, "layer_sparsity": {"h": "2:4"}},
+        {"seed": -1},
+        {"seed": 2**128},
+        {"timeout": 0},
+        {"timeout": float("nan")},
+    ],
+    ids=str,
+)
+def test_choices_that_cannot_be_kept_are_usage_errors(model, data, choice):
+    with pytest.raises(UsageError):
+        onnx_ecp.optimize(model, data, **choice)
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.5])
+def test_a_network_of_decisions_has_no_error_to_limit(model, data, sparsity):
+    model.graph.node.append(onnx.helper.make_node("ArgMax", ["y"], ["c"], axis=1, keepdims=0))
+    del model.graph.output[:]
+    model.graph.output.append(onnx.helper.make_tensor_value_info("c", 7, ["batch"]))
+    with pytest.raises(TargetError, match="no floating-point output"):
+        onnx_ecp.optimize(model, data, method="magnitude", max_error=0.1, sparsity=sparsity)
+
+
 def test_one_stage_methods_are_observed_once_however_many_points(model, data, monkeypatch):
     from onnx_ecp import pruning, targets
 
