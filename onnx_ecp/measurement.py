@@ -134,7 +134,7 @@ def measure(
             centre = a.mean(axis=1, dtype=np.float64) if before is None else before.centre
             s = sensitivities(g)
             if positions == "expand":
-                part = expand(a, g, centre, s=s, with_gradient=with_gradient)
+                part = expand(a, g, centre, samples=seen.samples, s=s, with_gradient=with_gradient)
             else:
                 part = reduce_positions(a, g, centre, seen.samples, with_gradient=with_gradient)
             moments[name] = part if before is None else before + part

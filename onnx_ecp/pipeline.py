@@ -108,6 +108,7 @@ def optimize(
         pruned, curve = prune_within(network, plan, data, options, step, progress)
         made = finished(source, network, step, pruned, options)
         result, created = made.model, made.created
+        original = evaluate.model_facts(source)  # now: the output may be the same file
         if output is not None and not options.dry_run:
             result = save(result, source, network.layers, output, options)
         comparison = compare(source, result, data, options)
@@ -115,7 +116,7 @@ def optimize(
         if options.masks is not None and not options.dry_run:
             save_masks(masks, options.masks)
     report = Report(
-        original=comparison.a,
+        original=original,
         result=comparison.b,
         versions=doctor.versions(),
         recipe=recipe_of(options),

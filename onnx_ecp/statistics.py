@@ -25,7 +25,7 @@ class Moments:
     """Sums over rows of one layer. ``first + second`` are the moments of both sets of rows.
 
     Args:
-        count: number of samples summed: rows under ``expand``, samples under ``reduce``.
+        count: number of samples summed; a sample has one row per position.
         centre: (groups, in), the constant c.
         bb: (out,), sum of (dy/db)^2.
         wb: (out, in), sum of dy/dW dy/db, at a - c.
@@ -147,15 +147,19 @@ def expand(
     g: np.ndarray,
     centre: np.ndarray,
     *,
+    samples: int | None = None,
     s: np.ndarray | None = None,
     with_gradient: bool = False,
 ) -> Moments:
-    """Moments in which every position is a sample of its own.
+    """Moments in which the positions of a sample count as if they were independent.
+
+    Their squares are summed, so a weight that is used at many positions costs that much more.
 
     Args:
         a: input rows (groups, rows, in).
         g: adjoint rows (P, groups, rows, out per group).
         centre: (groups, in).
+        samples: how many samples the rows come from; None: one per row.
         s: ``sensitivities(g)`` where the caller has them already.
         with_gradient: also sum dy/dW per probe.
     """
@@ -163,7 +167,7 @@ def expand(
     squared = np.square(shifted)
     s = sensitivities(g) if s is None else s
     return Moments(
-        count=a.shape[1],
+        count=a.shape[1] if samples is None else samples,
         centre=centre,
         bb=s.sum(axis=1).reshape(-1),
         wb=_products(s, shifted),

@@ -171,7 +171,7 @@ def seek(
             f"no sparsity meets the target: {walk.points[-1].described} already.",
             hint="Allow a larger error, give more calibration samples, or use --method ecp-refit.",
         )
-    return best, tuple(walk.points)
+    return walk.polished(best), tuple(walk.points)
 
 
 class _Walk:
@@ -193,6 +193,16 @@ class _Walk:
         self._first = None
         if plan.method.stages == 1:
             self._first = observe(network, plan, network.original, progress)
+
+    def polished(self, best: Pruned) -> Pruned:
+        """The winner with all steps of fine-tuning, if that leaves it within the limit."""
+        if not self._plan.finetune_steps:
+            return best
+        found = tuned(self._network, self._plan, best, last=True, progress=self._progress)
+        point = self._judge.point(found.state)
+        within = self._limit.allows(point)
+        self.points.append(replace(point, within=within))
+        return found if within else best
 
     def go(self, before: Pruned, share: float) -> Pruned | None:
         """The state at this share of the way if it is within the limit."""

@@ -135,3 +135,11 @@ def test_shrinking_is_what_shrunk_sensitivities_give(rows):
 def test_norms_are_those_of_the_activations(rows):
     a, g, centre = rows
     np.testing.assert_allclose(expand(a, g, centre).norms, np.linalg.norm(a, axis=1), rtol=1e-12)
+
+
+def test_a_weight_costs_at_every_position_where_it_is_used(rows):
+    a, g, centre = rows
+    per_row = expand(a, g, centre)
+    per_sample = expand(a, g, centre, samples=ROWS // 3)
+    np.testing.assert_allclose(per_sample.variance, 3 * per_row.variance)
+    np.testing.assert_allclose(per_sample.gain, per_row.gain)

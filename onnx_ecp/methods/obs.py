@@ -19,7 +19,7 @@ from onnx_ecp.refit import damped, inverse_diagonal
 def importance(view: View) -> np.ndarray:
     """(out, in): the output error that the best change of the rest of the row leaves."""
     assert view.gram is not None, "needs_gram has it measured"
-    sensitivity = view.seen.bb / view.seen.rows
+    sensitivity = view.seen.bb / view.seen.count
     cost = np.zeros_like(view.weight)
     rows = np.split(np.arange(len(view.weight)), len(view.gram.weight))
     for covariance, group in zip(view.gram.covariance, rows, strict=True):

@@ -84,7 +84,7 @@ class Sums:
         safe = hh > 1e-10 * uu.max(initial=0.0)
         explained = np.divide(uh**2, hh, out=np.zeros_like(hh), where=safe)
         # Cauchy-Schwarz makes the difference >= 0; rounding may not.
-        return np.maximum(uu - explained, 0) / moments.count
+        return np.maximum(uu - explained, 0) / moments.rows
 
     def _by_unit(self, values: np.ndarray) -> np.ndarray:
         of_unit = self.columns >= 0
