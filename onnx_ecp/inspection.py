@@ -23,6 +23,8 @@ from onnx_ecp.model import (
     runtime_support,
     signature,
 )
+from onnx_ecp.structure import find_structure, inferred_shapes
+from onnx_ecp.structure.outcome import UnitGroup, unit_groups
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Inspection:
         outputs: what comes out.
         layers: the prunable layers, in graph order.
         skips: the other candidates, with the reason.
+        unit_groups: the neurons, channels and heads that ``--granularity unit`` may remove.
+        unit_refusals: the prunable layers whose units must stay, with the reason.
         weights: of all prunable layers; tensors that several share count once.
         zeros: among them.
         warnings: what the user must know.
@@ -72,6 +76,8 @@ class Inspection:
     outputs: tuple[InputSpec, ...]
     layers: tuple[Prunable, ...]
     skips: tuple[Skip, ...]
+    unit_groups: tuple[UnitGroup, ...]
+    unit_refusals: tuple[Skip, ...]
     weights: int
     zeros: int
     warnings: tuple[str, ...] = ()
@@ -93,6 +99,7 @@ def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
     layers = tuple(
         _prunable(layer, read_tensor(dense, stored[layer.weight.tensor])) for layer in found.layers
     )
+    structure = find_structure(dense.proto, found.layers, inferred_shapes(dense.proto))
     by_tensor = {layer.tensor: layer for layer in layers}.values()
     return Inspection(
         path=None if given.path is None else str(given.path),
@@ -102,6 +109,8 @@ def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
         outputs=_outputs(given.proto),
         layers=layers,
         skips=found.skips,
+        unit_groups=unit_groups(structure),
+        unit_refusals=structure.refusals,
         weights=sum(layer.weights for layer in by_tensor),
         zeros=sum(layer.zeros for layer in by_tensor),
         warnings=_warnings(given.proto),

@@ -8,10 +8,12 @@ from onnx.reference import ReferenceEvaluator
 
 import onnx_ecp
 from onnx_ecp.errors import TargetError, UsageError
+from onnx_ecp.inspection import inspect
 from onnx_ecp.layers import find_layers
 from onnx_ecp.model import Model, load
 from onnx_ecp.structure import cut, find_structure, inferred_shapes, shapes_of_a_run
 from onnx_ecp.structure.cleanup import clean_up
+from onnx_ecp.structure.selection import budget, choose
 
 HEADER = '<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>\n'
 # Name: (signature, body, initializer shapes, units by group).
@@ -453,6 +455,35 @@ def test_inputs_that_nobody_reads_are_gathered_away(rng):
     assert done.inputs == {"h": (5, 2)}
     onnx.checker.check_model(done.model.proto, full_check=True)
     np.testing.assert_allclose(run(done.model.proto, feeds), run(model.proto, feeds), rtol=1e-5)
+
+
+@each_network
+def test_inspect_shows_the_groups(network, rng):
+    model = build(network, rng)
+    if any(node.domain for node in model.proto.graph.node):
+        pytest.skip("onnx infers no shapes of com.microsoft")
+    found = inspect(model.proto)
+    assert [group.units for group in found.unit_groups] == network[3]
+    assert found.unit_refusals
+
+
+def test_units_that_differ_in_size_come_as_close_to_the_target_as_they_can(rng):
+    model = build(NETWORKS["Conv, BatchNormalization, pools, Flatten"], rng)
+    feeds = inputs(model, rng)
+    structure = structure_of(model, feeds)
+    layers = find_layers(model.proto).layers
+    costs = budget(structure, layers, "params", {layer.name: 1 for layer in layers})
+    whole = np.ones(structure.units, bool)
+    for share in (0.9, 0.7, 0.5):
+        target, scores = share * costs.total(whole), rng.random(structure.units)
+        keep = choose(scores, whole, structure.groups, costs, costs, target=target)
+        assert costs.total(keep) <= target
+        for unit in np.flatnonzero(~keep):
+            group = next(g for g in structure.groups if unit in g.units)
+            gone = group.units[~keep[group.units]]
+            rest = keep.copy()
+            rest[gone[np.argmax((scores / costs.of_units(whole) ** 0.5)[gone])]] = True
+            assert costs.total(rest) > target
 
 
 def test_units_stay_in_multiples_where_they_go(rng):

@@ -25,6 +25,7 @@ from onnx_ecp.inspection import Inspection
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.model import printable
 from onnx_ecp.report import LayerRow, Recipe, Report
+from onnx_ecp.structure.outcome import UnitGroup
 from onnx_ecp.targets import Point
 
 WIDTH = 100
@@ -116,10 +117,25 @@ def inspection_tables(inspection: Inspection, *, verbose: bool = False) -> Group
         f"{zeros_now:,} ({_percent(zeros_now, total)})", "",
     )  # fmt: skip
     parts.append(table)
+    if inspection.unit_groups:
+        parts.append(_group_table(inspection.unit_groups, verbose))
     if inspection.skips:
         parts.append(_skip_table(inspection.skips, verbose))
+    if inspection.unit_refusals:
+        parts.append(_skip_table(inspection.unit_refusals, verbose, "Units that stay"))
     parts += [_warning(text) for text in inspection.warnings]
     return Group(*parts)
+
+
+def _group_table(groups: Sequence[UnitGroup], verbose: bool) -> Table:
+    table = _table("Units (--granularity unit)", "made by", "read by", "units>", "width>")
+    for group in _cut(groups, verbose):
+        if isinstance(group, int):
+            table.add_row(_omitted(group))
+            continue
+        made, read = (" + ".join(map(printable, x)) for x in (group.producers, group.consumers))
+        table.add_row(made, read, f"{group.units:,}", f"{group.width:,}")
+    return table
 
 
 def comparison_tables(comparison: Comparison) -> Group:
@@ -302,8 +318,8 @@ def _unit_table(report: Report, verbose: bool) -> Table:
     return table
 
 
-def _skip_table(skips: Sequence[Skip], verbose: bool) -> Table:
-    table = _table("Not pruned", "node", "op", "reason")
+def _skip_table(skips: Sequence[Skip], verbose: bool, title: str = "Not pruned") -> Table:
+    table = _table(title, "node", "op", "reason")
     for skip in _cut(skips, verbose):
         if isinstance(skip, int):
             table.add_row(_omitted(skip))

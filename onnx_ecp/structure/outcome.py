@@ -31,6 +31,23 @@ class UnitRow:
 
 
 @dataclass(frozen=True)
+class UnitGroup:
+    """Units that the same layers make and read.
+
+    Args:
+        producers: names of the layers that make the units.
+        consumers: names of the layers that read them.
+        units: how many there are.
+        width: rows of the first producer per unit: 1, or the size of a head.
+    """
+
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    units: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Work:
     """What the layers take.
 
@@ -41,6 +58,14 @@ class Work:
 
     weights: int
     flops: int
+
+
+def unit_groups(structure: Structure) -> tuple[UnitGroup, ...]:
+    """The groups without the numbers of their units."""
+    return tuple(
+        UnitGroup(group.producers, group.consumers, len(group.units), group.width)
+        for group in structure.groups
+    )
 
 
 def unit_rows(structure: Structure, keep: np.ndarray, why: str = "removed") -> list[UnitRow]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
+from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from onnx_ecp.model import Model
 from onnx_ecp.runtime import Session
@@ -51,8 +52,8 @@ def inferred_shapes(proto: onnx.ModelProto) -> Shapes:
         value.type.tensor_type.ClearField("shape")
     try:
         graph = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
-    except (onnx.shape_inference.InferenceError, ValueError):
-        return _stored(proto)
+    except (onnx.shape_inference.InferenceError, EncodeError, ValueError):
+        return _stored(proto)  # contradictory, or too large to be serialized
     infos = [*graph.input, *graph.value_info, *graph.output]
     known = {
         info.name: tuple(int(dim.dim_value) for dim in info.type.tensor_type.shape.dim)
