@@ -56,7 +56,7 @@ def onnxsim_pruning(function: str, **choices: Any) -> Contestant:
 def onnxsim_sparsegpt_tuned(
     model: onnx.ModelProto, feeds: Feeds, sparsity: float | str
 ) -> onnx.ModelProto:
-    """SparseGPT, then onnxsim's distillation of the whole network as one block, masks fixed.
+    """SparseGPT, then onnxsim's distillation with the masks fixed, in blocks as large as it can.
 
     Its closed-form ``apply_pruning_finetune`` declines unstructured results; this is what it has
     for them. Learning rate, batch size and steps were chosen on training digits (lenet300 at .9):
@@ -64,17 +64,17 @@ def onnxsim_sparsegpt_tuned(
     """
     import onnxsim
 
-    return onnxsim.apply_block_finetune(
+    tuned, _ = onnxsim.apply_block_finetune_all_blocks(
         model,
         onnxsim_pruning("apply_sparsegpt_pruning")(model, feeds, sparsity),
-        model.graph.input[0].name,
-        model.graph.output[0].name,
         calibration_data=batches(feeds),
         num_iterations=3000,
         learning_rate=3e-3,
         batch_size=128,
+        max_layers_per_block=99,
         preserve_sparsity=True,
     )
+    return tuned
 
 
 def batches(feeds: Feeds, size: int = BATCH) -> list[Feeds]:
