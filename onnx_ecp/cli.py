@@ -227,6 +227,10 @@ OPTIONS = (
         "--labels", metavar="PATH",
         help="Labels of the calibration samples: adds accuracy to the report.",
     ),
+    click.option(
+        "--bound", is_flag=True,
+        help="Add bounds on the output gap, from the held-out samples, at confidence 0.95.",
+    ),
     click.option("--masks", metavar="FILE.npz", help="Write the keep masks (True = stays)."),
     click.option(
         "--apply-masks", metavar="FILE.npz", help="Remove what these keep masks say, no more."
@@ -445,7 +449,7 @@ def compare(
     text.show(text.comparison_tables(comparison))
 
 
-@main.command()
+@main.command(short_help="Bound how far two models' outputs can be apart.")
 @click.argument("model_a")
 @click.argument("model_b", required=False)
 @click.option("-d", "--data", metavar="PATH", help="Held-out inputs, as of optimize -c.")
@@ -453,7 +457,10 @@ def compare(
     "--confidence", type=float, metavar="P", default=0.95, show_default=True,
     help="Of the probabilistic bounds; alpha = 1 - P.",
 )  # fmt: skip
-@click.option("--eps", type=float, metavar="E", help="Gap whose share of inputs is bounded.")
+@click.option(
+    "--eps", type=float, metavar="E",
+    help="Bound the share of inputs with a larger gap; with --method, the relative gap allowed.",
+)  # fmt: skip
 @click.option(
     "--input-range", metavar="[NAME:]LOW,HIGH", multiple=True,
     help="Deterministic bound for all inputs in this range (repeatable).",
@@ -463,8 +470,7 @@ def compare(
     help="Without MODEL_B: what pruning MODEL_A that way costs at most, before doing it.",
 )  # fmt: skip
 @click.option(
-    "--sparsity", type=float, metavar="S", default=0.1, show_default=True,
-    help="Of --method.",
+    "--sparsity", type=float, metavar="S", help="Of --method.  [default: 0.1]",
 )  # fmt: skip
 @_with(BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
 def bound(
@@ -475,12 +481,14 @@ def bound(
     eps: float | None,
     input_range: Sequence[str],
     method: str | None,
-    sparsity: float,
+    sparsity: float | None,
     as_json: bool,
     traceback: bool,
     **options: Any,
 ) -> None:
     """Bound how far the outputs of MODEL_B can be from those of MODEL_A.
+
+    The gap of an input is the L2 norm of the difference of the outputs.
 
     \b
     onnx-ecp bound in.onnx out.onnx -d held-out.npz --confidence 0.95
@@ -490,12 +498,22 @@ def bound(
         raise UsageError(
             "a bound is for MODEL_B or for a --method.", hint="Name exactly one of the two."
         )
+    if method is not None and (data is not None or input_range):
+        raise UsageError(
+            "--method bounds all inputs, from the weights alone.",
+            hint="Leave out --data and --input-range, or prune first and name MODEL_B.",
+        )
+    if model_b is not None and sparsity is not None:
+        raise UsageError(
+            "--sparsity is for --method; MODEL_B has its own.", hint="Leave out --sparsity."
+        )
     from onnx_ecp import bounds
     from onnx_ecp.report import text
 
     if model_b is None:
         assert method is not None, "one of the two is given"
-        plan = bounds.plan(model_a, method, sparsity, confidence=confidence, eps=eps)
+        share = 0.1 if sparsity is None else sparsity
+        plan = bounds.plan(model_a, method, share, confidence=confidence, eps=eps)
         if as_json:
             _print_json(plan)
         else:

@@ -61,6 +61,7 @@ class Options:
     timeout: float | None = None
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     labels: str | Path | None = None
+    bound: bool = False
     masks: str | Path | None = None
     apply_masks: str | Path | None = None
     force: bool = False
@@ -114,6 +115,11 @@ class Options:
             raise UsageError(f"--damping is {self.damping}; it must be greater than 0.")
 
     def _check_limits(self) -> None:
+        if self.bound and self.limit is not None:
+            raise UsageError(
+                "--bound needs samples that chose nothing; a target uses the held-out ones.",
+                hint="Bound the result on other inputs: onnx-ecp bound MODEL OUTPUT -d FILE.",
+            )
         for name in ("max_error", "max_accuracy_drop"):
             value = getattr(self, name)
             if value is not None and not value >= 0:

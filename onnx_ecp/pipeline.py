@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import onnx
 
+from onnx_ecp import bounds, doctor, evaluate
 from onnx_ecp import calibration as calibrating
-from onnx_ecp import doctor, evaluate
 from onnx_ecp import model as modelling
 from onnx_ecp.arrays import npz_names, read_npz
 from onnx_ecp.calibration import Calibration
@@ -112,6 +112,7 @@ def optimize(
         if output is not None and not options.dry_run:
             result = save(result, source, network.layers, output, options)
         comparison = compare(source, result, data, options)
+        bounded = bound(source, result, data, options) if options.bound else None
         masks = stored_masks(network.layers, pruned.state)
         if options.masks is not None and not options.dry_run:
             save_masks(masks, options.masks)
@@ -133,6 +134,7 @@ def optimize(
         predicted_error=predicted_error(network, plan, pruned),
         gap=comparison.gap,
         curve=curve,
+        bounds=bounded,
         seconds=time.monotonic() - began,
         warnings=(*warnings(data, network, pruned, comparison), *made.warnings),
         units=made.rows,
@@ -546,6 +548,18 @@ def compare(source: Model, result: Model, data: Data, options: Options) -> Compa
         result,
         data.held_out,
         data.labels,
+        provider=options.provider,
+        threads=options.threads,
+        batch_size=options.batch_size,
+    )
+
+
+def bound(source: Model, result: Model, data: Data, options: Options) -> bounds.Bounds:
+    """How far the outputs can be apart on inputs like the held-out samples."""
+    return bounds.bound(
+        source,
+        result,
+        data.held_out,
         provider=options.provider,
         threads=options.threads,
         batch_size=options.batch_size,

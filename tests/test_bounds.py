@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from onnx.parser import parse_model
 
-from onnx_ecp import bounds
+from onnx_ecp import bounds, optimize
 from onnx_ecp.bounds import planning
 from onnx_ecp.bounds.norms import Kernel, convolution_norm, matrix_norm
 from onnx_ecp.bounds.sampling import binomial_tail, conformal, upper_limit
@@ -371,6 +371,55 @@ def test_the_command_prints_json(tmp_path, rng):
     planned = json.loads(CliRunner().invoke(main, words).output)
     assert planned["largest_weights"] >= 0
     assert planned["assumptions"]
+
+
+def test_the_report_of_optimize_has_the_bounds_of_its_held_out_samples(tmp_path, rng):
+    values = {n: rng.normal(size=s) for n, s in SHAPES.items()}
+    model = network("h = MatMul(x, A) r = Relu(h) y = MatMul(r, B)", (6,), values)
+    x = rng.normal(size=(400, 6)).astype(np.float32)
+    made = optimize(model, {"x": x}, method="magnitude", sparsity=0.4, bound=True)
+    found = made.report.bounds
+    assert found.samples == made.report.calibration.held_out == 40
+    assert 0 < found.conformal.gap <= found.measured <= found.per_sample.gap
+    assert np.isclose(gaps(model, made.model, x), found.measured, rtol=1e-5).any()
+    assert optimize(model, {"x": x}, method="magnitude", sparsity=0.4).report.bounds is None
+    with pytest.raises(UsageError, match="target"):
+        optimize(model, {"x": x}, method="magnitude", max_error=0.1, bound=True)
+
+
+def test_a_bound_that_a_network_of_zeros_would_meet_is_called_vacuous(rng):
+    values = {n: rng.normal(size=s) for n, s in SHAPES.items()}
+    body = "h = MatMul(x, A) r = Relu(h) y = MatMul(r, B)"
+    a = network(body, (6,), values)
+    x = rng.normal(size=(60, 6)).astype(np.float32)
+    near = network(body, (6,), {n: v * (1 + 1e-3) for n, v in values.items()})
+    far = network(body, (6,), {n: -v for n, v in values.items()})
+    found = bounds.bound(a, near, x, eps=10.0)
+    assert found.vacuous == ()
+    assert found.output_norm == pytest.approx(np.linalg.norm(outputs(a, x), axis=1).max())
+    found = bounds.bound(a, far, x, eps=0.0, input_range={"": (-9, 9)})
+    assert set(found.vacuous) >= {"above", "per_sample", "box"}
+    few = bounds.bound(a, near, x[:5])
+    assert few.vacuous == ("conformal",)
+    assert not bounds.plan(a, "magnitude", 0.0).vacuous
+    assert bounds.plan(a, "random", 0.9).vacuous
+
+
+def test_a_plan_takes_no_samples_and_a_pair_no_sparsity(tmp_path, rng):
+    a = network("y = MatMul(x, A)", (6,), {n: rng.normal(size=s) for n, s in SHAPES.items()})
+    onnx.save(a, tmp_path / "a.onnx")
+    np.savez(tmp_path / "d.npz", x=rng.normal(size=(40, 6)).astype(np.float32))
+    model, data = str(tmp_path / "a.onnx"), str(tmp_path / "d.npz")
+    for words in (
+        ["bound", model, "--method", "magnitude", "-d", data],
+        ["bound", model, "--method", "magnitude", "--input-range", "0,1"],
+        ["bound", model, model, "-d", data, "--sparsity", "0.3"],
+        ["bound", model, model, "--input-range", "0,1", "--eps", "1"],
+    ):
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code == 2
+        assert "error:" in done.output
+        assert "hint:" in done.output
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,11 @@ import math
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
+from onnx_ecp.bounds import from_gaps
+from onnx_ecp.bounds.sampling import Gaps
 from onnx_ecp.errors import OnnxEcpError, OutputError, UsageError
 from onnx_ecp.evaluate import Deviation, Gap, ModelFacts, Score
 from onnx_ecp.layers import Skip
@@ -95,6 +98,9 @@ VARIANTS = {
     ),
     "two outputs": report(gap=gap(outputs=gap().outputs * 2)),
     "no layers, no skips": report(layers=(), skips=(), warnings=()),
+    "bounds, one without a value": report(
+        bounds=from_gaps(Gaps(np.ones(4), np.ones(4), np.zeros(4, bool)), confidence=0.95)
+    ),
     "bias created, note": report(layers=(layer(bias_created=True, note="refit not kept"),)),
 }
 each_variant = pytest.mark.parametrize("whole", VARIANTS.values(), ids=VARIANTS)
@@ -142,6 +148,7 @@ def test_json_schema_is_this_one():
         "units": None,
         "work_before": None,
         "work_after": None,
+        "bounds": None,
     }  # fmt: skip
     assert list(values) == ["schema", "totals", *[f.name for f in dataclasses.fields(Report)]]
 

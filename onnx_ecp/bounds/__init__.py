@@ -1,12 +1,17 @@
 """Bounds on the gap between an original and a pruned network, each with what it assumes.
 
+The gap of one input is the L2 norm of the pruned network's outputs minus the original's, over all
+elements of all floating-point outputs. A bound is vacuous where it would hold for a network whose
+outputs are all zero as well.
+
 `sampling`: from held-out samples, for any two models. `telescoping`: deterministic, for given
 inputs or a box of inputs. `planning`: before pruning, for random masks and random weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +68,10 @@ class Bounds:
         flips: share of inputs whose top class differs, where the model has classes.
         per_sample: the deterministic bound for these samples.
         box: the deterministic bound for all inputs in the declared ranges.
+        output_norm: largest L2 norm of model a's outputs among the samples: the largest gap of a
+            network whose outputs are all zero.
+        vacuous: names of those fields whose bound says nothing: gaps of ``output_norm`` and more,
+            shares of 1.
     """
 
     confidence: float
@@ -73,6 +82,8 @@ class Bounds:
     flips: Share | None
     per_sample: Deterministic | None
     box: Deterministic | None
+    output_norm: float | None = None
+    vacuous: tuple[str, ...] = ()
 
 
 def bound(
@@ -111,6 +122,8 @@ def bound(
             "a bound needs held-out samples or a range of inputs.",
             hint="Add --data FILE, or --input-range LOW,HIGH.",
         )
+    if data is None and eps is not None:
+        raise UsageError("--eps is about held-out samples.", hint="Add --data FILE.")
     first, second = _model(a), _model(b)
     result = Bounds(confidence, 0, None, None, None, None, None, None)
     samples = None
@@ -124,7 +137,7 @@ def bound(
         )
     if input_range:
         result = replace(result, box=_box(first, second, input_range, samples))
-    return result
+    return replace(result, vacuous=tuple(_vacuous(result)))
 
 
 def from_gaps(gaps: sampling.Gaps, confidence: float, eps: float | None = None) -> Bounds:
@@ -136,8 +149,27 @@ def from_gaps(gaps: sampling.Gaps, confidence: float, eps: float | None = None) 
     if gaps.flips.size:
         flips = sampling.share("top class differs", gaps.flips, confidence)
     conformal = sampling.conformal(gaps.gaps, 1 - confidence)
-    measured = float(gaps.gaps.max())
-    return Bounds(confidence, len(gaps.gaps), measured, conformal, above, flips, None, None)
+    return Bounds(
+        confidence,
+        len(gaps.gaps),
+        float(gaps.gaps.max()),
+        conformal,
+        above,
+        flips,
+        None,
+        None,
+        float(gaps.norms.max()),
+    )
+
+
+def _vacuous(found: Bounds) -> Iterator[str]:
+    """Names of the fields whose bound would hold for a network whose outputs are all zero."""
+    most = math.inf if found.output_norm is None else found.output_norm
+    for name in ("conformal", "per_sample", "box"):
+        bound = getattr(found, name)
+        if bound is not None and bound.gap is not None and bound.gap >= most:
+            yield name
+    yield from (n for n in ("above", "flips") if (x := getattr(found, n)) and x.limit >= 1)
 
 
 def plan(

@@ -85,6 +85,8 @@ class Planning:
         largest_weights: how many weights that is.
         layers: one row per layer.
         assumptions: what must be true.
+        vacuous: whether ``gap`` is 1 or more, which holds for a network whose outputs are all zero
+            as well.
     """
 
     method: str
@@ -99,6 +101,7 @@ class Planning:
     largest_weights: int | None
     layers: tuple[Spread, ...]
     assumptions: tuple[str, ...]
+    vacuous: bool
 
 
 def plan(
@@ -137,6 +140,7 @@ def plan(
     largest = None
     if eps is not None:
         largest = _largest(lambda share: _product(x.limit for x in layers(share)) <= eps)
+    gap = _product(x.limit for x in rows)
     return Planning(
         method=method,
         sparsity=sparsity,
@@ -144,12 +148,13 @@ def plan(
         confidence=confidence,
         typical=_product(x.typical for x in rows),
         expected=_product(x.expected for x in rows),
-        gap=_product(x.limit for x in rows),
+        gap=gap,
         eps=eps,
         largest_sparsity=largest,
         largest_weights=None if largest is None else math.floor(largest * total),
         layers=rows,
         assumptions=(EACH_ALONE if method == "random" else DRAWN, LIPSCHITZ, RELATIVE),
+        vacuous=gap >= 1,
     )
 
 

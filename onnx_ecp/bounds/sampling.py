@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,10 +73,12 @@ class Gaps:
     Args:
         gaps: (samples,), ||b - a||_2 over all floating-point outputs; infinite where only one is
             finite.
+        norms: (samples,), ||a||_2 over the same outputs; infinite where an element is not finite.
         flips: (samples,) bool, whether the top class differs; empty where no output has classes.
     """
 
     gaps: np.ndarray
+    norms: np.ndarray
     flips: np.ndarray
 
 
@@ -156,7 +159,7 @@ def measure_gaps(
         ModelError: inputs or outputs differ.
     """
     check_same_signature(a, b)
-    gaps, flips = [], []
+    gaps, norms, flips = [], [], []
     batches = data.batches(batch_size or 64)
     for batch, of_a, of_b in paired_outputs(a, b, batches, provider, threads):
         check_same_shapes(b, of_a, of_b)
@@ -164,13 +167,23 @@ def measure_gaps(
         if any(of_a[n].shape[:1] != (batch.samples,) for n in floats) and batch.samples > 1:
             # The first axis does not count samples: one run per sample keeps them apart.
             return measure_gaps(a, b, data, provider=provider, threads=threads, batch_size=1)
-        squares = [_square_gaps(of_a[name], of_b[name], batch.samples) for name in floats]
-        gaps.append(np.sqrt(np.sum(squares, axis=0)) if squares else np.zeros(batch.samples))
+        zero = {name: np.zeros_like(of_a[name]) for name in floats}
+        gaps.append(_distances(of_a, of_b, floats, batch.samples))
+        norms.append(_distances(zero, of_a, floats, batch.samples))
         scores = next((n for n in floats if of_a[n].ndim == 2 and of_a[n].shape[1] > 1), None)
         if scores is not None:
             flipped = of_a[scores].argmax(axis=1) != of_b[scores].argmax(axis=1)
             flips.append(flipped.reshape(batch.samples, -1).any(axis=1))
-    return Gaps(np.concatenate(gaps), np.concatenate(flips or [np.zeros(0, np.bool_)]))
+    all_flips = np.concatenate(flips or [np.zeros(0, np.bool_)])
+    return Gaps(np.concatenate(gaps), np.concatenate(norms), all_flips)
+
+
+def _distances(
+    a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], names: Sequence[str], samples: int
+) -> np.ndarray:
+    """(samples,): L2 distance over the elements of all these outputs together."""
+    squares = [_square_gaps(a[name], b[name], samples) for name in names]
+    return np.sqrt(sum(squares, np.zeros(samples)))
 
 
 def _square_gaps(a: np.ndarray, b: np.ndarray, samples: int) -> np.ndarray:

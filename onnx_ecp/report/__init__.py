@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onnx_ecp.bounds import Bounds
 from onnx_ecp.doctor import Versions as Versions
 from onnx_ecp.errors import UsageError
 from onnx_ecp.evaluate import Gap, ModelFacts
@@ -119,6 +120,7 @@ class Report:
         work_before: what the layers took, None where no unit went.
         work_after: what the layers of the result take.
         curve: the points that a search for a target visited, in order.
+        bounds: on the gap, from the held-out samples; None where none were asked for.
     """
 
     original: ModelFacts
@@ -139,6 +141,7 @@ class Report:
     work_before: Work | None = None
     work_after: Work | None = None
     curve: tuple[Point, ...] = ()
+    bounds: Bounds | None = None
 
     @property
     def weights(self) -> int:

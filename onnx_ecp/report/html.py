@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from onnx_ecp.model import printable
-from onnx_ecp.report import LayerRow, Report
+from onnx_ecp.report import LayerRow, Report, bounding
 from onnx_ecp.report.as_json import dumps, encode
 
 # Rows at either end of a table; a row takes at most 2 kB, whatever the names are.
@@ -46,6 +46,7 @@ def page(report: Report) -> str:
         _sizes(report),
         _scores(report),
         _outputs(report),
+        _bounds(report),
         _layers(report),
         _skips(report),
         _origin(report),
@@ -135,6 +136,16 @@ def _outputs(report: Report) -> str:
     ]
     columns = ["output", "relative error>", "mean squared error>", "largest deviation>"]
     return table("Outputs", [*columns, "at sample>", "agreement>"], rows)
+
+
+def _bounds(report: Report) -> str:
+    if report.bounds is None:
+        return ""
+    rows = [[shown(cell, 200) for cell in row] for row in bounding.rows(report.bounds)]
+    words = [*bounding.terms(report.bounds), *bounding.warnings(report.bounds)]
+    words += [f"assumed: {sentence}" for sentence in bounding.assumptions(report.bounds)]
+    notes = "\n".join(f"<p>{shown(sentence, 300)}</p>" for sentence in words)
+    return f"{table('Bounds', bounding.COLUMNS, rows)}\n{notes}"
 
 
 def _layers(report: Report) -> str:

@@ -24,7 +24,7 @@ from onnx_ecp.evaluate import Comparison, Gap, Latency, ModelFacts
 from onnx_ecp.inspection import Inspection
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.model import printable
-from onnx_ecp.report import LayerRow, Recipe, Report
+from onnx_ecp.report import LayerRow, Recipe, Report, bounding
 from onnx_ecp.structure.outcome import UnitGroup
 from onnx_ecp.targets import Point
 
@@ -93,6 +93,8 @@ def report_tables(report: Report, *, verbose: bool = False) -> Group:
         parts.append(_gap_table(report.gap))
     if report.curve:
         parts.append(_curve_table(report.curve))
+    if report.bounds is not None:
+        parts.append(bound_tables(report.bounds))
     parts.append(_facts(report))
     parts += [_warning(text) for text in report.warnings]
     return Group(*parts)
@@ -152,26 +154,12 @@ def comparison_tables(comparison: Comparison) -> Group:
 
 def bound_tables(bounds: Bounds) -> Group:
     """What can be said about the gap of two models, and what it assumes."""
-    chance = f"{bounds.confidence:.6g}"
-    table = _table(None, "bound", "for", "value>")
-    if bounds.conformal is not None and bounds.measured is not None:
-        one = f"one new input, with probability {chance}"
-        table.add_row("measured gap", f"worst of {bounds.samples:,}", _number(bounds.measured))
-        table.add_row("gap (conformal)", one, _number(bounds.conformal.gap))
-    for share in (bounds.above, bounds.flips):
-        if share is not None:
-            what = share.what if share.eps is None else f"gap above {share.eps:g}"
-            seen = f"share of inputs, confidence {chance}; {share.count}/{share.samples} seen"
-            table.add_row(f"{what} (Clopper-Pearson)", seen, f"{100 * share.limit:.3g} %")
-    found = [x for x in (bounds.per_sample, bounds.box) if x is not None]
-    for x in found:
-        value = "none" if x.gap is None else _number(x.gap)
-        note = "" if x.ratio is None else f" ({x.ratio:.3g} times the measured one)"
-        table.add_row("gap (deterministic)", f"{printable(x.inputs)}{note}", value)
-    probable = [x for x in (bounds.conformal, bounds.above, bounds.flips) if x is not None]
-    refused = [_warning(reason) for reason in dict.fromkeys(x.refused for x in found if x.refused)]
-    assumed = dict.fromkeys(a for x in (*probable, *found) for a in x.assumptions)
-    return Group(table, *refused, _assumptions(assumed))
+    table = _table(None, *bounding.COLUMNS)
+    for row in bounding.rows(bounds):
+        table.add_row(*(printable(cell, _SENTENCE) for cell in row))
+    words = Text("\n".join(bounding.terms(bounds)))
+    warned = map(_warning, bounding.warnings(bounds))
+    return Group(table, words, *warned, _assumptions(bounding.assumptions(bounds)))
 
 
 def planning_tables(plan: Planning) -> Group:
@@ -186,7 +174,8 @@ def planning_tables(plan: Planning) -> Group:
         share = f"{100 * row.share:.2f} %"
         table.add_row(printable(row.name), _shape(row.shape), share, *numbers)
     facts = Table.grid(padding=(0, 2))
-    gap = f"{_number(plan.gap)} with probability {plan.confidence:.6g}"
+    vacuous = " (vacuous)" if plan.vacuous else ""
+    gap = f"{_number(plan.gap)}{vacuous} with probability {plan.confidence:.6g}"
     facts.add_row("relative gap at most", gap)
     facts.add_row(
         "expected at most", f"{_number(plan.expected)} (typical: {_number(plan.typical)})"
@@ -194,7 +183,8 @@ def planning_tables(plan: Planning) -> Group:
     if plan.eps is not None and plan.largest_sparsity is not None:
         most = f"{plan.largest_weights:,} weights, sparsity {plan.largest_sparsity:.4f}"
         facts.add_row(f"may go for eps {plan.eps:g}", most)
-    return Group(table, facts, _assumptions(plan.assumptions))
+    words = Text("\n".join(bounding.terms(plan)))
+    return Group(table, facts, words, _assumptions(plan.assumptions))
 
 
 def _assumptions(assumptions: Iterable[str]) -> Text:
