@@ -276,7 +276,7 @@ def _with_grams(
     if not plan.method.needs_gram:
         yield from ((layer, None) for layer in network.layers)
         return
-    run = _Run(network, network.fit)
+    run = _Run(network, network.fit, with_original=False)
     for segment in network.segments:
         name = segment.layer.name
         yield (
@@ -366,22 +366,21 @@ def refit_layers(
 
 
 class _Run:
-    """Both versions of the network on their way along the segments with the same samples."""
+    """Both versions of the network on their way along the segments with the same samples.
 
-    def __init__(self, network: Network, data: Calibration) -> None:
+    Without the original, the current version stands for both.
+    """
+
+    def __init__(self, network: Network, data: Calibration, *, with_original: bool = True) -> None:
         batches = list(data.batches(network.size))
         self._original = network.original
-        self._before = Passage(network.observer, batches)
+        self._before = Passage(network.observer, batches) if with_original else None
         self._now = Passage(network.observer, batches)
 
     def gram(self, segment: Segment, state: State, weights: np.ndarray, shrink: float) -> Gram:
         """Sums of the next layer's inputs over all samples, weighted by the row sensitivities."""
         total, first = None, 0
-        for before, now in zip(
-            self._before.advance(segment, self._original),
-            self._now.advance(segment, state),
-            strict=True,
-        ):
+        for before, now in self._rows(segment, state):
             rows = now.shape[1]
             s = (1 - shrink) * weights[:, first : first + rows]
             s = s + shrink * weights.mean(axis=1, keepdims=True)
@@ -391,6 +390,13 @@ class _Run:
             first += rows
         assert total is not None, "a calibration has at least one sample"
         return total
+
+    def _rows(self, segment: Segment, state: State) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        now = self._now.advance(segment, state)
+        if self._before is None:
+            yield from ((a, a) for a in now)
+        else:
+            yield from zip(self._before.advance(segment, self._original), now, strict=True)
 
 
 def _matrix(layer: Layer, state: State) -> np.ndarray:

@@ -18,6 +18,8 @@ import numpy as np
 
 from onnx_ecp.runtime import blas_threads, cores
 
+# Rows whose products are summed before they join the float64 sums.
+BLOCK = 4096
 # A batch of padded systems may take this much, in every thread.
 CHUNK_BYTES = 32 * 2**20
 # Conjugate gradients stop at this residual relative to the right-hand side, or after so many steps:
@@ -52,23 +54,35 @@ class Gram:
     def of(a: np.ndarray, before: np.ndarray, s: np.ndarray, centre: np.ndarray) -> Gram:
         """Sums of one batch.
 
+        Products are taken in the type of the rows, at least float32, over blocks of rows; sums of
+        blocks and batches are float64. Rows are centred first, so nothing large cancels.
+
         Args:
             a: a', rows (groups, rows, in) of the current network.
-            before: a, rows of the original network.
+            before: a, rows of the original network; may be the same.
             s: weight of every row (groups, rows).
             centre: c, (groups, in).
         """
-        x = a.astype(np.float64) - centre[:, None, :]
-        y = before.astype(np.float64) - centre[:, None, :]
-        weighted = x * s[:, :, None]
-        return Gram(
-            s.sum(axis=1),
-            weighted.sum(axis=1),
-            (y * s[:, :, None]).sum(axis=1),
-            x.swapaxes(1, 2) @ weighted,
-            y.swapaxes(1, 2) @ weighted,
-            centre,
-        )
+        kind = np.promote_types(a.dtype, np.float32)
+        same = before is a or np.array_equal(before, a)
+        most = s.max(axis=1, initial=0)
+        root = np.sqrt(s / np.where(most > 0, most, 1)[:, None])  # at most 1: no overflow
+        total = [np.zeros(centre.shape) for _ in range(2)]
+        second = [np.zeros((*centre.shape, centre.shape[1])) for _ in range(2)]
+        for first in range(0, a.shape[1], BLOCK):
+            rows = slice(first, first + BLOCK)
+            r = root[:, rows, None].astype(kind)
+            x = (a[:, rows] - centre[:, None, :]).astype(kind) * r
+            y = x if same else (before[:, rows] - centre[:, None, :]).astype(kind) * r
+            second[0] += x.swapaxes(1, 2) @ x
+            total[0] += (r * x).sum(axis=1, dtype=np.float64)
+            if not same:
+                second[1] += y.swapaxes(1, 2) @ x
+                total[1] += (r * y).sum(axis=1, dtype=np.float64)
+        now, gram = total[0] * most[:, None], second[0] * most[:, None, None]
+        past, cross = total[1] * most[:, None], second[1] * most[:, None, None]
+        weight = s.sum(axis=1)
+        return Gram(weight, now, *((now, gram, gram) if same else (past, gram, cross)), centre)
 
     def __add__(self, other: Gram) -> Gram:
         """The sums over both sets of rows; both have the same centre."""
