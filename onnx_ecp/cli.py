@@ -130,17 +130,24 @@ CALIBRATION = click.option(
 
 # What commands that prune have in common: how a network is pruned, and what computes it.
 PRUNING = (
-    _choice("--compensation", "NAME", None, "none, bias or refit.  [default: the method's own]"),
+    _choice(
+        "--compensation", "NAME", None,
+        "none, bias, refit or sparsegpt.  [default: the method's own]",
+    ),
     click.option(
-        "--damping", type=float, metavar="X", default=0.01, show_default=True,
-        help="Ridge of the refit, as a share of the mean variance.",
+        "--damping", type=float, metavar="X",
+        help="Ridge of importance and compensation, as a share of the mean variance of a layer's "
+        "inputs.  [default: the method's own, 0.01]",
     ),
     click.option(
         "--finetune-steps", type=int, metavar="N", default=0, show_default=True,
         help="Learn the original outputs for N batches at the end, N/10 between stages.",
     ),
     click.option("--stages", type=int, metavar="N", help="Stages.  [default: the method's own]"),
-    _choice("--scope", "global|layer", "global", "Rank over all layers, or within each."),
+    _choice(
+        "--scope", "global|layer", None,
+        "Rank over all layers, or within each.  [default: layer for sparsegpt, else global]",
+    ),
     _choice(
         "--metric", "l2|kl", None, "Distance of outputs; kl takes them as logits.  [default: l2]"
     ),
@@ -187,7 +194,8 @@ OPTIONS = (
     CALIBRATION,
     click.option(
         "-m", "--method", metavar="NAME", default="ecp-refit", show_default=True,
-        help="ecp, ecp-refit, obs, magnitude, random, gradient-magnitude, wanda, flap or obd.",
+        help="ecp-refit, ecp, obs, magnitude, random, gradient-magnitude, wanda, flap, obd or "
+        "sparsegpt.",
     ),
     click.option(
         "-s", "--sparsity", metavar="VALUE",

@@ -41,7 +41,7 @@ class Options:
     probes: int | None = None
     gradients: str = "vjp"
     positions: str = "expand"
-    scope: str = "global"
+    scope: str | None = None
     granularity: str = "weight"
     speedup: float | None = None
     cost: str = "params"
@@ -50,7 +50,7 @@ class Options:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layer_sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
-    damping: float = 1e-2
+    damping: float | None = None
     finetune_steps: int = 0
     format: str = "dense"
     samples: int | None = None
@@ -90,7 +90,7 @@ class Options:
         one_of("metric", self.resolved_metric, METRICS)
         one_of("gradients", self.gradients, ENGINES)
         one_of("positions", self.positions, POSITIONS)
-        one_of("scope", self.scope, SCOPES)
+        one_of("scope", self.resolved_scope, SCOPES)
         one_of("granularity", self.granularity, GRANULARITIES)
         one_of("cost", self.cost, COSTS)
         one_of("format", self.format, ENCODINGS)
@@ -111,7 +111,7 @@ class Options:
             raise UsageError(f"--finetune-steps is {self.finetune_steps}; it cannot be negative.")
         self._check_limits()
         self._check_units()
-        if not self.damping > 0:
+        if self.damping is not None and not self.damping > 0:
             raise UsageError(f"--damping is {self.damping}; it must be greater than 0.")
 
     def _check_limits(self) -> None:
@@ -187,6 +187,11 @@ class Options:
         networks of docs/benchmarks.md it was l2 that never lost much.
         """
         return self.metric or "l2"
+
+    @property
+    def resolved_scope(self) -> str:
+        """The scope asked for, or the method's own."""
+        return self.scope or METHODS[self.method].scope
 
     @property
     def recipe(self) -> Method:

@@ -354,7 +354,7 @@ def make_plan(layers: Sequence[Layer], options: Options) -> Plan:
             )
         own |= dict.fromkeys(matched, value)
     pooled = [t for t in by_tensor if t not in own]
-    if options.scope == "layer" or isinstance(options.end, NM):
+    if options.resolved_scope == "layer" or isinstance(options.end, NM):
         own |= dict.fromkeys(pooled, options.end)
         pooled = []
     groups = [_group((t,), by_tensor, sparsity) for t, sparsity in own.items()]
@@ -577,7 +577,7 @@ def recipe_of(options: Options) -> Recipe:
         metric_reason="asked for"
         if options.metric
         else "the default: it suits outputs of any kind, logits or not",
-        damping=options.damping,
+        damping=options.damping or method.repair.damping,
         positions=options.positions,
         gradients=options.gradients,
         stages=method.stages,

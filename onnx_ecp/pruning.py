@@ -6,7 +6,7 @@ One-shot pruning is one stage. Nothing here knows files or reports.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
@@ -27,11 +27,11 @@ from onnx_ecp.measurement import (
     row_sensitivities,
     silent,
 )
-from onnx_ecp.methods import Method, View, bias_shift
+from onnx_ecp.methods import LayerProblem, Method, Solved, View, bias_shift
 from onnx_ecp.model import printable
-from onnx_ecp.refit import Gram, excess, mean_shift, refit
+from onnx_ecp.refit import Gram, excess, mean_shift
 from onnx_ecp.runtime import check_deadline
-from onnx_ecp.selection import Group, select
+from onnx_ecp.selection import NM, Group, select
 from onnx_ecp.walk import Passage, Segment, segments
 
 
@@ -72,7 +72,7 @@ class Plan:
         method: importance, compensation, stages.
         groups: which stored tensors are ranked together, and to what sparsity.
         positions: "expand" or "reduce".
-        damping: ridge of the refit.
+        damping: ridge of importance and compensation; None leaves each its own.
         seed: of the methods' random numbers.
         finetune_steps: of fine-tuning after the last stage; a tenth of it after every other one.
     """
@@ -80,7 +80,7 @@ class Plan:
     method: Method
     groups: tuple[Group, ...]
     positions: str = "expand"
-    damping: float = 1e-2
+    damping: float | None = None
     seed: int = 0
     finetune_steps: int = 0
 
@@ -208,10 +208,19 @@ def stage(
             share=share,
             floor=plan.method.floor,
         )
-    after, notes = compensate(network, plan, state, replace(state, keep=keep), measured, progress)
+    free = {n for group in plan.groups if group.masks is None for n in group.tensors}
+    after, notes = compensate(
+        network,
+        plan,
+        state,
+        replace(state, keep=keep),
+        measured,
+        progress,
+        free=free if plan.method.free else (),
+    )
     removed = {
         layer.name: before.removed.get(layer.name, 0.0)
-        + float(scores[layer.name][_victims(layer, state, keep)].sum())
+        + float(scores[layer.name][_victims(layer, state, after.keep)].sum())
         for layer in network.layers
     }
     ess = {name: effective_sample_size(s) for name, s in measured.weights.items()}
@@ -253,7 +262,7 @@ def importances(
         if moments is not None and method.shrinkage and plan.positions == "expand":
             moments = moments.shrunk(method.shrinkage)
         rng = np.random.default_rng([plan.seed, index[layer.name]])
-        view = View(_matrix(layer, state), moments, rng, gram, plan.damping)
+        view = View(_matrix(layer, state), moments, rng, gram, plan.damping or method.damping)
         scores[layer.name] = method.importance(view)
         _check_finite(layer, scores[layer.name])
     return scores
@@ -278,11 +287,8 @@ def _with_grams(
         return
     run = _Run(network, network.fit, with_original=False)
     for segment in network.segments:
-        name = segment.layer.name
-        yield (
-            segment.layer,
-            run.gram(segment, state, measured.weights[name], plan.method.shrinkage),
-        )
+        weights = measured.weights.get(segment.layer.name)
+        yield segment.layer, run.gram(segment, state, weights, plan.method.shrinkage)
 
 
 def summed(layers: Sequence[Layer], scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -302,6 +308,8 @@ def compensate(
     after: State,
     measured: Measured,
     progress: Progress = silent,
+    *,
+    free: Collection[str] = (),
 ) -> tuple[State, dict[str, str]]:
     """Remove what ``after.keep`` says, and let shifts and kept weights make good for it.
 
@@ -312,57 +320,114 @@ def compensate(
         after: the same with new keep masks.
         measured: what the measuring told.
         progress: called as work goes on.
+        free: stored tensors of which other weights may stay, as long as equally many do.
 
     Returns:
         The new state, and by layer name remarks about its compensation.
     """
     if not any(_victims(layer, before, after.keep).any() for layer in network.layers):
         return before, {}
-    shifts = dict(before.shifts)
-    if plan.method.compensation != "none":
+    repair, shifts = plan.method.repair, dict(before.shifts)
+    if repair.shifts:
         for layer in network.layers:
             keep = after.keep[layer.weight.tensor]
             gap = bias_shift(_matrix(layer, before), measured.moments[layer.name], keep)
             shifts[layer.name] = before.shifts[layer.name] + gap
     state = replace(after, weights=_removed(network, before, after), shifts=shifts)
-    if plan.method.compensation != "refit":
+    if repair.solve is None:
         return state, {}
-    return refit_layers(network, plan, state, measured, progress)
+    return solve_layers(network, plan, before, state, measured, progress, free=free)
 
 
-def refit_layers(
-    network: Network, plan: Plan, state: State, measured: Measured, progress: Progress = silent
+def solve_layers(
+    network: Network,
+    plan: Plan,
+    before: State,
+    state: State,
+    measured: Measured,
+    progress: Progress = silent,
+    *,
+    free: Collection[str] = (),
 ) -> tuple[State, dict[str, str]]:
-    """Refit one layer after the other, each in the network that the layers before it make now.
+    """Solve one layer after the other, each in the network that the layers before it make now.
 
-    A refit stays only if its error on the guard samples is not larger than that of the bias shift.
-    A weight that several layers share is not refitted: each of them would want another one.
+    Where the compensation is guarded, a solution stays only if its error on the guard samples is
+    not larger than that of ``state``. A weight that several layers share stays as ``state`` has
+    it: each of them would want another one.
 
     Returns:
-        The new state, and by layer name why a refit was not kept.
+        The new state, and by layer name why a solution was not kept.
     """
-    notes = {}
-    fit, guard = _Run(network, network.fit), _Run(network, network.guard)
-    guard_weights = row_sensitivities(network.observer, state, network.guard, size=network.size)
+    repair, shrink, notes = plan.method.repair, plan.method.shrinkage, {}
+    fit = _Run(network, network.fit)
+    guard = _Guard(network, plan, state) if repair.guarded else None
     uses = Counter(layer.weight.tensor for layer in network.layers)
     for done, segment in enumerate(network.segments, 1):
         check_deadline()
-        layer, shrink = segment.layer, plan.method.shrinkage
-        seen = fit.gram(segment, state, measured.weights[layer.name], shrink)
-        judged = guard.gram(segment, state, guard_weights[layer.name], shrink)
-        target, current = _matrix(layer, network.original), _matrix(layer, state)
-        if uses[layer.weight.tensor] > 1:
-            weight, shift = current, mean_shift(seen, target, current)
+        layer = segment.layer
+        tensor = layer.weight.tensor
+        weights = measured.weights[layer.name] if repair.weighted else None
+        seen = fit.gram(segment, state, weights, shrink)
+        original, current = _matrix(layer, network.original), _matrix(layer, state)
+        if uses[tensor] == 1:
+            run, order = _runs(plan, tensor)
+            problem = LayerProblem(
+                weight=_matrix(layer, before),
+                original=original,
+                there=before.keep[tensor],
+                keep=state.keep[tensor],
+                free=tensor in free,
+                gram=seen,
+                damping=plan.damping or repair.damping,
+                run=run,
+                order=order,
+            )
+            assert repair.solve is not None, "the caller has looked"
+            solved = repair.solve(problem)
         else:
-            weight, shift = refit(seen, target, state.keep[layer.weight.tensor], plan.damping)
-        old = excess(judged, target, current, state.shifts[layer.name]).sum()
-        if excess(judged, target, weight, shift).sum() <= old:
-            stored = layer.weight.unmatrix(weight).astype(state.weights[layer.weight.tensor].dtype)
-            state = state.with_layer(layer, stored, shift)
+            shift = mean_shift(seen, original, current) if repair.shifts else None
+            solved = Solved(current, state.keep[tensor], shift)
+        if guard is None or guard.allows(segment, state, solved):
+            state = _with_solution(state, layer, solved)
         else:
             notes[layer.name] = "refit not kept: the held-out error rose"
         progress("refit", done, len(network.segments))
     return state, notes
+
+
+def _runs(plan: Plan, tensor: str) -> tuple[int, np.ndarray | None]:
+    """M and the order of columns where the tensor is to have an N:M pattern."""
+    group = next(group for group in plan.groups if tensor in group.tensors)
+    if isinstance(group.sparsity, NM) and group.masks is None:
+        return group.sparsity.m, group.orders[tensor]
+    return 0, None
+
+
+def _with_solution(state: State, layer: Layer, solved: Solved) -> State:
+    tensor = layer.weight.tensor
+    stored = layer.weight.unmatrix(solved.weight).astype(state.weights[tensor].dtype)
+    shift = state.shifts[layer.name] if solved.shift is None else solved.shift
+    state = replace(state, keep={**state.keep, tensor: solved.keep})
+    return state.with_layer(layer, stored, shift)
+
+
+class _Guard:
+    """Judges solutions on samples that they were not fitted to."""
+
+    def __init__(self, network: Network, plan: Plan, state: State) -> None:
+        self._network, self._shrink = network, plan.method.shrinkage
+        self._run = _Run(network, network.guard)
+        self._weights = row_sensitivities(network.observer, state, network.guard, size=network.size)
+
+    def allows(self, segment: Segment, state: State, solved: Solved) -> bool:
+        """Whether the weighted error of the segment's layer does not rise."""
+        layer = segment.layer
+        judged = self._run.gram(segment, state, self._weights[layer.name], self._shrink)
+        target, current = _matrix(layer, self._network.original), _matrix(layer, state)
+        shift = state.shifts[layer.name]
+        old = excess(judged, target, current, shift).sum()
+        new = shift if solved.shift is None else solved.shift
+        return bool(excess(judged, target, solved.weight, new).sum() <= old)
 
 
 class _Run:
@@ -377,13 +442,25 @@ class _Run:
         self._before = Passage(network.observer, batches) if with_original else None
         self._now = Passage(network.observer, batches)
 
-    def gram(self, segment: Segment, state: State, weights: np.ndarray, shrink: float) -> Gram:
-        """Sums of the next layer's inputs over all samples, weighted by the row sensitivities."""
+    def gram(
+        self, segment: Segment, state: State, weights: np.ndarray | None, shrink: float
+    ) -> Gram:
+        """Sums of the next layer's inputs over all samples.
+
+        Args:
+            segment: that ends with the layer's input.
+            state: the network that the layers before it make now.
+            weights: of the rows (groups, rows), their sensitivities; None weighs all alike.
+            shrink: share of the mean weight that every row gets.
+        """
         total, first = None, 0
         for before, now in self._rows(segment, state):
             rows = now.shape[1]
-            s = (1 - shrink) * weights[:, first : first + rows]
-            s = s + shrink * weights.mean(axis=1, keepdims=True)
+            if weights is None:
+                s = np.ones(now.shape[:2])
+            else:
+                s = (1 - shrink) * weights[:, first : first + rows]
+                s = s + shrink * weights.mean(axis=1, keepdims=True)
             centre = now.mean(axis=1, dtype=np.float64) if total is None else total.centre
             part = Gram.of(now, before, s, centre)
             total = part if total is None else total + part

@@ -112,6 +112,12 @@ class Gram:
         return self._centred(self.gram, self.now)
 
     @property
+    def second_moments(self) -> np.ndarray:
+        """(groups, in, in): E[s a' a'^T] / E[s]."""
+        mean = self.mean_now
+        return self.covariance + mean[:, :, None] * mean[:, None, :]
+
+    @property
     def cross_covariance(self) -> np.ndarray:
         """(groups, in, in): E[s (a - mean)(a' - mean)^T] / E[s]."""
         return self._centred(self.cross, self.before)

@@ -1,7 +1,17 @@
-"""Pruning methods: one file each, one row here."""
+"""Pruning methods: one file each, one row here; and a row for a compensation of its own."""
 
-from onnx_ecp.methods import ecp, ecp_refit, obs, simple
-from onnx_ecp.methods.method import COMPENSATIONS, NEEDS, Importance, Method, View, bias_shift
+from onnx_ecp.methods import ecp, ecp_refit, obs, simple, sparsegpt
+from onnx_ecp.methods.method import (
+    COMPENSATIONS,
+    NEEDS,
+    Compensation,
+    Importance,
+    LayerProblem,
+    Method,
+    Solved,
+    View,
+    bias_shift,
+)
 
 METHODS: dict[str, Method] = {
     "ecp-refit": ecp_refit.ECP_REFIT,
@@ -13,6 +23,19 @@ METHODS: dict[str, Method] = {
     "wanda": simple.WANDA,
     "flap": simple.FLAP,
     "obd": simple.OBD,
+    "sparsegpt": sparsegpt.SPARSEGPT,
 }
+COMPENSATIONS["sparsegpt"] = sparsegpt.COMPENSATION
 
-__all__ = ["COMPENSATIONS", "METHODS", "NEEDS", "Importance", "Method", "View", "bias_shift"]
+__all__ = [
+    "COMPENSATIONS",
+    "METHODS",
+    "NEEDS",
+    "Compensation",
+    "Importance",
+    "LayerProblem",
+    "Method",
+    "Solved",
+    "View",
+    "bias_shift",
+]

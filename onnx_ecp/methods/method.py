@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_ecp.refit import Gram
+from onnx_ecp.refit import Gram, refit
 from onnx_ecp.statistics import Moments
 
 # Each step needs all that the steps before it need.
 NEEDS = ("nothing", "activations", "sensitivities", "gradients")
-# What makes good for the removed weights, and what must be known for it.
-COMPENSATIONS = {"none": "nothing", "bias": "sensitivities", "refit": "sensitivities"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class View:
         moments: of the layer; None where the method needs nothing.
         rng: seeded generator of this layer.
         gram: of the layer's inputs; None where the method does not walk.
-        damping: ridge as a share of the mean diagonal of the Gram matrix.
+        damping: ridge, mostly as a share of the mean diagonal of the Gram matrix.
     """
 
     weight: np.ndarray
@@ -49,6 +47,92 @@ Importance = Callable[[View], np.ndarray]
 
 
 @dataclass(frozen=True)
+class LayerProblem:
+    """One layer whose kept weights are to make good for the removed ones.
+
+    Args:
+        weight: (out, in) before this stage removed anything.
+        original: (out, in) before any stage did.
+        there: (out, in), what was there before this stage.
+        keep: (out, in), True where the weight stays.
+        free: whether other weights may stay, as long as equally many do; with a ``run``, as many
+            of every run of every row.
+        gram: of the layer's inputs, in the network that the layers before it make now.
+        damping: ridge as a share of the mean diagonal.
+        run: M of N:M, the length of the runs of columns that have their own number of zeros; 0
+            where there are none.
+        order: permutation of the columns that makes runs consecutive; None: as they are.
+    """
+
+    weight: np.ndarray
+    original: np.ndarray
+    there: np.ndarray
+    keep: np.ndarray
+    free: bool
+    gram: Gram
+    damping: float
+    run: int = 0
+    order: np.ndarray | None = None
+
+    def rows(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """The rows of W that share an input, with its second moments (in, in)."""
+        out = len(self.weight) // len(self.gram.weight)
+        for g, moments in enumerate(self.gram.second_moments):
+            yield slice(g * out, (g + 1) * out), moments
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What a layer becomes.
+
+    Args:
+        weight: (out, in), zero where not kept.
+        keep: (out, in), True where the weight stays.
+        shift: (out,) against the original bias; None leaves the bias as it is.
+    """
+
+    weight: np.ndarray
+    keep: np.ndarray
+    shift: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """How what stays makes good for the removed weights.
+
+    Args:
+        needs: what must be measured: a name in NEEDS.
+        shifts: whether biases are shifted, to first order, before anything else.
+        solve: what each layer becomes, one after the other, in the network that the layers before
+            it make; None changes no weights.
+        weighted: whether the rows of a LayerProblem's Gram matrix count by their sensitivities.
+        guarded: whether a solution must not have a larger error on held-out samples than none.
+        damping: of the problem, unless ``--damping`` is given.
+    """
+
+    needs: str = "nothing"
+    shifts: bool = False
+    solve: Callable[[LayerProblem], Solved] | None = None
+    weighted: bool = False
+    guarded: bool = False
+    damping: float = 1e-2
+
+
+def _refitted(problem: LayerProblem) -> Solved:
+    weight, shift = refit(problem.gram, problem.original, problem.keep, problem.damping)
+    return Solved(weight, problem.keep, shift)
+
+
+COMPENSATIONS: dict[str, Compensation] = {
+    "none": Compensation(),
+    "bias": Compensation("sensitivities", shifts=True),
+    "refit": Compensation(
+        "sensitivities", shifts=True, solve=_refitted, weighted=True, guarded=True
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Method:
     """A pruning method.
 
@@ -61,6 +145,9 @@ class Method:
         shrinkage: q of ``Moments.shrunk``.
         floor: least density of a layer as a share of the density of all layers.
         in_output_units: whether the importance is the expected squared output error of the removal.
+        damping: of the View, unless ``--damping`` is given.
+        scope: what ``--scope`` is unless given.
+        free: whether the compensation may choose anew which weights of a layer stay.
         summary: one line for people, with the source.
     """
 
@@ -72,6 +159,9 @@ class Method:
     shrinkage: float = 0.0
     floor: float = 0.0
     in_output_units: bool = False
+    damping: float = 1e-2
+    scope: str = "global"
+    free: bool = False
     summary: str = ""
 
     def with_parts(
@@ -86,6 +176,8 @@ class Method:
                 needs=ranking.needs,
                 needs_gram=ranking.needs_gram,
                 in_output_units=ranking.in_output_units,
+                damping=ranking.damping,
+                free=False,
             )
         return replace(
             method,
@@ -94,9 +186,14 @@ class Method:
         )
 
     @property
+    def repair(self) -> Compensation:
+        """What the name of the compensation stands for."""
+        return COMPENSATIONS[self.compensation]
+
+    @property
     def measures(self) -> str:
         """The name in NEEDS of all that must be measured."""
-        return max(self.needs, COMPENSATIONS[self.compensation], key=NEEDS.index)
+        return max(self.needs, self.repair.needs, key=NEEDS.index)
 
 
 def bias_shift(weight: np.ndarray, moments: Moments, keep: np.ndarray) -> np.ndarray:

@@ -1,0 +1,147 @@
+"""SparseGPT (Frantar & Alistarh 2023, arXiv:2301.00774): optimal brain surgeon, column by column.
+
+With the second moments ``H = E[a a^T]`` of a layer's input, damped, and ``H^-1 = U^T U`` (U upper
+triangular), columns are visited from left to right. Whatever is removed from column j moves the
+columns behind it:
+
+    e = W_j (where removed) / U_jj          W_k -= e U_jk   for k >= j
+
+which is the optimal brain surgeon's update with the columns in front held fixed. Which weights go
+is chosen on the way, in blocks of 128 columns for all rows together (under N:M, run by run), by
+what their removal costs then: ``W_ij^2 / U_jj^2``.
+
+Deviations: the number of zeros is exact, each block having its share of them; an input that is
+always zero needs no special case, since the damping makes its weights the cheapest.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnx_ecp.methods.method import Compensation, LayerProblem, Method, Solved, View
+from onnx_ecp.refit import damped, inverse_diagonal
+
+# Columns whose mask is chosen together, and within which every step is taken at once (the paper's).
+BLOCK = 128
+
+
+def importance(view: View) -> np.ndarray:
+    """``W_ij^2 / [H^-1]_jj`` (out, in): the layer's own squared error after the row's best change.
+
+    It decides how many weights of a layer go only where layers are ranked together.
+    """
+    assert view.gram is not None, "needs_gram has it measured"
+    cost = np.zeros_like(view.weight)
+    rows = np.split(np.arange(len(view.weight)), len(view.gram.weight))
+    for moments, group in zip(view.gram.second_moments, rows, strict=True):
+        there = view.weight[group] != 0
+        freedom = inverse_diagonal(damped(moments, view.damping), there)
+        cost[group] = np.divide(1.0, freedom, out=np.zeros_like(freedom), where=there)
+    return np.asarray(view.weight**2 * cost)
+
+
+def solve(problem: LayerProblem) -> Solved:
+    """The sweep over all columns, for every group of rows that share an input."""
+    order = np.arange(problem.weight.shape[1]) if problem.order is None else problem.order
+    weight, keep = np.zeros_like(problem.weight), np.zeros_like(problem.keep)
+    for rows, moments in problem.rows():
+        hessian = damped(moments[np.ix_(order, order)], problem.damping)
+        choice = _Choice(
+            problem.there[rows][:, order], problem.keep[rows][:, order], problem.free, problem.run
+        )
+        swept = _sweep(problem.weight[rows][:, order], hessian, choice)
+        # Sliced assignment and an index array do not go together in one step.
+        weight[rows] = _unordered(swept, order)
+        keep[rows] = _unordered(choice.keep, order)
+    return Solved(weight, keep)
+
+
+class _Choice:
+    """Which weights stay, decided from left to right.
+
+    Args:
+        there: (rows, in), what may stay.
+        keep: (rows, in), a mask with the right number of zeros.
+        free: whether another one may be chosen.
+        run: 0, or the length of runs of columns in which each row keeps its number of zeros.
+    """
+
+    def __init__(self, there: np.ndarray, keep: np.ndarray, free: bool, run: int) -> None:
+        self.keep, self._there, self._free, self._run = keep.copy(), there, free, run
+        victims = int(np.count_nonzero(there & ~keep))
+        share = np.cumsum(there.sum(axis=0)) / max(np.count_nonzero(there), 1)
+        # How many weights are gone after each column, so that blocks share them evenly.
+        self._gone = np.concatenate([[0], np.floor(victims * share + 0.5).astype(int)])
+
+    @property
+    def block(self) -> int:
+        """Columns per block: whole runs."""
+        return max(BLOCK // self._run, 1) * self._run if self._run else BLOCK
+
+    def enter_block(self, first: int, last: int, scores: np.ndarray) -> None:
+        """Choose for the columns ``first`` to ``last``; scores are (rows, last - first)."""
+        if not self._free or self._run:
+            return
+        there = self._there[:, first:last]
+        number = self._gone[last] - self._gone[first]
+        ranked = np.where(there, scores, np.inf).reshape(-1)
+        keep = there.copy()
+        keep.reshape(-1)[np.argsort(ranked, kind="stable")[:number]] = False
+        self.keep[:, first:last] = keep
+
+    def enter_column(self, column: int, scores: np.ndarray) -> None:
+        """Choose for the run that begins with a column; scores are of this and the next ones."""
+        if not self._free or not self._run or column % self._run:
+            return
+        run = slice(column, column + self._run)
+        zeros = np.count_nonzero(~self.keep[:, run], axis=1)
+        ranked = np.where(self._there[:, run], scores[:, : self._run], -1.0)
+        rank = np.argsort(np.argsort(ranked, axis=1, kind="stable"), axis=1)
+        self.keep[:, run] = rank >= zeros[:, None]
+
+
+def _sweep(weight: np.ndarray, hessian: np.ndarray, choice: _Choice) -> np.ndarray:
+    """The new weights (rows, in); columns and Hessian are in the order of the sweep."""
+    weight, upper = weight.copy(), _inverse_factor(hessian)
+    diagonal = np.diagonal(upper)
+    columns = weight.shape[1]
+    for first in range(0, columns, choice.block):
+        last = min(first + choice.block, columns)
+        choice.enter_block(first, last, (weight[:, first:last] / diagonal[first:last]) ** 2)
+        errors = np.empty((len(weight), last - first))
+        for j in range(first, last):
+            choice.enter_column(j, (weight[:, j:last] / diagonal[j:last]) ** 2)
+            removed = np.where(choice.keep[:, j], 0.0, weight[:, j])
+            errors[:, j - first] = removed / diagonal[j]
+            weight[:, j:last] -= np.outer(errors[:, j - first], upper[j, j:last])
+            weight[~choice.keep[:, j], j] = 0.0  # exactly, whatever rounding left
+        weight[:, last:] -= errors @ upper[first:last, last:]
+    return weight
+
+
+def _inverse_factor(matrix: np.ndarray) -> np.ndarray:
+    """Upper triangular U with ``U^T U = matrix^-1``.
+
+    With the order of rows and columns reversed a Cholesky factor is upper triangular: matrix =
+    R R^T, and U = R^-1, without the inverse of the matrix.
+    """
+    reverse = np.linalg.cholesky(matrix[::-1, ::-1])
+    return np.asarray(np.triu(np.linalg.inv(reverse[::-1, ::-1])))
+
+
+def _unordered(values: np.ndarray, order: np.ndarray) -> np.ndarray:
+    result = np.empty_like(values)
+    result[:, order] = values
+    return result
+
+
+COMPENSATION = Compensation(solve=solve)
+
+SPARSEGPT = Method(
+    importance,
+    compensation="sparsegpt",
+    needs_gram=True,
+    scope="layer",
+    free=True,
+    summary="optimal brain surgeon, column by column (SparseGPT, arXiv:2301.00774)",
+)

@@ -1,0 +1,171 @@
+"""Methods that solve a layer or a network: each against a plain implementation of its paper."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnx_ecp.methods import LayerProblem, sparsegpt
+from onnx_ecp.refit import Gram, damped
+
+ROWS, INPUTS, OUT, DAMPING = 200, 12, 5, 1e-2
+
+
+@pytest.fixture(params=[1, 2], ids=["one group", "two groups"])
+def layer(request, rng):
+    """Input rows (groups, rows, in), dependent and with a mean; weights (groups * OUT, in)."""
+    mixing = rng.normal(size=(INPUTS, INPUTS))
+    a = rng.normal(size=(request.param, ROWS, INPUTS)) @ mixing + 0.5
+    return a, rng.normal(size=(request.param * OUT, INPUTS))
+
+
+def problem_of(a, weight, keep, **choices):
+    gram = Gram.of(a, a, np.ones(a.shape[:2]), a.mean(axis=1))
+    there = choices.pop("there", np.ones_like(keep))
+    weight = np.where(there, weight, 0.0)
+    given = {"free": True, "gram": gram, "damping": DAMPING} | choices
+    return LayerProblem(weight=weight, original=weight, there=there, keep=keep, **given)
+
+
+def mask(rng, shape, sparsity):
+    return rng.random(shape) >= sparsity
+
+
+def error(a, weight, other):
+    """(out,): mean squared difference of the outputs, with the ridge, as H says it."""
+    gap, groups = other - weight, len(a)
+    found = []
+    for x, d in zip(a, np.split(gap, groups), strict=True):
+        h = damped(x.T @ x / len(x), DAMPING)
+        found.append(((d @ h) * d).sum(axis=1))
+    return np.concatenate(found)
+
+
+# SparseGPT.
+
+
+def plain_sparsegpt(x, weight, block, gone=None, zeros=None, pattern=None):
+    """One column after the other, with an explicit inverse of what is left to the right."""
+    weight, hessian = weight.copy(), damped(x.T @ x / len(x), DAMPING)
+    removed = np.zeros(weight.shape, bool) if gone is None else gone.copy()
+    for j in range(weight.shape[1]):
+        # Cholesky's rows are those of the inverses of the trailing blocks.
+        costs = [
+            weight[:, k] ** 2 / np.linalg.inv(hessian[k:, k:])[0, 0]
+            for k in range(j, weight.shape[1])
+        ]
+        costs = np.stack(costs, axis=1)
+        if zeros is not None and j % block == 0:
+            part = costs[:, :block]
+            chosen = np.argsort(part.reshape(-1), kind="stable")[: zeros[j // block]]
+            flags = np.zeros(part.size, bool)
+            flags[chosen] = True
+            removed[:, j : j + block] = flags.reshape(part.shape)
+        if pattern is not None and j % pattern[1] == 0:
+            n, m = pattern
+            order = np.argsort(costs[:, :m], axis=1, kind="stable")[:, : m - n]
+            removed[:, j : j + m] = False
+            np.put_along_axis(removed[:, j : j + m], order, True, axis=1)
+        inverse = np.linalg.inv(hessian[j:, j:])
+        lost = np.where(removed[:, j], weight[:, j], 0.0)
+        weight[:, j:] -= np.outer(lost / inverse[0, 0], inverse[0])
+    return np.where(removed, 0.0, weight), ~removed
+
+
+def test_sparsegpt_is_the_plain_sweep_with_blocks(layer, rng, monkeypatch):
+    a, weight = layer
+    monkeypatch.setattr(sparsegpt, "BLOCK", 4)
+    keep = np.ones(weight.shape, bool)
+    for rows in np.split(np.arange(len(weight)), len(a)):  # as many zeros in every group
+        flat = np.ones(rows.size * INPUTS, bool)
+        flat[rng.choice(flat.size, 30, replace=False)] = False
+        keep[rows] = flat.reshape(-1, INPUTS)
+    solved = sparsegpt.solve(problem_of(a, weight, keep))
+    for x, rows in zip(a, np.split(np.arange(len(weight)), len(a)), strict=True):
+        expected, kept = plain_sparsegpt(x, weight[rows], block=4, zeros=[10, 10, 10])
+        np.testing.assert_array_equal(solved.keep[rows], kept)
+        np.testing.assert_allclose(solved.weight[rows], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_sparsegpt_under_n_of_m_is_the_plain_sweep_run_by_run(layer):
+    a, weight = layer
+    keep = np.tile([True, True, False, False], (len(weight), INPUTS // 4))
+    solved = sparsegpt.solve(problem_of(a, weight, keep, run=4))
+    for x, rows in zip(a, np.split(np.arange(len(weight)), len(a)), strict=True):
+        expected, kept = plain_sparsegpt(x, weight[rows], block=4, pattern=(2, 4))
+        np.testing.assert_array_equal(solved.keep[rows], kept)
+        np.testing.assert_allclose(solved.weight[rows], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_sparsegpt_with_a_given_mask_keeps_it(layer, rng):
+    a, weight = layer
+    keep = mask(rng, weight.shape, 0.5)
+    solved = sparsegpt.solve(problem_of(a, weight, keep, free=False))
+    for x, rows in zip(a, np.split(np.arange(len(weight)), len(a)), strict=True):
+        expected, kept = plain_sparsegpt(x, weight[rows], block=4, gone=~keep[rows])
+        np.testing.assert_array_equal(solved.keep[rows], kept)
+        np.testing.assert_allclose(solved.weight[rows], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_sparsegpt_follows_the_order_of_n_of_m(layer, rng):
+    a, weight = layer
+    order = rng.permutation(INPUTS)
+    keep = np.empty(weight.shape, bool)
+    keep[:, order] = np.tile([True, True, False, False], (len(weight), INPUTS // 4))
+    solved = sparsegpt.solve(problem_of(a, weight, keep, run=4, order=order))
+    runs = solved.keep[:, order].reshape(len(weight), -1, 4)
+    assert np.all(runs.sum(axis=2) == 2)
+    straight = sparsegpt.solve(problem_of(a[:, :, order], weight[:, order], keep[:, order], run=4))
+    np.testing.assert_allclose(solved.weight[:, order], straight.weight, rtol=1e-9, atol=1e-12)
+
+
+# Laws of all that solve a layer.
+
+SOLVERS = {"sparsegpt": sparsegpt.solve}
+each_solver = pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
+
+
+@each_solver
+@pytest.mark.parametrize("run", [0, 4])
+def test_counts_are_kept_and_what_was_gone_stays_gone(layer, rng, solve, run):
+    a, weight = layer
+    there = mask(rng, weight.shape, 0.3)
+    keep = there & mask(rng, weight.shape, 0.5)
+    solved = solve(problem_of(a, weight, keep, there=there, run=run))
+    assert not solved.keep[~there].any()
+    assert not solved.weight[~solved.keep].any()
+    if run:
+        runs = (len(weight), -1, run)
+        np.testing.assert_array_equal(
+            solved.keep.reshape(runs).sum(axis=2), keep.reshape(runs).sum(axis=2)
+        )
+    for rows in np.split(np.arange(len(weight)), len(a)):
+        assert np.count_nonzero(solved.keep[rows]) == np.count_nonzero(keep[rows])
+
+
+@each_solver
+def test_nothing_to_remove_changes_nothing(layer, solve):
+    a, weight = layer
+    solved = solve(problem_of(a, weight, np.ones(weight.shape, bool)))
+    np.testing.assert_array_equal(solved.weight, weight)
+
+
+@each_solver
+def test_solutions_are_together_closer_than_zeros_alone(layer, rng, solve):
+    a, weight = layer
+    keep = mask(rng, weight.shape, 0.5)
+    solved = solve(problem_of(a, weight, keep, free=False))
+    masked = np.where(keep, weight, 0.0)
+    assert error(a, weight, solved.weight).sum() < error(a, weight, masked).sum()
+
+
+@each_solver
+def test_an_input_that_is_always_zero_goes_first(layer, solve):
+    a, weight = layer
+    a = a.copy()
+    a[:, :, 3] = 0
+    keep = np.ones(weight.shape, bool)
+    keep[:, 0] = False
+    solved = solve(problem_of(a, weight, keep, damping=1e-9))
+    assert not solved.keep[:, 3].any()
+    np.testing.assert_allclose(np.delete(solved.weight, 3, 1), np.delete(weight, 3, 1), rtol=1e-9)
