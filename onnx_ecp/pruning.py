@@ -359,7 +359,7 @@ def solve_layers(
         The new state, and by layer name why a solution was not kept.
     """
     repair, shrink, notes = plan.method.repair, plan.method.shrinkage, {}
-    fit = _Run(network, network.fit)
+    fit = _Run(network, network.fit, with_original=repair.weighted)
     guard = _Guard(network, plan, state) if repair.guarded else None
     uses = Counter(layer.weight.tensor for layer in network.layers)
     for done, segment in enumerate(network.segments, 1):

@@ -105,7 +105,8 @@ class Compensation:
         shifts: whether biases are shifted, to first order, before anything else.
         solve: what each layer becomes, one after the other, in the network that the layers before
             it make; None changes no weights.
-        weighted: whether the rows of a LayerProblem's Gram matrix count by their sensitivities.
+        weighted: whether a LayerProblem's Gram matrix looks at the original network too, and its
+            rows count by their sensitivities.
         guarded: whether a solution must not have a larger error on held-out samples than none.
         damping: of the problem, unless ``--damping`` is given.
     """
