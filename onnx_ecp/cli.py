@@ -132,7 +132,7 @@ CALIBRATION = click.option(
 PRUNING = (
     _choice(
         "--compensation", "NAME", None,
-        "none, bias, refit or sparsegpt.  [default: the method's own]",
+        "none, bias, refit, sparsegpt or obc.  [default: the method's own]",
     ),
     click.option(
         "--damping", type=float, metavar="X",
@@ -146,7 +146,7 @@ PRUNING = (
     click.option("--stages", type=int, metavar="N", help="Stages.  [default: the method's own]"),
     _choice(
         "--scope", "global|layer", None,
-        "Rank over all layers, or within each.  [default: layer for sparsegpt, else global]",
+        "Rank over all layers, or within each.  [default: layer for sparsegpt, obc]",
     ),
     _choice(
         "--metric", "l2|kl", None, "Distance of outputs; kl takes them as logits.  [default: l2]"
@@ -194,8 +194,8 @@ OPTIONS = (
     CALIBRATION,
     click.option(
         "-m", "--method", metavar="NAME", default="ecp-refit", show_default=True,
-        help="ecp-refit, ecp, obs, magnitude, random, gradient-magnitude, wanda, flap, obd or "
-        "sparsegpt.",
+        help="ecp-refit, ecp, obs, magnitude, random, gradient-magnitude, wanda, flap, obd, "
+        "sparsegpt or obc.",
     ),
     click.option(
         "-s", "--sparsity", metavar="VALUE",

@@ -194,7 +194,14 @@ def excess(gram: Gram, target: np.ndarray, weight: np.ndarray, shift: np.ndarray
     return errors + residual**2
 
 
-def solve(system: np.ndarray, right: np.ndarray, keep: np.ndarray, start: np.ndarray) -> np.ndarray:
+def solve(
+    system: np.ndarray,
+    right: np.ndarray,
+    keep: np.ndarray,
+    start: np.ndarray,
+    *,
+    direct: bool = False,
+) -> np.ndarray:
     """Solve ``x_S system_SS = right_S`` for every row, each on its own support S.
 
     Args:
@@ -202,11 +209,12 @@ def solve(system: np.ndarray, right: np.ndarray, keep: np.ndarray, start: np.nda
         right: (rows, in).
         keep: (rows, in), the supports.
         start: (rows, in), where the iteration begins.
+        direct: whether to solve directly however wide the supports are.
 
     Returns:
         (rows, in), zero outside the support.
     """
-    if not _is_narrow(keep):
+    if not direct and not _is_narrow(keep):
         return _conjugate_gradients(system, right, keep, start)
 
     def solved(part: _Part) -> np.ndarray:

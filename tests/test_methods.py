@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnx_ecp.methods import LayerProblem, sparsegpt
+from onnx_ecp.errors import UsageError
+from onnx_ecp.methods import LayerProblem, obc, sparsegpt
 from onnx_ecp.refit import Gram, damped
 
 ROWS, INPUTS, OUT, DAMPING = 200, 12, 5, 1e-2
@@ -119,9 +120,94 @@ def test_sparsegpt_follows_the_order_of_n_of_m(layer, rng):
     np.testing.assert_allclose(solved.weight[:, order], straight.weight, rtol=1e-9, atol=1e-12)
 
 
+# Optimal Brain Compression.
+
+
+def least_squares(weight, hessian, on):
+    """The best weights of a row on a support, by the normal equations."""
+    best = np.zeros_like(weight)
+    best[on] = np.linalg.solve(hessian[np.ix_(on, on)], (hessian @ weight)[on])
+    return best, float((best - weight) @ hessian @ (best - weight))
+
+
+def plain_obc(x, weight, victims, pattern):
+    """All candidates of every step solved for anew; the cheapest step of any row is taken."""
+    hessian = damped(x.T @ x / len(x), DAMPING)
+    keep = np.ones(weight.shape, bool)
+
+    def best_step(i):
+        found = (np.inf, 0)
+        _, now = least_squares(weight[i], hessian, keep[i])
+        for p in np.flatnonzero(keep[i]):
+            if pattern is not None:
+                n, m = pattern
+                if keep[i].reshape(-1, m)[p // m].sum() == n:
+                    continue
+            on = keep[i].copy()
+            on[p] = False
+            found = min(found, (least_squares(weight[i], hessian, on)[1] - now, p))
+        return found
+
+    if pattern is not None:
+        for i in range(len(weight)):
+            for _ in range((pattern[1] - pattern[0]) * INPUTS // pattern[1]):
+                keep[i, best_step(i)[1]] = False
+    for _ in range(victims):
+        steps = [best_step(i) for i in range(len(weight))]
+        i = min(range(len(weight)), key=lambda i: steps[i][0])
+        keep[i, steps[i][1]] = False
+    rows = [least_squares(w, hessian, on)[0] for w, on in zip(weight, keep, strict=True)]
+    return np.stack(rows), keep
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_obc_is_the_greedy_choice_among_all_that_could_go(layer, pattern):
+    a, weight = layer
+    if pattern is None:
+        keep = np.ones(weight.shape, bool)
+        keep[:, :6] = False
+    else:
+        keep = np.tile([True, True, False, False], (len(weight), INPUTS // 4))
+    solved = obc.solve(problem_of(a, weight, keep, run=0 if pattern is None else 4))
+    for x, rows in zip(a, np.split(np.arange(len(weight)), len(a)), strict=True):
+        victims = 6 * OUT if pattern is None else 0
+        expected, kept = plain_obc(x, weight[rows], victims, pattern)
+        np.testing.assert_array_equal(solved.keep[rows], kept)
+        np.testing.assert_allclose(solved.weight[rows], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_obc_with_a_given_mask_is_the_least_squares_solution(layer, rng):
+    a, weight = layer
+    keep = mask(rng, weight.shape, 0.5)
+    solved = obc.solve(problem_of(a, weight, keep, free=False))
+    for x, rows in zip(a, np.split(np.arange(len(weight)), len(a)), strict=True):
+        hessian = damped(x.T @ x / len(x), DAMPING)
+        expected = [
+            least_squares(w, hessian, on)[0] for w, on in zip(weight[rows], keep[rows], strict=True)
+        ]
+        np.testing.assert_allclose(solved.weight[rows], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_obc_does_at_least_as_well_as_sparsegpt(layer):
+    a, weight = layer
+    keep = np.ones(weight.shape, bool)
+    keep[:, ::2] = False
+    problem = problem_of(a, weight, keep)
+    exact, swept = obc.solve(problem).weight, sparsegpt.solve(problem).weight
+    assert error(a, weight, exact).sum() < error(a, weight, swept).sum()
+
+
+def test_obc_refuses_layers_that_would_take_hours(layer, monkeypatch):
+    a, weight = layer
+    monkeypatch.setattr(obc, "MOST", 1)
+    with pytest.raises(UsageError, match="hours") as caught:
+        obc.solve(problem_of(a, weight, np.ones(weight.shape, bool)))
+    assert "sparsegpt" in caught.value.hint
+
+
 # Laws of all that solve a layer.
 
-SOLVERS = {"sparsegpt": sparsegpt.solve}
+SOLVERS = {"sparsegpt": sparsegpt.solve, "obc": obc.solve}
 each_solver = pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
 
 

@@ -1,6 +1,6 @@
 """Pruning methods: one file each, one row here; and a row for a compensation of its own."""
 
-from onnx_ecp.methods import ecp, ecp_refit, obs, simple, sparsegpt
+from onnx_ecp.methods import ecp, ecp_refit, obc, obs, simple, sparsegpt
 from onnx_ecp.methods.method import (
     COMPENSATIONS,
     NEEDS,
@@ -24,7 +24,9 @@ METHODS: dict[str, Method] = {
     "flap": simple.FLAP,
     "obd": simple.OBD,
     "sparsegpt": sparsegpt.SPARSEGPT,
+    "obc": obc.OBC,
 }
+COMPENSATIONS["obc"] = obc.COMPENSATION
 COMPENSATIONS["sparsegpt"] = sparsegpt.COMPENSATION
 
 __all__ = [

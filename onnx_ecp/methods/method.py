@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_ecp.refit import Gram, refit
+from onnx_ecp.refit import Gram, damped, refit
 from onnx_ecp.statistics import Moments
 
 # Each step needs all that the steps before it need.
@@ -74,11 +74,50 @@ class LayerProblem:
     run: int = 0
     order: np.ndarray | None = None
 
-    def rows(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """The rows of W that share an input, with its second moments (in, in)."""
-        out = len(self.weight) // len(self.gram.weight)
+    def solved(self, solve: Callable[[Part], tuple[np.ndarray, np.ndarray]]) -> Solved:
+        """Put together from parts: the rows of W that share an input, columns in ``order``.
+
+        Args:
+            solve: from a part to its new weights and mask, both (rows, in).
+        """
+        order = np.arange(self.weight.shape[1]) if self.order is None else self.order
+        back = np.argsort(order)
+        weight, keep = np.empty_like(self.weight), np.empty_like(self.keep)
+        out = len(weight) // len(self.gram.weight)
         for g, moments in enumerate(self.gram.second_moments):
-            yield slice(g * out, (g + 1) * out), moments
+            rows = slice(g * out, (g + 1) * out)
+            part = Part(
+                self.weight[rows][:, order],
+                damped(moments[np.ix_(order, order)], self.damping),
+                self.there[rows][:, order],
+                self.keep[rows][:, order],
+                self.free,
+                self.run,
+            )
+            found = solve(part)
+            weight[rows], keep[rows] = found[0][:, back], found[1][:, back]
+        return Solved(weight, keep)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a layer that share an input; runs are consecutive columns.
+
+    Args:
+        weight: (rows, in), zero where nothing is there.
+        hessian: (in, in), E[a a^T] of their input with the ridge on its diagonal.
+        there: (rows, in), see ``LayerProblem``.
+        keep: (rows, in).
+        free: whether another mask may be chosen.
+        run: length of the runs, or 0.
+    """
+
+    weight: np.ndarray
+    hessian: np.ndarray
+    there: np.ndarray
+    keep: np.ndarray
+    free: bool
+    run: int
 
 
 @dataclass(frozen=True)

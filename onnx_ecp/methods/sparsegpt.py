@@ -18,7 +18,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_ecp.methods.method import Compensation, LayerProblem, Method, Solved, View
+from onnx_ecp.methods.method import (
+    Compensation,
+    LayerProblem,
+    Method,
+    Part,
+    Solved,
+    View,
+)
 from onnx_ecp.refit import damped, inverse_diagonal
 
 # Columns whose mask is chosen together, and within which every step is taken at once (the paper's).
@@ -41,19 +48,13 @@ def importance(view: View) -> np.ndarray:
 
 
 def solve(problem: LayerProblem) -> Solved:
-    """The sweep over all columns, for every group of rows that share an input."""
-    order = np.arange(problem.weight.shape[1]) if problem.order is None else problem.order
-    weight, keep = np.zeros_like(problem.weight), np.zeros_like(problem.keep)
-    for rows, moments in problem.rows():
-        hessian = damped(moments[np.ix_(order, order)], problem.damping)
-        choice = _Choice(
-            problem.there[rows][:, order], problem.keep[rows][:, order], problem.free, problem.run
-        )
-        swept = _sweep(problem.weight[rows][:, order], hessian, choice)
-        # Sliced assignment and an index array do not go together in one step.
-        weight[rows] = _unordered(swept, order)
-        keep[rows] = _unordered(choice.keep, order)
-    return Solved(weight, keep)
+    """The sweep over all columns."""
+    return problem.solved(_swept)
+
+
+def _swept(part: Part) -> tuple[np.ndarray, np.ndarray]:
+    choice = _Choice(part.there, part.keep, part.free, part.run)
+    return _sweep(part.weight, part.hessian, choice), choice.keep
 
 
 class _Choice:
@@ -101,7 +102,7 @@ class _Choice:
 
 
 def _sweep(weight: np.ndarray, hessian: np.ndarray, choice: _Choice) -> np.ndarray:
-    """The new weights (rows, in); columns and Hessian are in the order of the sweep."""
+    """The new weights (rows, in)."""
     weight, upper = weight.copy(), _inverse_factor(hessian)
     diagonal = np.diagonal(upper)
     columns = weight.shape[1]
@@ -127,12 +128,6 @@ def _inverse_factor(matrix: np.ndarray) -> np.ndarray:
     """
     reverse = np.linalg.cholesky(matrix[::-1, ::-1])
     return np.asarray(np.triu(np.linalg.inv(reverse[::-1, ::-1])))
-
-
-def _unordered(values: np.ndarray, order: np.ndarray) -> np.ndarray:
-    result = np.empty_like(values)
-    result[:, order] = values
-    return result
 
 
 COMPENSATION = Compensation(solve=solve)
