@@ -224,8 +224,9 @@ OPTIONS = (
         help="Keep units in multiples of N, such as 8 or 16.",
     ),
     click.option(
-        "--cleanup/--no-cleanup", default=False, show_default=True,
-        help="Delete units that have no weights left; exact but for rounding.",
+        "--cleanup/--no-cleanup", default=None,
+        help="Delete units that have no weights left; exact but for rounding.  [default: on, but "
+        "off with N:M and --apply-masks]",
     ),
     _choice("--importance", "NAME", None, "Rank weights as this method does.  [default: METHOD]"),
     *PRUNING,
@@ -239,7 +240,10 @@ OPTIONS = (
         "--bound", is_flag=True,
         help="Add bounds on the output gap, from the held-out samples, at confidence 0.95.",
     ),
-    click.option("--masks", metavar="FILE.npz", help="Write the keep masks (True = stays)."),
+    click.option(
+        "--masks", metavar="FILE.npz",
+        help="Write the keep masks (True = stays), in the shapes of MODEL.",
+    ),
     click.option(
         "--apply-masks", metavar="FILE.npz", help="Remove what these keep masks say, no more."
     ),

@@ -46,7 +46,7 @@ class Options:
     speedup: float | None = None
     cost: str = "params"
     unit_multiple: int = 1
-    cleanup: bool = False
+    cleanup: bool | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layer_sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
@@ -141,6 +141,8 @@ class Options:
             )
 
     def _check_units(self) -> None:
+        if self.cleanup and self._patterns:
+            raise UsageError("--cleanup does not go with N:M: it would break the pattern.")
         if self.granularity == "weight":
             for name, default in (("speedup", None), ("cost", "params"), ("unit_multiple", 1)):
                 if getattr(self, name) != default:
@@ -164,6 +166,18 @@ class Options:
     def session(self) -> dict[str, Any]:
         """The settings of every ONNX Runtime session."""
         return {"provider": self.provider, "threads": self.threads}
+
+    @property
+    def _patterns(self) -> bool:
+        return any(isinstance(x, NM) for x in (self.sparsity, *self.layer_sparsity.values()))
+
+    @property
+    def cleans(self) -> bool:
+        """Whether dead units leave the model: a pattern or given masks are what a file is for."""
+        if self.granularity == "unit":
+            return False  # dead units are the first to go as it is
+        default = not self._patterns and self.apply_masks is None
+        return default if self.cleanup is None else self.cleanup
 
     @property
     def limit(self) -> Limit | None:

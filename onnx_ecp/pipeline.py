@@ -436,7 +436,7 @@ def finished(
         not np.array_equal(keep, network.original.keep[name])
         for name, keep in pruned.state.keep.items()
     )
-    if not options.cleanup or not anything or isinstance(options.end, NM):
+    if not options.cleans or not anything:
         return Smaller(masked, created)
     return cleaned(source, masked, created, network, options.session)
 
@@ -518,12 +518,14 @@ def save(
     Raises:
         OutputError: it cannot be written.
     """
+    names = {layer.name for layer in layers}
     modelling.save(
         result.proto,
         output,
         base=source.base,
         encoding=options.format,
-        pruned={layer.weight.tensor for layer in layers},
+        # Not the tensors of the layers as they were: a cut may have given one a copy of its own.
+        pruned={x.weight.tensor for x in find_layers(result.proto).layers if x.name in names},
         force=options.force,
         source=source.path,
     )

@@ -30,11 +30,11 @@ from onnx_ecp.options import Options
 from onnx_ecp.pipeline import (
     Data,
     choose_layers,
+    finished,
     gather,
     load,
     make_plan,
     observe_network,
-    stored,
     warnings,
 )
 from onnx_ecp.pruning import Network, Plan, observe, prune
@@ -357,7 +357,7 @@ def run(shared: Shared, options: Options, plan: Plan, progress: Progress = silen
     network = shared.networks[needs]
     pruned = prune(network, plan, progress, measured=shared.measured[needs])
     seconds = time.monotonic() - began
-    result, _ = stored(shared.source, network, pruned.state)
+    result = finished(shared.source, network, None, pruned, options).model
     gap = measure_gap(
         shared.source,
         result,

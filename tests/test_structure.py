@@ -230,6 +230,10 @@ def run(proto, feeds):
     return session.run(None, feeds)[0]
 
 
+def names_of(model):
+    return {layer.name for layer in find_layers(model.proto).layers}
+
+
 def some_units(structure, rng):
     """About half of the units, one at least in every group."""
     keep = rng.random(structure.units) > 0.5
@@ -396,7 +400,7 @@ def test_clean_up_deletes_dead_units_and_changes_no_output(network, rng):
     structure = structure_of(model, feeds)
     keep = some_units(structure, rng)
     masked = without_outgoing_weights(model, structure, keep)
-    done = clean_up(masked, [feeds])
+    done = clean_up(masked, names_of(masked), [feeds])
     assert not done.refused
     assert sum(row.before - row.after for row in done.rows) == (~keep).sum()
     onnx.checker.check_model(done.model.proto, full_check=True)
@@ -419,7 +423,7 @@ def test_clean_up_folds_constant_units_into_the_next_bias(name, rng):
     matrix = layer.weight.matrix(values)
     matrix[[1, 4]] = 0
     weight.CopyFrom(onnx.numpy_helper.from_array(layer.weight.unmatrix(matrix), "W"))
-    done = clean_up(model, [feeds])
+    done = clean_up(model, names_of(model), [feeds])
     assert [(row.before, row.after) for row in done.rows] == [(6, 4)]
     wanted = run(model.proto, feeds)
     np.testing.assert_allclose(
@@ -441,20 +445,27 @@ def test_a_constant_that_a_border_hides_stays(rng):
     values = onnx.numpy_helper.to_array(weight).copy()
     values[2] = 0
     weight.CopyFrom(onnx.numpy_helper.from_array(values, "W"))
-    assert clean_up(model, [inputs(model, rng)]).rows == ()
+    assert clean_up(model, names_of(model), [inputs(model, rng)]).rows == ()
 
 
-def test_inputs_that_nobody_reads_are_gathered_away(rng):
-    model = build(NETWORKS["Gemm chain"], rng)
+@pytest.mark.parametrize(("outputs", "gathered"), [(4, False), (200, True)])
+def test_inputs_that_nobody_reads_are_gathered_away_where_that_pays(outputs, gathered, rng):
+    shapes = {"W": (outputs, 16), "b": (outputs,), "V": (outputs, 4), "c": (1, 4), "U": (4, 3)}
+    _, body, _, _ = NETWORKS["Gemm chain"]
+    model = build(("float[N, 16] x", body, shapes, [outputs, 4]), rng)
     weight = next(t for t in model.proto.graph.initializer if t.name == "W")
     values = onnx.numpy_helper.to_array(weight).copy()
-    values[:, [0, 2, 3]] = 0
+    values[:, 5:] = 0
     weight.CopyFrom(onnx.numpy_helper.from_array(values, "W"))
     feeds = inputs(model, rng)
-    done = clean_up(model, [feeds])
-    assert done.inputs == {"h": (5, 2)}
+    done = clean_up(model, names_of(model), [feeds])
+    found = [(row.producers, row.consumers, row.before, row.after, row.why) for row in done.rows]
+    assert found == [(("x",), ("h",), 16, 5, "unread")] * gathered
     onnx.checker.check_model(done.model.proto, full_check=True)
-    np.testing.assert_allclose(run(done.model.proto, feeds), run(model.proto, feeds), rtol=1e-5)
+    wanted = run(model.proto, feeds)
+    np.testing.assert_allclose(
+        run(done.model.proto, feeds), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max()
+    )
 
 
 @each_network
@@ -545,3 +556,98 @@ def test_choices_that_contradict_units_are_refused(choices, rng):
     model = build(NETWORKS["Gemm chain"], rng)
     with pytest.raises(UsageError):
         onnx_ecp.optimize(model.proto, inputs(model, rng, 40), **{"granularity": "unit"} | choices)
+
+
+@pytest.fixture(scope="module")
+def mostly_dead(tmp_path_factory):
+    """A network, samples, and what 90 % fewer weights make of it by default and uncut."""
+    rng = np.random.default_rng(0)
+    model = build(NETWORKS["Gemm chain"], rng)
+    data = inputs(model, rng, 80)
+    path = tmp_path_factory.mktemp("dead") / "masks.npz"
+    choices = {"method": "magnitude", "sparsity": 0.9}
+    return (
+        onnx_ecp.optimize(model.proto, data, masks=path, **choices),
+        onnx_ecp.optimize(model.proto, data, cleanup=False, **choices),
+        model,
+        data,
+        path,
+    )
+
+
+def test_clean_up_is_on_by_default_reported_and_changes_no_output(mostly_dead):
+    cleaned, whole, model, data, _ = mostly_dead
+    assert {row.why for row in cleaned.report.units} <= {"dead", "unread"}
+    assert cleaned.report.work_after.weights < cleaned.report.work_before.weights
+    assert cleaned.report.result.parameters < whole.report.result.parameters
+    assert whole.report.result.parameters >= model_parameters(model)
+    assert (cleaned.report.zeros_after, cleaned.report.weights) == (
+        whole.report.zeros_after,
+        whole.report.weights,
+    )
+    wanted = run(whole.model, data)
+    np.testing.assert_allclose(
+        run(cleaned.model, data), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max()
+    )
+
+
+def model_parameters(model):
+    """Elements of all stored tensors."""
+    return sum(int(np.prod(tensor.dims)) for tensor in model.proto.graph.initializer)
+
+
+def test_masks_are_of_the_given_model_and_make_the_uncut_result(mostly_dead):
+    cleaned, whole, model, data, path = mostly_dead
+    stored = {tensor.name: tuple(tensor.dims) for tensor in model.proto.graph.initializer}
+    with np.load(path) as masks:
+        assert {name: mask.shape for name, mask in masks.items()} == {n: stored[n] for n in masks}
+    again = onnx_ecp.optimize(model.proto, data, method="magnitude", apply_masks=path)
+    assert again.model == whole.model
+    again = onnx_ecp.optimize(model.proto, data, method="magnitude", apply_masks=path, cleanup=True)
+    assert again.model == cleaned.model
+
+
+@pytest.mark.parametrize("encoding", ["dense", "sparse", "packed"])
+def test_what_clean_up_leaves_is_written_in_every_format(mostly_dead, encoding, tmp_path):
+    cleaned, _, model, data, _ = mostly_dead
+    path = tmp_path / "out.onnx"
+    written = onnx_ecp.optimize(
+        model.proto, data, method="magnitude", sparsity=0.9, format=encoding, output=path
+    )
+    np.testing.assert_allclose(
+        run(onnx.load(path), data), run(cleaned.model, data), rtol=1e-6, atol=1e-6
+    )
+    assert written.report.units == cleaned.report.units
+    assert onnx_ecp.compare(model.proto, path, data).gap.samples == 80
+
+
+def test_a_pattern_keeps_all_units_unless_clean_up_is_asked_for(rng):
+    model = build(("float[N, 8] x", "h = MatMul(x, W)\n y = MatMul(h, V)", TWO_FOUR, [8]), rng)
+    stored = next(t for t in model.proto.graph.initializer if t.name == "V")
+    values = onnx.numpy_helper.to_array(stored).copy()
+    values[3] = 0
+    stored.CopyFrom(onnx.numpy_helper.from_array(values, "V"))
+    data = inputs(model, rng, 40)
+    assert onnx_ecp.optimize(model.proto, data, method="magnitude", sparsity=0.2).report.units
+    kept = onnx_ecp.optimize(model.proto, data, method="magnitude", sparsity="2:4")
+    assert not kept.report.units
+    with pytest.raises(UsageError, match="N:M"):
+        onnx_ecp.optimize(model.proto, data, sparsity="2:4", cleanup=True)
+
+
+TWO_FOUR = {"W": (8, 8), "V": (8, 4)}
+
+
+def test_clean_up_leaves_layers_alone_that_were_not_pruned(rng):
+    model = build(NETWORKS["Gemm chain"], rng)
+    stored = next(t for t in model.proto.graph.initializer if t.name == "V")
+    values = onnx.numpy_helper.to_array(stored).copy()
+    values[2] = 0
+    stored.CopyFrom(onnx.numpy_helper.from_array(values, "V"))
+    data = inputs(model, rng, 40)
+    choices = {"method": "magnitude", "sparsity": 0.2}
+    assert onnx_ecp.optimize(model.proto, data, **choices).report.units
+    result = onnx_ecp.optimize(model.proto, data, exclude="^k$", **choices)
+    assert not result.report.units
+    after = next(t for t in result.model.graph.initializer if t.name == "V")
+    assert after == stored

@@ -174,7 +174,8 @@ def test_limits_are_met_together():
 
 def test_masks_that_were_written_can_be_applied(model, data, tmp_path):
     masks = tmp_path / "masks.npz"
-    first = onnx_ecp.optimize(model, data, method="ecp", sparsity=0.6, masks=masks)
+    choices = {"method": "ecp", "sparsity": 0.6, "masks": masks, "cleanup": False}
+    first = onnx_ecp.optimize(model, data, **choices)
     again = onnx_ecp.optimize(model, data, method="ecp", apply_masks=masks)
     assert again.model == first.model
     refitted = onnx_ecp.optimize(model, data, apply_masks=masks, stages=3)
@@ -199,10 +200,9 @@ def test_masks_that_do_not_fit_are_refused(model, data, tmp_path, stored, words)
 
 @pytest.mark.parametrize("metric", ["l2", "kl"])
 def test_fine_tuning_lowers_the_held_out_loss_and_keeps_the_mask(model, data, metric):
-    plain = onnx_ecp.optimize(model, data, sparsity=0.7, method="ecp", metric=metric)
-    tuned = onnx_ecp.optimize(
-        model, data, sparsity=0.7, method="ecp", metric=metric, finetune_steps=200
-    )
+    choices = {"sparsity": 0.7, "method": "ecp", "metric": metric, "cleanup": False}
+    plain = onnx_ecp.optimize(model, data, **choices)
+    tuned = onnx_ecp.optimize(model, data, finetune_steps=200, **choices)
     for name, mask in plain.masks.items():
         np.testing.assert_array_equal(tuned.masks[name], mask)
     if metric == "l2":

@@ -48,6 +48,7 @@ def page(report: Report) -> str:
         _outputs(report),
         _bounds(report),
         _layers(report),
+        _units(report),
         _skips(report),
         _origin(report),
     ]
@@ -168,6 +169,19 @@ def _layer(row: LayerRow) -> list[str]:
         number(row.ess),
         shown("; ".join(["bias created"] * row.bias_created + [row.note] * bool(row.note)), 120),
     ]
+
+
+def _units(report: Report) -> str:
+    rows = []
+    for row in report.units:
+        made, read = (shown(" + ".join(names), 200) for names in (row.producers, row.consumers))
+        rows.append([made, read, f"{row.before:,}", f"{row.after:,}", row.why])
+    before, after = report.work_before, report.work_after
+    if before is not None and after is not None:
+        for what in ("weights", "flops"):
+            x, y = getattr(before, what), getattr(after, what)
+            rows.append([f"{what} of the layers", "", f"{x:,}", f"{y:,}", f"x{y / max(x, 1):.3f}"])
+    return table("Units", ["made by", "read by", "before>", "after>", ""], rows)
 
 
 def _skips(report: Report) -> str:

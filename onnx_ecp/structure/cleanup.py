@@ -2,14 +2,15 @@
 
 A unit whose outgoing weights are all zero goes. One whose incoming weights are all zero is a
 constant, whatever stands between it and its readers: ONNX Runtime says which, and it is folded into
-their biases. Inputs that nothing reads go where a Gather and a smaller product are faster. Both
-models are run on calibration samples, and where they differ nothing is cleaned up.
+their biases. Inputs that nothing reads go where a Gather and a smaller product are faster. Layers
+that were not pruned keep their shape. Both models are run on calibration samples, and where they
+differ nothing is cleaned up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -35,9 +36,9 @@ Feeds = Mapping[str, np.ndarray]
 # Largest difference of outputs, as a share of their largest value, that rounding may make: the sums
 # are the same, but for constants that enter them in another place.
 ROUNDING = 1e-5
-# Share of the inputs up to which a Gather and a smaller product are faster than the whole product
-# (measured with ONNX Runtime on the CPU, 784 to 3072 inputs, batches of 1 to 64).
-INPUTS_THAT_PAY = 0.5
+# A Gather copies an element in the time of so many multiplications of a matrix product, or a little
+# less (ONNX Runtime on the CPU, batch 64; benchmarks/dead_inputs.py).
+COPY = 400
 # Gather counts axes from the end from this opset on.
 _NEGATIVE_AXES = 11
 
@@ -48,39 +49,66 @@ class CleanUp:
 
     Args:
         model: the result.
-        rows: units that went, by group.
-        inputs: by layer name, (inputs before, inputs after) of layers that lost some.
+        rows: what went: units by group, then inputs by layer.
         refused: why the model stayed as it was; empty where it did not.
     """
 
     model: Model
     rows: tuple[UnitRow, ...] = ()
-    inputs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     refused: str = ""
 
 
-def clean_up(model: Model, batches: Sequence[Feeds], **settings: object) -> CleanUp:
+@dataclass(frozen=True)
+class _Alive:
+    """Which rows (out,) and columns (in,) of a layer have any weight, bool."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+
+    @property
+    def all(self) -> bool:
+        return bool(self.rows.all() and self.columns.all())
+
+
+def clean_up(
+    model: Model, pruned: Collection[str], batches: Sequence[Feeds], **settings: object
+) -> CleanUp:
     """Remove dead units and dead inputs of a model, exact but for rounding.
 
     Args:
         model: a pruned model; it is not changed.
-        batches: calibration samples, on which equality is checked.
+        pruned: names of the layers that may lose rows and columns.
+        batches: calibration samples, on which equality is checked; the first of them tells shapes.
         settings: of the ``Session``.
     """
     current, rows = model, list[UnitRow]()
     while True:
-        found = _without_dead(current, batches[0], settings)
+        layers = [x for x in find_layers(current.proto).layers if x.name in pruned]
+        alive = {layer.name: _alive(_matrix(current, layer)) for layer in layers}
+        if all(part.all for part in alive.values()):
+            break
+        found = _without_dead(current, layers, alive, batches[0], settings)
         if found is None:
+            current, gathered = _without_dead_inputs(current, layers, alive)
+            rows += gathered
             break
         current = found[0]
         rows += found[1]
-    current, inputs = _without_dead_inputs(current)
-    if not rows and not inputs:
+    if not rows:
         return CleanUp(model)
     gap = largest_difference(model, current, batches, **settings)
     if not gap <= ROUNDING:
         return CleanUp(model, refused=f"outputs would change by {gap:.2g} of their largest value")
-    return CleanUp(current, tuple(rows), inputs)
+    return CleanUp(current, _joined(rows))
+
+
+def _joined(rows: Iterable[UnitRow]) -> tuple[UnitRow, ...]:
+    """One row for each group, whatever number of rounds it lost units in."""
+    joined: dict[tuple[tuple[str, ...], tuple[str, ...]], UnitRow] = {}
+    for row in rows:
+        first = joined.setdefault((row.producers, row.consumers), row)
+        joined[row.producers, row.consumers] = replace(first, after=row.after)
+    return tuple(joined.values())
 
 
 def largest_difference(
@@ -99,14 +127,18 @@ def largest_difference(
 
 
 def _without_dead(
-    model: Model, feeds: Feeds, settings: Mapping[str, object]
+    model: Model,
+    layers: Sequence[Layer],
+    alive: Mapping[str, _Alive],
+    feeds: Feeds,
+    settings: Mapping[str, object],
 ) -> tuple[Model, list[UnitRow]] | None:
     """The model without the units that are dead now; None where none is."""
-    layers = find_layers(model.proto).layers
     structure = find_structure(model.proto, layers, shapes_of_a_run(model, feeds, **settings))
-    weights = {layer.name: _matrix(model, layer) for layer in layers}
-    unread = ~_alive(structure, weights, structure.columns, 0)
-    constant = ~_alive(structure, weights, structure.rows, 1) & ~unread
+    columns = {name: part.columns for name, part in alive.items()}
+    rows = {name: part.rows for name, part in alive.items()}
+    unread = ~_any(structure, columns, structure.columns)
+    constant = ~_any(structure, rows, structure.rows) & ~unread
     values = _constants(model, structure, layers, constant, feeds, settings)
     keep = _at_least_one(structure, ~unread & ~(constant & _foldable(structure, values, constant)))
     if keep.all():
@@ -114,7 +146,7 @@ def _without_dead(
     proto = cut(model.proto, structure, keep, model.base)
     after = {layer.name: layer for layer in find_layers(proto).layers}
     for layer in layers:
-        shift = _shift(layer, structure, weights[layer.name], values, constant & ~keep)
+        shift = _shift(model, layer, structure, values, constant & ~keep)
         stays = structure.rows_kept(layer.name, keep)
         after[layer.name].store(proto, None, shift[stays], model.base)
     return Model(proto, None, model.base), unit_rows(structure, keep, "dead")
@@ -122,21 +154,21 @@ def _without_dead(
 
 def _matrix(model: Model, layer: Layer) -> np.ndarray:
     stored = constants(model.proto)[layer.weight.tensor]
-    return layer.weight.matrix(read_tensor(model, stored)).astype(np.float64)
+    return layer.weight.matrix(read_tensor(model, stored))
 
 
-def _alive(
-    structure: Structure,
-    weights: Mapping[str, np.ndarray],
-    entries: Mapping[str, np.ndarray],
-    axis: int,
+def _alive(weight: np.ndarray) -> _Alive:
+    return _Alive(np.asarray(weight.any(axis=1)), np.asarray(weight.any(axis=0)))
+
+
+def _any(
+    structure: Structure, alive: Mapping[str, np.ndarray], entries: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-    """(units,) bool: whether any of a unit's columns (axis 0) or rows (axis 1) is not all zero."""
-    alive = np.zeros(structure.units, np.bool_)
+    """(units,) bool: whether any of a unit's entries, rows or columns of layers, has a weight."""
+    found = np.zeros(structure.units, np.bool_)
     for name, units in entries.items():
-        some = weights[name].any(axis=axis) & (units != STAYS)
-        alive[units[some]] = True
-    return alive
+        found[units[alive[name] & (units != STAYS)]] = True
+    return found
 
 
 def _constants(
@@ -184,17 +216,18 @@ def _foldable(
 
 
 def _shift(
+    model: Model,
     layer: Layer,
     structure: Structure,
-    weight: np.ndarray,
     values: Mapping[str, np.ndarray],
     folded: np.ndarray,
 ) -> np.ndarray:
     """(out,): what the folded units add to z."""
-    if layer.name not in values:
-        return np.zeros(layer.shape[0])
     columns = _reads(structure, layer.name, folded)
-    return np.asarray(weight[:, columns] @ values[layer.name][columns])
+    if layer.name not in values or not columns.any():
+        return np.zeros(layer.shape[0])
+    weight = _matrix(model, layer)[:, columns].astype(np.float64)
+    return np.asarray(weight @ values[layer.name][columns])
 
 
 def _at_least_one(structure: Structure, keep: np.ndarray) -> np.ndarray:
@@ -206,25 +239,32 @@ def _at_least_one(structure: Structure, keep: np.ndarray) -> np.ndarray:
     return keep
 
 
-def _without_dead_inputs(model: Model) -> tuple[Model, dict[str, tuple[int, int]]]:
-    """The model with a Gather in front of Gemm and MatMul layers that read half or less."""
+def _without_dead_inputs(
+    model: Model, layers: Sequence[Layer], alive: Mapping[str, _Alive]
+) -> tuple[Model, list[UnitRow]]:
+    """The model with a Gather in front of the Gemm and MatMul layers where that pays."""
     opset = next(o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx"))
     if opset < _NEGATIVE_AXES:
-        return model, {}
+        return model, []
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
-    scope = main_scope(model.proto)
-    gathered = {}
-    for node, layer in with_layers(scope, find_layers(model.proto).layers):
+    scope, rows = main_scope(model.proto), []
+    for node, layer in with_layers(scope, layers):
         if not isinstance(layer, Dense) or layer.axis != -1:
             continue
-        alive = np.any(_matrix(model, layer), axis=0)
-        if 0 < alive.sum() <= INPUTS_THAT_PAY * len(alive):
+        read = alive[layer.name].columns
+        before, after = len(read), int(read.sum())
+        if 0 < after < before and pays(before, after, layer.shape[0]):
             slot = column_slot(scope, node, layer)
-            shrink(proto, [slot], alive, model.base)
-            _gather(proto, slot.node, 1 - slot.index, np.flatnonzero(alive))
-            gathered[layer.name] = (len(alive), int(alive.sum()))
-    return (Model(proto, None, model.base), gathered) if gathered else (model, {})
+            shrink(proto, [slot], read, model.base)
+            _gather(proto, slot.node, 1 - slot.index, np.flatnonzero(read))
+            rows.append(UnitRow((layer.input,), (layer.name,), 1, before, after, "unread"))
+    return (Model(proto, None, model.base), rows) if rows else (model, [])
+
+
+def pays(inputs: int, read: int, outputs: int) -> bool:
+    """Whether a layer is faster if it is given only the inputs that it reads."""
+    return (inputs - read) * outputs >= COPY * read
 
 
 def _gather(proto: onnx.ModelProto, output: str, index: int, chosen: np.ndarray) -> None:

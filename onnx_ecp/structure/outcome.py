@@ -19,7 +19,8 @@ class UnitRow:
         width: rows of the first producer per unit: 1, or the size of a head.
         before: number of units in the given model.
         after: number of units in the result.
-        why: "removed", or "dead" for what clean-up took away.
+        why: "removed"; "dead" where clean-up took them away; "unread" where the producers are a
+            tensor of which a Gather takes what the consumer still reads.
     """
 
     producers: tuple[str, ...]

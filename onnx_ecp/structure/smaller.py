@@ -124,19 +124,15 @@ def cleaned(
     source: Model, pruned: Model, created: frozenset[str], network: Network, settings: Settings
 ) -> Smaller:
     """Take out of a pruned model what does nothing any longer; see ``cleanup``."""
-    feeds = [batch.feeds for batch in network.guard.batches(network.size)]
-    done = clean_up(pruned, feeds, **settings)
+    names = {layer.name for layer in network.layers}
+    few = next(network.fit.batches(2)).feeds
+    judged = (batch.feeds for batch in network.guard.batches(network.size))
+    done = clean_up(pruned, names, [few, *judged], **settings)
     if done.refused:
         return Smaller(pruned, created, warnings=(f"nothing was cleaned up: {done.refused}.",))
-    if not done.rows and not done.inputs:
+    if not done.rows:
         return Smaller(pruned, created)
-    warnings = tuple(
-        f"clean-up: {modelling.printable(name)} reads {after} of its {before} inputs, "
-        "through a Gather."
-        for name, (before, after) in done.inputs.items()
-    )
-    made = Smaller(done.model, created, done.rows, warnings=warnings)
-    return _measured(source, made, feeds[0], settings)
+    return _measured(source, Smaller(done.model, created, done.rows), few, settings)
 
 
 def _measured(
