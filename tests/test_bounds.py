@@ -377,12 +377,17 @@ def test_the_report_of_optimize_has_the_bounds_of_its_held_out_samples(tmp_path,
     values = {n: rng.normal(size=s) for n, s in SHAPES.items()}
     model = network("h = MatMul(x, A) r = Relu(h) y = MatMul(r, B)", (6,), values)
     x = rng.normal(size=(400, 6)).astype(np.float32)
-    made = optimize(model, {"x": x}, method="magnitude", sparsity=0.4, bound=True)
+    choices = {"method": "magnitude", "sparsity": 0.4}
+    cleaned = optimize(model, {"x": x}, bound=True, **choices).report.bounds
+    assert cleaned.per_sample.gap is None
+    assert "--no-cleanup" in cleaned.per_sample.refused
+    made = optimize(model, {"x": x}, bound=True, cleanup=False, **choices)
     found = made.report.bounds
+    assert np.isclose(cleaned.measured, found.measured, rtol=1e-4)
     assert found.samples == made.report.calibration.held_out == 40
     assert 0 < found.conformal.gap <= found.measured <= found.per_sample.gap
     assert np.isclose(gaps(model, made.model, x), found.measured, rtol=1e-5).any()
-    assert optimize(model, {"x": x}, method="magnitude", sparsity=0.4).report.bounds is None
+    assert optimize(model, {"x": x}, **choices).report.bounds is None
     with pytest.raises(UsageError, match="target"):
         optimize(model, {"x": x}, method="magnitude", max_error=0.1, bound=True)
 

@@ -98,8 +98,9 @@ def pair(a: Model, b: Model) -> Pair:
         other = right.nodes.get(output)
         if other is None or not _alike(node, other, left.constants, right.constants):
             raise ModelError(
-                f"node {printable(output)!r} of the first model has no counterpart in the second.",
-                hint="The deterministic bound is for models that differ in their constants only.",
+                f"node {printable(output)!r} of the first model has no counterpart of the same "
+                "shape in the second: only models that differ in the values of their constants "
+                "have a deterministic bound (`optimize --no-cleanup` makes them).",
             )
         steps.append(Step(node, _known(node, left), _known(other, right), opsets))
     inputs = tuple(spec.name for spec in signature(a.proto))
@@ -187,6 +188,7 @@ def _alike(
         (a.op_type, a.domain) == (b.op_type, b.domain)
         and list(_attributes(a)) == list(_attributes(b))
         and _computed(a, known_a) == _computed(b, known_b)
+        and all(known_a[i].size == known_b[i].size for i in known_a.keys() & known_b.keys())
     )
 
 
