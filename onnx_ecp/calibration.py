@@ -19,9 +19,17 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_ecp.arrays import npz_names, read_npy, read_npz, read_polygraphy, read_tensor
+from onnx_ecp.arrays import (
+    memory_budget,
+    npz_names,
+    read_npy,
+    read_npz,
+    read_polygraphy,
+    read_tensor,
+)
 from onnx_ecp.errors import CalibrationError, UsageError, did_you_mean
 from onnx_ecp.model import InputSpec
+from onnx_ecp.runtime import check_deadline
 from onnx_ecp.synthetic import draw, is_fixed
 
 # Arrays under these names are labels: ``load`` passes over them, ``load_labels`` reads them.
@@ -70,7 +78,6 @@ class Calibration:
         source: where they come from, for the report.
         synthetic: made up; importances measured with them reflect no real data.
         seed: that the choice of samples, or the samples themselves, were drawn with.
-        note: what the user should know about this part, or empty.
     """
 
     arrays: dict[str, np.ndarray]
@@ -78,7 +85,6 @@ class Calibration:
     source: str
     synthetic: bool
     seed: int
-    note: str = ""
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -105,12 +111,11 @@ class Calibration:
 
         Args:
             fraction: share of the samples that is held out, in (0, 1); both parts get at least
-                one. A single sample is in both parts, which their notes say.
+                one. A single sample is both parts: the two are then the same object.
             seed: of the permutation.
         """
         if len(self) == 1:
-            both = replace(self, note="one sample only: it is also the held-out sample")
-            return both, both
+            return self, self
         held_out = min(max(round(len(self) * fraction), 1), len(self) - 1)
         order = np.random.default_rng(seed).permutation(len(self))
         return self.take(np.sort(order[held_out:])), self.take(np.sort(order[:held_out]))
@@ -151,8 +156,8 @@ def load(source: Any, inputs: Inputs, *, samples: int | None = None, seed: int =
     if kind is None:
         raise _unknown(source)
     parts = kind.read(source, inputs)
-    if kind.stream and samples is not None:
-        parts = _until(parts, samples)
+    if kind.stream:
+        parts = _until(parts, samples, _origin(source))
     whole = replace(_joined(list(parts), _origin(source)), seed=seed)
     indices = np.arange(len(whole))
     if samples is not None and samples < len(whole):
@@ -191,6 +196,18 @@ def sidecar(model_path: str | Path) -> Path | None:
     """The calibration file beside a model, ``in.npz`` for ``in.onnx``, if there is one."""
     path = Path(model_path).with_suffix(".npz")
     return path if path.is_file() else None
+
+
+def is_stream(source: Any) -> bool:
+    """Whether a source gives one sample after another, perhaps without an end."""
+    kind = next((kind for kind in SOURCES.values() if kind.accepts(source)), None)
+    return kind is not None and kind.stream
+
+
+def count_labels(path: str | Path) -> int:
+    """How many labels a file has; see ``load_labels``."""
+    labels = _labels_array(Path(path))
+    return len(labels) if labels.ndim else 1
 
 
 def load_labels(path: str | Path, n: int) -> np.ndarray:
@@ -407,12 +424,21 @@ def _joined(parts: list[Calibration], origin: str) -> Calibration:
     return replace(parts[0], arrays=arrays, stacked=stacked, source=origin)
 
 
-def _until(parts: Iterable[Calibration], samples: int) -> Iterator[Calibration]:
-    count = 0
+def _until(parts: Iterable[Calibration], samples: int | None, origin: str) -> Iterator[Calibration]:
+    """The first parts of a stream, which may have no end."""
+    count, taken, budget = 0, 0, memory_budget()
     for part in parts:
+        check_deadline()
+        if taken > budget:
+            raise CalibrationError(
+                f"{origin}: {count} samples take more than half of the free memory, and there "
+                "are more.",
+                hint="Say with --samples how many to use.",
+            )
         yield part
         count += len(part)
-        if count >= samples:
+        taken += sum(array.nbytes for array in part.arrays.values())
+        if samples is not None and count >= samples:
             return
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,6 +246,12 @@ class Sums:
         )
 
 
+def overall(sums: Collection[Sums]) -> float:
+    """The relative error over all floating-point outputs, over all where there are none."""
+    counted = [s for s in sums if s.floating] or sums
+    return math.sqrt(statistics.fmean(s.relative_error**2 for s in counted))
+
+
 def deviation_sums(a: np.ndarray, b: np.ndarray, start: int, samples: int) -> Sums:
     """The sums of one batch of one output.
 
@@ -383,7 +389,7 @@ def measure_gap(
     check_same_signature(a, b)
     size = batch_size or _fitting(data)
     sums: dict[str, Sums] = {}
-    target: _Target | None = None
+    target: Target | None = None
     predictions: list[tuple[np.ndarray, ...]] = []
     for batch, of_a, of_b in paired_outputs(a, b, data.batches(size), provider, threads):
         check_same_shapes(b, of_a, of_b)
@@ -391,16 +397,15 @@ def measure_gap(
             new = deviation_sums(y, of_b[name], batch.start, batch.samples)
             sums[name] = sums[name] + new if name in sums else new
         if labels is not None:
-            target = target or _target(of_a, labels)
+            target = target or target_of(of_a, labels)
             predictions.append((target.prediction(of_a), target.prediction(of_b)))
         progress("comparing", batch.start + batch.samples, len(data))
-    counted = [s for s in sums.values() if s.floating] or list(sums.values())
     scores: tuple[Score, ...] = ()
     if labels is not None and target is not None:
         scores = target.scores(labels, *map(np.concatenate, zip(*predictions, strict=True)))
     return Gap(
         samples=len(data),
-        relative_error=math.sqrt(statistics.fmean(s.relative_error**2 for s in counted)),
+        relative_error=overall(sums.values()),
         outputs=tuple(s.deviation(name) for name, s in sums.items()),
         scores=scores,
     )
@@ -471,12 +476,12 @@ def _fitting(data: Calibration) -> int:
     return int(np.clip(BATCH_BYTES // max(size, 1), 1, 256))
 
 
-_Outputs = Mapping[str, np.ndarray]
+Outputs = Mapping[str, np.ndarray]
 
 
 def paired_outputs(
     a: Model, b: Model, batches: Iterable[Batch], provider: str, threads: int | None
-) -> Iterator[tuple[Batch, _Outputs, _Outputs]]:
+) -> Iterator[tuple[Batch, Outputs, Outputs]]:
     """Outputs of both models by name; of halves where a batch does not fit in memory."""
     sessions = [Session(m.proto, provider=provider, threads=threads, base=m.base) for m in (a, b)]
     waiting = [iter(batches)]
@@ -515,7 +520,7 @@ def _inputs(proto: onnx.ModelProto) -> tuple[str, ...]:
     return tuple(spec.name for spec in signature(proto))
 
 
-def check_same_shapes(b: Model, of_a: _Outputs, of_b: _Outputs) -> None:
+def check_same_shapes(b: Model, of_a: Outputs, of_b: Outputs) -> None:
     """ModelError unless the outputs of both models have the same shapes."""
     for name, y in of_a.items():
         if y.shape != of_b[name].shape:
@@ -527,7 +532,7 @@ def check_same_shapes(b: Model, of_a: _Outputs, of_b: _Outputs) -> None:
 
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
     """The output that labels are about.
 
     Args:
@@ -540,7 +545,7 @@ class _Target:
     classes: bool
     by_score: bool
 
-    def prediction(self, outputs: _Outputs) -> np.ndarray:
+    def prediction(self, outputs: Outputs) -> np.ndarray:
         """What the model says the labels are."""
         y = outputs[self.output]
         return np.asarray(y.argmax(axis=-1)) if self.by_score else y
@@ -562,20 +567,20 @@ class _Target:
         return Score("r2", self.output, *r2), Score("mse", self.output, *mse)
 
 
-def _target(outputs: _Outputs, labels: np.ndarray) -> _Target:
+def target_of(outputs: Outputs, labels: np.ndarray) -> Target:
     """The first output that the labels fit: as class scores, as class ids, or as numbers."""
     classes = labels.dtype.kind in "iu"
     for name, y in outputs.items():
         per_class = y.dtype.kind == "f" and y.ndim == labels.ndim + 1 and y.shape[-1] > 1
         if classes and per_class and y.shape[1:-1] == labels.shape[1:]:
             _check_classes(name, y.shape[-1], labels)
-            return _Target(name, classes=True, by_score=True)
+            return Target(name, classes=True, by_score=True)
     for name, y in outputs.items():
         if classes and y.dtype.kind in "iu" and y.shape[1:] == labels.shape[1:]:
-            return _Target(name, classes=True, by_score=False)
+            return Target(name, classes=True, by_score=False)
     for name, y in outputs.items():
         if y.dtype.kind == "f" and y.ndim and y[:1].size == labels[:1].size:
-            return _Target(name, classes=False, by_score=False)
+            return Target(name, classes=False, by_score=False)
     shapes = ", ".join(f"{printable(n)} {y.dtype} {y.shape}" for n, y in outputs.items())
     raise CalibrationError(
         f"labels {labels.dtype} {labels.shape} fit no output; the outputs of a batch are {shapes}.",

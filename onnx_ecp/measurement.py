@@ -44,14 +44,23 @@ def effective_sample_size(weights: np.ndarray) -> float:
     return float(weights.sum()) ** 2 / square if square else 0.0
 
 
-def batch_size(observer: Observer, state: State, data: Calibration, wanted: int | None) -> int:
+def batch_size(
+    observer: Observer,
+    state: State,
+    data: Calibration,
+    wanted: int | None,
+    positions: str = "expand",
+) -> int:
     """The batch size asked for, or one whose observed arrays fit in BATCH_BYTES.
 
-    Either is halved until a first batch can be run.
+    Either is halved until a first batch can be run. With ``positions`` "reduce" it is 1 unless rows
+    are samples: the positions of one sample are then all rows of its batch, wherever its axis is.
 
     Raises:
         OutOfMemory: not even one sample can.
     """
+    if _one_by_one(observer, positions):
+        wanted = 1
     size = wanted or int(np.clip(BATCH_BYTES // max(observer.bytes_per_sample, 1), 1, 256))
     batch = next(data.batches(size))
     while True:
@@ -62,6 +71,11 @@ def batch_size(observer: Observer, state: State, data: Calibration, wanted: int 
             size = batch.samples
         else:
             return size
+
+
+def _one_by_one(observer: Observer, positions: str) -> bool:
+    """Whether samples must be observed one at a time for their rows to be told apart."""
+    return positions == "reduce" and not observer.one_position
 
 
 def _halves(batch: Batch, error: Exception) -> tuple[Batch, Batch]:
@@ -75,20 +89,26 @@ def _halves(batch: Batch, error: Exception) -> tuple[Batch, Batch]:
 
 
 def observations(
-    observer: Observer, state: State, data: Calibration, size: int, progress: Progress = silent
+    observer: Observer,
+    state: State,
+    data: Calibration,
+    size: int,
+    progress: Progress = silent,
+    *,
+    common: bool = False,
 ) -> Iterator[Observation]:
     """Observe all samples; a batch that does not fit in memory is halved until it does."""
     for batch in data.batches(size):
-        yield from _observe(observer, state, batch)
+        yield from _observe(observer, state, batch, common)
         progress("sensitivities", batch.start + batch.samples, len(data))
 
 
-def _observe(observer: Observer, state: State, batch: Batch) -> Iterator[Observation]:
+def _observe(observer: Observer, state: State, batch: Batch, common: bool) -> Iterator[Observation]:
     try:
-        seen = observer.observe(state, batch)
+        seen = observer.observe(state, batch, common=common)
     except (OutOfMemory, MemoryError) as error:
         for half in _halves(batch, error):
-            yield from _observe(observer, state, half)
+            yield from _observe(observer, state, half, common)
     else:
         yield seen
 
@@ -112,7 +132,8 @@ def measure(
         data: calibration samples.
         size: batch size.
         positions: "expand" (every position is a sample) or "reduce" (exact per sample).
-        with_gradient: also sum the gradients that gradient-magnitude ranks by.
+        with_gradient: also sum the gradients that gradient-magnitude ranks by; all samples are
+            then probed in the same random directions, or their gradients would cancel.
         visit: called with every observation and the moments so far.
         progress: called after every batch.
 
@@ -123,11 +144,11 @@ def measure(
         raise UsageError(
             f"unknown positions {positions!r}.", hint=did_you_mean(positions, POSITIONS)
         )
-    if positions == "reduce" and not observer.one_position:
-        size = 1  # the positions of one sample are then all rows, wherever its axis is
+    if _one_by_one(observer, positions):
+        size = 1
     moments: dict[str, Moments] = {}
     weights: dict[str, list[np.ndarray]] = {}
-    for seen in observations(observer, state, data, size, progress):
+    for seen in observations(observer, state, data, size, progress, common=with_gradient):
         for name, a in seen.inputs.items():
             g = seen.adjoints[name]
             before = moments.get(name)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
+import os
 import re
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
 
 from onnx_ecp.errors import UsageError, did_you_mean
 from onnx_ecp.gradients.observer import ENGINES
@@ -69,19 +75,16 @@ class Options:
 
     @staticmethod
     def of(**choices: Any) -> Options:
-        """Options from loosely typed values: strings for sparsities, lists for tuples."""
-        known = {f.name for f in fields(Options)}
+        """Options from loosely typed values: NumPy's numbers, text for numbers, lists for tuples.
+
+        Raises:
+            UsageError: an unknown name, or a value of another type.
+        """
+        kinds = get_type_hints(Options)
         for name in choices:
-            if name not in known:
-                raise UsageError(f"unknown option {name!r}.", hint=did_you_mean(name, known))
-        for name in ("include", "exclude"):
-            value = choices.get(name, ())
-            choices[name] = (value,) if isinstance(value, str) else tuple(value or ())
-        if choices.get("sparsity") is not None:
-            choices["sparsity"] = parse_sparsity(choices["sparsity"])
-        own = dict(choices.get("layer_sparsity") or {})
-        choices["layer_sparsity"] = {k: parse_sparsity(v) for k, v in own.items()}
-        return Options(**choices)
+            if name not in kinds:
+                raise UsageError(f"unknown option {name!r}.", hint=did_you_mean(name, kinds))
+        return Options(**{name: _typed(name, kinds[name], v) for name, v in choices.items()})
 
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
@@ -123,7 +126,7 @@ class Options:
         for name in ("max_error", "max_accuracy_drop"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; it cannot be negative.")
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be 0 or more.")
         if self.max_accuracy_drop is not None and self.labels is None:
             raise UsageError(
                 "--max-accuracy-drop needs labels.",
@@ -217,6 +220,86 @@ class Options:
     def as_json(self) -> dict[str, Any]:
         """JSON values by name, for the report."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """A value of an option in the type that it is declared with."""
+    if name in _OWN:
+        convert, wanted = _OWN[name]
+        if value is None:  # the command line's word for nothing said
+            return convert(()) if name != "sparsity" else None
+    else:
+        allowed = get_args(kind) or (kind,)
+        if value is None and type(None) in allowed:
+            return None
+        convert, wanted = next(row for kind, row in _BY_TYPE.items() if kind in allowed)
+    try:
+        return convert(value)
+    except (TypeError, ValueError):
+        flag = f"--{name.replace('_', '-')}"
+        raise UsageError(f"{flag} is {reprlib.repr(value)}; it must be {wanted}.") from None
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError
+    return bool(value)
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return int(value) if isinstance(value, str) else operator.index(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
+        raise TypeError
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _path(value: Any) -> str | Path:
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError
+    return value if isinstance(value, str) else Path(value)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(_text(item) for item in value)
+
+
+def _sparsities(value: Any) -> dict[str, Sparsity]:
+    return {_text(name): parse_sparsity(item) for name, item in dict(value).items()}
+
+
+def _shapes(value: Any) -> dict[str, tuple[int, ...]]:
+    return {_text(k): tuple(_integer(size) for size in v) for k, v in dict(value).items()}
+
+
+Convert = tuple[Callable[[Any], Any], str]
+
+# How a value becomes that of an option, and what to say where it cannot: by the option's type, ...
+_BY_TYPE: dict[type, Convert] = {
+    bool: (_flag, "true or false"),
+    int: (_integer, "a whole number"),
+    float: (_number, "a number"),
+    Path: (_path, "a path"),
+    str: (_text, "text"),
+}
+# ... and those with types of their own.
+_OWN: dict[str, Convert] = {
+    "sparsity": (parse_sparsity, ""),
+    "include": (_texts, "one or several regular expressions"),
+    "exclude": (_texts, "one or several regular expressions"),
+    "layer_sparsity": (_sparsities, "sparsities by regular expression"),
+    "input_shapes": (_shapes, "shapes by the name of the input"),
+}
 
 
 def _plain(value: Any) -> Any:

@@ -34,7 +34,7 @@ from onnx_ecp.report import (
     Recipe,
     Report,
 )
-from onnx_ecp.runtime import blas_threads, deadline
+from onnx_ecp.runtime import deadline, threads_of
 from onnx_ecp.selection import NM, Group, Sparsity
 from onnx_ecp.structure.smaller import Smaller, cleaned, smaller, units_of
 from onnx_ecp.structure.units import Goal, PrunedUnits, UnitStep
@@ -64,14 +64,45 @@ class Result:
 
 @dataclass(frozen=True)
 class Data:
-    """The calibration samples and what each part of them is for."""
+    """The calibration samples and what each part of them is for.
+
+    Of two samples one is ``fit`` and ``guard`` at once, a single one is all three parts.
+
+    Args:
+        fit: importances and compensations are computed on them.
+        guard: they judge whether a refit is kept.
+        held_out: the error that the report states is measured on them.
+        labels: of the rows of the held-out samples.
+        guard_labels: of those of the guard samples.
+    """
 
     fit: Calibration
     guard: Calibration
     held_out: Calibration
     labels: np.ndarray | None = None
-    """Of the held-out samples."""
     guard_labels: np.ndarray | None = None
+
+    @property
+    def facts(self) -> CalibrationFacts:
+        """What the report says about them."""
+        used = len(self.fit) + (0 if self.guard is self.fit else len(self.guard))
+        held_out = 0 if self.held_out is self.fit else len(self.held_out)
+        return CalibrationFacts(self.fit.source, used, held_out, self.fit.synthetic)
+
+    @property
+    def warning(self) -> str:
+        """What the user must know about samples that play several parts; empty where none does."""
+        if self.held_out is self.fit:
+            return (
+                "there is one sample only: the error is measured on the very sample that all else "
+                "was computed from and says nothing about others; give more calibration data."
+            )
+        if self.guard is self.fit:
+            return (
+                "there are two samples only: all that was not measured on one of them was computed "
+                "from the other, refits and their judgement alike; give more calibration data."
+            )
+        return ""
 
 
 def optimize(
@@ -97,7 +128,7 @@ def optimize(
     """
     began = time.monotonic()
     options = Options.of(**choices)
-    with deadline(options.timeout), blas_threads(options.threads):
+    with deadline(options.timeout), threads_of(options.threads):
         source = load(model)
         check_outputs(source, output, options)
         layers, skips = choose_layers(source, options)
@@ -123,12 +154,7 @@ def optimize(
         recipe=recipe_of(options),
         options=options.as_json(),
         seed=options.seed,
-        calibration=CalibrationFacts(
-            data.fit.source,
-            len(data.fit) + len(data.guard),
-            len(data.held_out),
-            data.fit.synthetic,
-        ),
+        calibration=data.facts,
         layers=tuple(layer_rows(network, pruned, created)),
         skips=(*skips, *blocked, *(() if step is None else step.structure.refusals)),
         predicted_error=predicted_error(network, plan, pruned),
@@ -159,7 +185,7 @@ def importance(
         OnnxEcpError: as ``optimize`` does.
     """
     options = Options.of(**choices)
-    with deadline(options.timeout), blas_threads(options.threads):
+    with deadline(options.timeout), threads_of(options.threads):
         source = load(model)
         layers, _ = choose_layers(source, options)
         data = gather(source, calibration, options)
@@ -255,14 +281,14 @@ def gather(source: Model, calibration: Any, options: Options) -> Data:
         CalibrationError: they do not fit the model, or are none.
     """
     inputs = modelling.signature(source.proto)
-    # Labels are counted against all samples, so with labels the samples are chosen afterwards.
-    limit = None if options.labels is not None else options.samples
     if calibration is None and source.path is not None:
         calibration = calibrating.sidecar(source.path)
     if isinstance(calibration, Calibration):
         everything = calibration
     elif calibration is not None:
-        everything = calibrating.load(calibration, inputs, samples=limit, seed=options.seed)
+        everything = calibrating.load(
+            calibration, inputs, samples=_most(calibration, options), seed=options.seed
+        )
     else:
         everything = calibrating.synthetic(
             source.proto,
@@ -273,22 +299,41 @@ def gather(source: Model, calibration: Any, options: Options) -> Data:
         )
     labels = guard_labels = None
     if options.labels is not None:
-        labels, guard_labels = _labels(options, len(everything))
-    everything = everything.limit(options.samples or len(everything), options.seed)
-    rest, held_out = everything.split(_share(len(everything)), options.seed)
-    fit, guard = rest.split(_share(len(rest)), options.seed + 1)
+        if calibrating.is_stream(calibration):  # it was read as far as there may be labels
+            rows = evaluate.expected_rows(everything) // len(everything)
+            enough = calibrating.count_labels(options.labels) // rows
+            everything = everything.take(np.arange(min(len(everything), max(enough, 1))))
+        labels, guard_labels = _labels(options, everything)
+    fit, guard, held_out = _parts(everything, options)
     return Data(fit, guard, held_out, labels, guard_labels)
 
 
-def _labels(options: Options, samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of the held-out and the guard samples: drawn and split as the samples are."""
-    assert options.labels is not None, "the caller has looked"
-    labels = {"labels": calibrating.load_labels(options.labels, samples)}
-    everything = Calibration(labels, True, str(options.labels), False, options.seed)
-    everything = everything.limit(options.samples or samples, options.seed)
+def _most(calibration: Any, options: Options) -> int | None:
+    """How many samples to read, None for all.
+
+    Labels are counted against all samples, so with labels those to use are chosen afterwards; of a
+    stream, which may be endless, there can be no more than labels.
+    """
+    if options.labels is None:
+        return options.samples
+    return calibrating.count_labels(options.labels) if calibrating.is_stream(calibration) else None
+
+
+def _parts(everything: Calibration, options: Options) -> tuple[Calibration, ...]:
+    """The samples to use as (fit, guard, held out)."""
+    everything = everything.limit(options.samples or len(everything), options.seed)
     rest, held_out = everything.split(_share(len(everything)), options.seed)
-    _, guard = rest.split(_share(len(rest)), options.seed + 1)
-    return held_out.arrays["labels"], guard.arrays["labels"]
+    return (*rest.split(_share(len(rest)), options.seed + 1), held_out)
+
+
+def _labels(options: Options, samples: Calibration) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of the held-out and the guard samples, one per row: split as the samples are."""
+    assert options.labels is not None, "the caller has looked"
+    labels = calibrating.load_labels(options.labels, evaluate.expected_rows(samples))
+    by_sample = labels.reshape(len(samples), -1, *labels.shape[1:])
+    everything = Calibration({"": by_sample}, True, str(options.labels), False, options.seed)
+    _, guard, held_out = (part.arrays[""] for part in _parts(everything, options))
+    return held_out.reshape(-1, *labels.shape[1:]), guard.reshape(-1, *labels.shape[1:])
 
 
 def _share(samples: int) -> float:
@@ -332,7 +377,7 @@ def observe_network(
             raise nothing_to_prune(skips)
         observer = observing(rest)
     original = original_state(dense, observer.layers)
-    size = batch_size(observer, original, data.fit, options.batch_size)
+    size = batch_size(observer, original, data.fit, options.batch_size, options.positions)
     observer.normalise_outputs(original, data.fit.batches(size))
     return Network(observer, original, data.fit, data.guard, size), skips
 
@@ -429,7 +474,7 @@ def finished(
     masked, created = stored(source, network, pruned.state)
     if step is not None:
         assert isinstance(pruned, PrunedUnits), "a UnitStep gives them"
-        if options.limit is None:
+        if options.limit is None or options.sparsity is not None:
             step.check_reached(pruned.keep)
         return smaller(source, masked, network, step.structure, pruned, options.session)
     anything = any(
@@ -622,7 +667,8 @@ def warnings(data: Data, network: Network, pruned: Pruned, comparison: Compariso
     """What the user must know, one sentence each."""
     if data.fit.synthetic:
         yield SYNTHETIC_WARNING
-    yield from dict.fromkeys(part.note for part in (data.fit, data.held_out) if part.note)
+    if data.warning:
+        yield data.warning
     few = [name for name, ess in pruned.ess.items() if ess < FEW_SAMPLES]
     if few:
         yield (

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_ecp.runtime import blas_threads, cores
+from onnx_ecp.runtime import blas_threads, workers
 
 # Rows whose products are summed before they join the float64 sums.
 BLOCK = 4096
@@ -286,7 +286,7 @@ def _by_support(compute: Callable[[_Part], np.ndarray], keep: np.ndarray) -> np.
     """
     result = np.zeros(keep.shape)
     parts = list(_parts(keep))
-    with blas_threads(1), ThreadPoolExecutor(cores()) as pool:
+    with blas_threads(1), ThreadPoolExecutor(workers()) as pool:
         for part, found in zip(parts, pool.map(compute, parts), strict=True):
             block = np.zeros((len(part.rows), keep.shape[1]))
             np.put_along_axis(block, part.columns, np.where(part.real, found, 0.0), axis=1)

@@ -26,6 +26,7 @@ from onnx_ecp.errors import OnnxEcpError, ProviderError, UsageError, did_you_mea
 _DEADLINE: contextvars.ContextVar[tuple[float, float] | None] = contextvars.ContextVar(
     "deadline", default=None
 )
+_THREADS: contextvars.ContextVar[int | None] = contextvars.ContextVar("threads", default=None)
 # Words by which ONNX Runtime and the C++ library say that memory ran out.
 _MEMORY_WORDS = ("bad_alloc", "allocate memory", "out of memory", "bad allocation")
 
@@ -70,9 +71,21 @@ def blas_threads(limit: int | None) -> Iterator[None]:
         yield
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+@contextmanager
+def threads_of(limit: int | None) -> Iterator[None]:
+    """Let everything inside but ONNX Runtime use this many threads (None: all cores)."""
+    token = _THREADS.set(limit)
+    try:
+        with blas_threads(limit):
+            yield
+    finally:
+        _THREADS.reset(token)
+
+
+def workers() -> int:
+    """Threads that may work side by side: those of ``threads_of``, else one per core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return _THREADS.get() or cores or 1
 
 
 def onnxruntime() -> Any:

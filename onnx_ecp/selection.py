@@ -47,15 +47,27 @@ def parse_sparsity(value: float | str | NM) -> Sparsity:
             return NM(n, m)
     else:
         try:
-            share = float(value)
-        except ValueError:
+            share = -1.0 if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
             share = -1.0
         if 0 <= share <= 1:
             return share
+        percent = _percent(value) if share < 0 else share
+        if 2 <= percent <= 100:
+            raise UsageError(
+                f"sparsity {value} is not a share from 0 to 1.",
+                hint=f"Did you mean {percent / 100:g}?",
+            )
     raise UsageError(
         f"sparsity {value!r} is neither a number from 0 to 1 nor N:M with 0 < N < M.",
         hint="Examples: --sparsity 0.8, --sparsity 2:4.",
     )
+
+
+def _percent(value: object) -> float:
+    """80 of "80%"; -1 of anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", str(value))
+    return float(found[1]) if found else -1.0
 
 
 def zeros_wanted(sparsity: float, number: int) -> int:
@@ -158,7 +170,9 @@ def select(
         assert not isinstance(group.sparsity, NM), "a pattern has masks to end with"
         victims = max(zeros_wanted(group.sparsity, size), gone)
         density = floor * (1 - (gone + share * (victims - gone)) / max(size, 1))
-        ranked = {n: _protected(scores[n], density) for n in scores} if density else scores
+        ranked = scores
+        if density:
+            ranked = {n: _protected(scores[n], keep[n], density) for n in scores}
     return lowest(ranked, keep, round(gone + share * (victims - gone)))
 
 
@@ -185,10 +199,11 @@ def _pattern(
     return mask
 
 
-def _protected(scores: np.ndarray, density: float) -> np.ndarray:
-    """Scores in which the best ``density`` of the tensor can only go last."""
+def _protected(scores: np.ndarray, keep: np.ndarray, density: float) -> np.ndarray:
+    """Scores in which the best ``density`` of the tensor, of what is still there, goes last."""
     number = int(np.ceil(density * scores.size))
-    best = np.argpartition(scores, scores.size - number, axis=None)[scores.size - number :]
+    there = np.where(keep, scores, -1.0)
+    best = np.argpartition(there, scores.size - number, axis=None)[scores.size - number :]
     guarded = scores.copy()
     guarded.reshape(-1)[best] = np.inf
     return guarded

@@ -39,7 +39,7 @@ from onnx_ecp.pipeline import (
 )
 from onnx_ecp.pruning import Network, Plan, observe, prune
 from onnx_ecp.report import CalibrationFacts
-from onnx_ecp.runtime import blas_threads, deadline
+from onnx_ecp.runtime import deadline, threads_of
 
 METHODS_SWEPT = ("ecp-refit", "ecp", "wanda", "magnitude")
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -190,7 +190,7 @@ def sweep(
     """
     began = time.monotonic()
     grid = grid_of(methods, sparsities, choices)
-    with deadline(grid[0].timeout), blas_threads(grid[0].threads):
+    with deadline(grid[0].timeout), threads_of(grid[0].threads):
         shared = prepare(model, calibration, grid, evaluation, labels, progress)
         prepared = time.monotonic()
         runs: list[Run] = []
@@ -203,12 +203,7 @@ def sweep(
         original=shared.facts,
         accuracy=scores.get("accuracy"),
         r2=scores.get("r2"),
-        calibration=CalibrationFacts(
-            shared.data.fit.source,
-            len(shared.data.fit) + len(shared.data.guard),
-            len(shared.data.held_out),
-            shared.data.fit.synthetic,
-        ),
+        calibration=shared.data.facts,
         evaluation=shared.judge.facts,
         points=tuple(run.point for run in runs),
         options={name: value for name, value in grid[0].as_json().items() if name in COMMON},

@@ -13,6 +13,7 @@ import numpy as np
 
 from onnx_ecp.calibration import Calibration
 from onnx_ecp.errors import CalibrationError, TargetError
+from onnx_ecp.evaluate import Target, deviation_sums, overall, target_of
 from onnx_ecp.gradients.observer import Observer, State
 from onnx_ecp.measurement import Progress, silent
 from onnx_ecp.pruning import Network, Plan, Pruned, Step, observe, stage, tuned
@@ -103,9 +104,10 @@ class Judge:
         self._parts = [list(part.batches(size)) for part in parts]
         self._labels = None if labels is None else list(labels)
         self._reference = [self._outputs(original, part) for part in self._parts]
+        self._targets: list[Target] = []
         if self._labels is not None:
-            for y, known in zip(self._reference, self._labels, strict=True):
-                _check_classes(y, known)
+            both = zip(self._reference, self._labels, strict=True)
+            self._targets = [_class_scores(y, known) for y, known in both]
 
     def point(self, state: State) -> Point:
         """Where a state stands; whether it is within a limit is the caller's to say."""
@@ -113,8 +115,8 @@ class Judge:
         errors = [_error(y, t) for y, t in zip(outputs, self._reference, strict=True)]
         drop = None
         if self._labels is not None:
-            both = zip(outputs, self._reference, self._labels, strict=True)
-            drop = max(_accuracy(t, known) - _accuracy(y, known) for y, t, known in both)
+            parts = zip(self._targets, self._labels, self._reference, outputs, strict=True)
+            drop = max(_drop(*part) for part in parts)
         kept = sum(int(np.count_nonzero(k)) for k in state.keep.values())
         size = sum(k.size for k in state.keep.values())
         return Point(1 - kept / size, max(errors), drop)
@@ -223,29 +225,28 @@ def _shares() -> list[float]:
     return [1 - STEP**t for t in range(1, steps + 1)]
 
 
-def _error(y: dict[str, np.ndarray], target: dict[str, np.ndarray]) -> float:
-    """Root mean over outputs of their squared relative errors, as ``evaluate`` defines it."""
-    squares = []
-    for name, t in target.items():
-        gap = np.square(y[name].astype(np.float64) - t).sum()
-        energy = np.square(t.astype(np.float64)).sum()
-        squares.append(gap / energy if energy else (0.0 if gap == 0 else np.inf))
-    return float(np.sqrt(np.mean(squares)))
+def _error(y: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:
+    """Relative output error of all samples."""
+    return overall([deviation_sums(t, y[name], 0, len(t)) for name, t in reference.items()])
 
 
-def _accuracy(y: dict[str, np.ndarray], labels: np.ndarray) -> float:
-    scores = _scores(y)
-    return float(100 * np.mean(scores.argmax(axis=-1).reshape(-1) == labels))
+def _drop(
+    target: Target,
+    labels: np.ndarray,
+    reference: dict[str, np.ndarray],
+    y: dict[str, np.ndarray],
+) -> float:
+    """Loss of accuracy in percentage points."""
+    (score,) = target.scores(labels, target.prediction(reference), target.prediction(y))
+    return score.a - score.b
 
 
-def _scores(y: dict[str, np.ndarray]) -> np.ndarray:
-    return next(v for v in y.values() if v.ndim >= 2 and v.shape[-1] >= 2)
-
-
-def _check_classes(y: dict[str, np.ndarray], labels: np.ndarray) -> None:
-    wide = [v for v in y.values() if v.ndim >= 2 and v.shape[-1] >= 2]
-    if not wide or labels.dtype.kind not in "iu" or wide[0][..., 0].size != len(labels):
+def _class_scores(outputs: dict[str, np.ndarray], labels: np.ndarray) -> Target:
+    """The output that class labels are about."""
+    target = target_of(outputs, labels) if labels.dtype.kind in "iu" else None
+    if target is None or not target.classes:
         raise CalibrationError(
             "an accuracy drop needs class scores as output and one class index per sample.",
             hint="Use --max-error for a regression.",
         )
+    return target

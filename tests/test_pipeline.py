@@ -23,7 +23,7 @@ from onnx import helper, numpy_helper
 import onnx_ecp
 from onnx_ecp import pipeline
 from onnx_ecp.errors import ModelError, OnnxEcpError, ProviderError, UsageError
-from onnx_ecp.layers import find_layers
+from onnx_ecp.layers import edit, find_layers
 from onnx_ecp.methods import METHODS
 from onnx_ecp.model import constants, decode_sparse, read_tensor, signature
 from onnx_ecp.model import load as load_model
@@ -73,6 +73,23 @@ class Net:
 def into_nodes(model: onnx.ModelProto) -> None:
     """Constant nodes instead of initializers."""
     nodes = [helper.make_node("Constant", [], [t.name], value=t) for t in model.graph.initializer]
+    nodes += list(model.graph.node)
+    for field in ("initializer", "node"):
+        model.graph.ClearField(field)
+    model.graph.node.extend(nodes)
+
+
+def into_short_nodes(model: onnx.ModelProto) -> None:
+    """Constant nodes whose values are lists of floats, reshaped where that is no vector."""
+    nodes = []
+    for tensor in model.graph.initializer:
+        name, array = tensor.name, numpy_helper.to_array(tensor)
+        flat = name if array.ndim == 1 else f"{name}/flat"
+        nodes.append(helper.make_node("Constant", [], [flat], value_floats=array.reshape(-1)))
+        if array.ndim > 1:
+            shape = f"{name}/shape"
+            nodes.append(helper.make_node("Constant", [], [shape], value_ints=array.shape))
+            nodes.append(helper.make_node("Reshape", [flat, shape], [name]))
     nodes += list(model.graph.node)
     for field in ("initializer", "node"):
         model.graph.ClearField(field)
@@ -133,6 +150,7 @@ NETS = {
     ),
     "fixed batch": Net("(float[1,8] x) => (float[1,3] y) " + GEMMS, GEMM),
     "constant nodes": Net("(float[n,8] x) => (float[n,3] y) " + GEMMS, GEMM, into_nodes),
+    "constant lists": Net("(float[n,8] x) => (float[n,3] y) " + GEMMS, GEMM, into_short_nodes),
     "listed as inputs": Net("(float[n,8] x) => (float[n,3] y) " + GEMMS, GEMM, listed),
     "tied": Net(
         "(float[n,8] x) => (float[n,3] y) "
@@ -263,9 +281,14 @@ def test_weights_that_stay_are_the_same_bits(net, method):
 @each_method
 @each_net
 def test_nothing_but_weights_and_biases_differs(net, method):
-    result, before = pruned(net, method), original(net)
-    after = onnx.ModelProto()
+    before, after = onnx.ModelProto(), onnx.ModelProto()
+    before.CopyFrom(original(net))
+    result = pruned(net, method)
     after.CopyFrom(result.model)
+    if net == "constant lists":  # of what changes, value_floats becomes value
+        for name in ("W/flat", "b", "W2/flat", "b2"):
+            edit.stored(before, name)
+            edit.stored(after, name)
     without_created_biases(after)
     stored = constants(before)
     for name, tensor in constants(after).items():

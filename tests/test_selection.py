@@ -78,6 +78,18 @@ def test_a_floor_keeps_a_layer_that_ranks_low_alive(scores, keep):
     assert zeros(masks) == zeros(without)
 
 
+def test_a_floor_counts_what_is_still_there(rng):
+    # Random scores of weights that are gone already must not take the places of those that stay.
+    scores = {"low": rng.random((10, 10)), "high": 2 + rng.random((10, 10))}
+    keep = {"low": np.zeros((10, 10), np.bool_), "high": np.ones((10, 10), np.bool_)}
+    keep["low"][:3] = True
+    group = Group(("low", "high"), 0.8, {"low": None, "high": None})
+    whole = {name: np.ones_like(k) for name, k in keep.items()}
+    found = select(group, scores, keep, whole, floor=0.5)
+    assert np.count_nonzero(found["low"]) == 10
+    assert np.count_nonzero(found["low"]) + np.count_nonzero(found["high"]) == 40
+
+
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(1, 2)])
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_n_of_m_holds_in_every_group_at_the_end_and_nothing_else_goes_before(

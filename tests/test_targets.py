@@ -139,7 +139,7 @@ def test_a_sparsity_with_a_target_is_a_gate(model, data, tmp_path):
 @pytest.mark.parametrize(
     ("choices", "words"),
     [
-        ({"max_error": -1.0}, "cannot be negative"),
+        ({"max_error": -1.0}, "must be 0 or more"),
         ({"max_accuracy_drop": 1.0}, "needs labels"),
         ({"finetune_steps": -1}, "cannot be negative"),
         ({"max_error": 0.1, "apply_masks": "m.npz"}, "leaves nothing"),

@@ -118,7 +118,14 @@ class Observer:
             raise UsageError(f"unknown gradients {engine!r}.", hint=did_you_mean(engine, ENGINES))
         state = original_state(model, layers)
         fed = {name: _widened(x) for name, x in first.feeds.items()}
-        self._prepared = prepare(model.proto, model.base, layers, fed | state.weights, threads)
+        self._prepared = prepare(
+            model.proto,
+            model.base,
+            layers,
+            fed | state.weights,
+            threads,
+            reverse=reverse and engine == "vjp",
+        )
         self._options: dict[str, Any] = {
             "provider": provider,
             "threads": threads,
@@ -156,10 +163,16 @@ class Observer:
         self.metric = metric
         self._batched = all(v.ndim and v.shape[0] == first.samples for v in y.values())
 
-    def observe(self, state: State, batch: Batch) -> Observation:
-        """Run one batch in one state; every layer that is not blocked is in the result."""
+    def observe(self, state: State, batch: Batch, *, common: bool = False) -> Observation:
+        """Run one batch in one state; every layer that is not blocked is in the result.
+
+        Args:
+            state: weights and shifts.
+            batch: samples.
+            common: whether random probes are the same for all samples; see ``SeedPlan.seeds``.
+        """
         feeds = self._feeds(state, batch.feeds)
-        return self._pulled(feeds, self._seeds(feeds, batch), batch.samples)
+        return self._pulled(feeds, self._seeds(feeds, batch, common), batch.samples)
 
     def heads(self, state: State, batch: Batch) -> dict[str, np.ndarray]:
         """The tensors that seeds meet, by name: the float outputs, under kl their logits."""
@@ -274,14 +287,16 @@ class Observer:
         )
         return layer.rows_out(adjoint)
 
-    def _seeds(self, feeds: dict[str, np.ndarray], batch: Batch) -> dict[str, np.ndarray]:
+    def _seeds(
+        self, feeds: dict[str, np.ndarray], batch: Batch, common: bool
+    ) -> dict[str, np.ndarray]:
         """Seeds need the values of y under kl; else its shape, which a batch axis tells."""
         if self._batched and self._plan.metric == "l2":
             facts = {name: self.facts[name] for name in self._seeded}
             y = {n: np.zeros((batch.samples, *f.shape[1:]), f.dtype) for n, f in facts.items()}
         else:
             y = self._forward.run(feeds, self._seeded)
-        return self._plan.seeds(y, batch.start, batch.samples)
+        return self._plan.seeds(y, batch.start, batch.samples, common=common)
 
     def input_feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The model's own inputs in the dtypes of the observation graph."""

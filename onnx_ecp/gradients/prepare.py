@@ -23,6 +23,7 @@ from onnx_ecp.gradients.builder import Builder, Fact
 from onnx_ecp.gradients.lowering import is_fused, lower
 from onnx_ecp.gradients.reverse import adjoints, names_read
 from onnx_ecp.layers import Layer
+from onnx_ecp.model import constants, printable
 from onnx_ecp.runtime import Session
 
 # The rules use ReduceSum and ReduceMean with axes as inputs, Split with num_outputs and
@@ -59,6 +60,8 @@ def prepare(
     layers: Sequence[Layer],
     feeds: Mapping[str, np.ndarray],
     threads: int | None = None,
+    *,
+    reverse: bool = True,
 ) -> Prepared:
     """Build the observation graph of a model whose sparse initializers are decoded.
 
@@ -69,6 +72,8 @@ def prepare(
         feeds: inputs of the model and stored tensors of the layers, half precision widened; a run
             with them tells the ranks that the lowering of fused operators needs.
         threads: threads of that run.
+        reverse: whether a reverse graph will be added; a forward one does without a new opset where
+            the old one cannot be lifted.
 
     Raises:
         ModelError: the opset cannot be lifted.
@@ -77,7 +82,8 @@ def prepare(
     private.CopyFrom(_without_values(proto, {layer.weight.tensor for layer in layers}))
     if private.functions:
         private = onnx.inliner.inline_local_functions(private)
-    lifted = _lifted(private)
+    names = {name for layer in layers for name in (layer.input, layer.output)}
+    lifted = _lifted(private, names, needed=reverse)
     graph = gs.import_onnx(lifted)
     widened = _widen(graph)
     fused = is_fused(graph)
@@ -186,38 +192,51 @@ def _without_values(proto: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
     new.input.extend(x for x in graph.input if x.name not in initializers)
     new.output.extend(graph.output)
     new.value_info.extend(graph.value_info)
-    stored = {t.name: t for t in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.output[0] in names:
-            stored[node.output[0]] = next(a.t for a in node.attribute if a.name == "value")
-        else:
-            new.node.append(node)
-    for name, tensor in stored.items():
-        if name in names:
-            new.input.append(
-                onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
-            )
-        else:
-            new.initializer.append(tensor)
+    stored = constants(proto)
+    new.node.extend(n for n in graph.node if n.op_type != "Constant" or n.output[0] not in names)
+    new.input.extend(
+        onnx.helper.make_tensor_value_info(name, stored[name].data_type, stored[name].dims)
+        for name in stored
+        if name in names
+    )
+    new.initializer.extend(t for t in graph.initializer if t.name not in names)
     return skeleton
 
 
-def _lifted(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model at opset MINIMUM_OPSET or later."""
+def _lifted(model: onnx.ModelProto, names: set[str], *, needed: bool) -> onnx.ModelProto:
+    """The model at opset MINIMUM_OPSET or later; as it is where that fails and is not needed.
+
+    Args:
+        model: with these tensors.
+        names: of tensors that must be called the same afterwards.
+        needed: whether it is an error that the opset cannot be lifted.
+    """
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
     if opset is None or opset >= MINIMUM_OPSET:
         return model
     try:
         lifted = onnx.version_converter.convert_version(model, MINIMUM_OPSET)
+        _check_names(model, lifted, names)
     except Exception as error:
+        if not needed:
+            return model
         raise ModelError(
             f"opset {opset} cannot be lifted to {MINIMUM_OPSET}: {str(error)[:200]}",
-            hint="Convert the model with onnx.version_converter or export it anew.",
+            hint="Convert the model with onnx.version_converter, export it anew, or use a method "
+            "that needs no sensitivities, such as --method magnitude.",
         ) from error
     # The converter drops custom domains of operators it does not know.
     have = {o.domain for o in lifted.opset_import}
     lifted.opset_import.extend(o for o in model.opset_import if o.domain not in have | {"ai.onnx"})
     return lifted
+
+
+def _check_names(before: onnx.ModelProto, after: onnx.ModelProto, names: set[str]) -> None:
+    """ValueError where a named tensor is not there any more: some conversions rename outputs."""
+    made_before, made = ({y for n in m.graph.node for y in n.output} for m in (before, after))
+    lost = names & (made_before - made)
+    if lost:
+        raise ValueError(f"the converter renames {', '.join(map(printable, sorted(lost)))}.")
 
 
 def _widen(graph: gs.Graph) -> bool:

@@ -47,7 +47,7 @@ class SeedPlan:
             )
 
     def seeds(
-        self, outputs: Mapping[str, np.ndarray], start: int, samples: int
+        self, outputs: Mapping[str, np.ndarray], start: int, samples: int, *, common: bool = False
     ) -> dict[str, np.ndarray]:
         """Seeds (P, *shape of y) for one batch, in the dtype of each output.
 
@@ -56,8 +56,13 @@ class SeedPlan:
             start: index of the batch's first sample: the signs of a sample do not depend on the
                 batch that it comes in.
             samples: number of samples in the batch.
+            common: whether all samples get the signs of sample 0: squares are averaged better with
+                signs of their own, but gradients that are to be summed would cancel.
         """
-        raw = self._rademacher(outputs, start, samples) if self.probes else _one_hot(outputs)
+        if self.probes:
+            raw = self._rademacher(outputs, 0 if common else start, samples, common)
+        else:
+            raw = _one_hot(outputs)
         return {
             name: self._in_metric(v, outputs[name]) * self.scales.get(name, 1.0)
             for name, v in raw.items()
@@ -73,10 +78,12 @@ class SeedPlan:
         return u - p * u.sum(axis=-1, keepdims=True)
 
     def _rademacher(
-        self, outputs: Mapping[str, np.ndarray], start: int, samples: int
+        self, outputs: Mapping[str, np.ndarray], start: int, samples: int, common: bool
     ) -> dict[str, np.ndarray]:
         sizes = {name: y.size // samples for name, y in outputs.items()}
-        signs = _signs(self.seed, start, samples, self.probes * sum(sizes.values()))
+        drawn = 1 if common else samples
+        signs = _signs(self.seed, start, drawn, self.probes * sum(sizes.values()))
+        signs = np.repeat(signs, samples // drawn, axis=0)
         signs = signs.reshape(samples, self.probes, -1).swapaxes(0, 1) / np.sqrt(self.probes)
         ends = np.cumsum(list(sizes.values()))[:-1]
         parts = np.split(signs, ends, axis=2)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnx_ecp.model.proto import nested
+from onnx_ecp.model.proto import constant_value, nested
 from onnx_ecp.model.tensors import values, write_tensor
 
 # Before IR version 4 an initializer had to be listed as a graph input, too.
@@ -21,12 +21,12 @@ _FREE_INITIALIZERS = 4
 
 def read(model: onnx.ModelProto, name: str, base: Path | None) -> np.ndarray:
     """The values of a stored tensor, in its own type; ``base`` holds external data."""
-    return values(_stored(model, name), base)
+    return values(stored(model, name), base)
 
 
 def write(model: onnx.ModelProto, name: str, array: np.ndarray, base: Path | None) -> None:
     """Give a stored tensor new values; those that are equal keep their bits (-0.0 stays -0.0)."""
-    tensor = _stored(model, name)
+    tensor = stored(model, name)
     old = values(tensor, base)
     new = numpy_helper.to_array(_rounded(name, array, tensor.data_type))
     same = (new == old) | ((new != new) & (old != old))  # NaN counts as equal to NaN
@@ -88,17 +88,15 @@ def _rounded(name: str, array: np.ndarray, dtype: int) -> onnx.TensorProto:
     return tensor
 
 
-def _stored(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
-    """The tensor in place. A Constant's ``value_float(s)`` becomes a ``value`` first."""
+def stored(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    """The tensor in place, to write to. A Constant's ``value_floats`` becomes a ``value`` first."""
     tensor: onnx.TensorProto
     for tensor in model.graph.initializer:
         if tensor.name == name:
             return tensor
     attribute = model.graph.node[node_index(model, name)].attribute[0]
     if attribute.name != "value":
-        numbers = np.array(onnx.helper.get_attribute_value(attribute), np.float32)
-        tensor = numpy_helper.from_array(numbers)
-        attribute.CopyFrom(onnx.helper.make_attribute("value", tensor))
+        attribute.CopyFrom(onnx.helper.make_attribute("value", constant_value(attribute)))
     value: onnx.TensorProto = attribute.t
     return value
 

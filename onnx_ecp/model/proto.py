@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, TensorProto
+from onnx import AttributeProto, TensorProto, numpy_helper
 
 from onnx_ecp.errors import ModelError
 
@@ -83,15 +83,36 @@ def known_type(data_type: int) -> bool:
 def constants(proto: onnx.ModelProto) -> dict[str, TensorProto]:
     """The tensors stored in the main graph, by the name under which its nodes see them.
 
-    These are its initializers and the ``value`` of its Constant nodes, not copies: writing to one
-    writes to ``proto``.
+    These are its initializers and the values of its Constant nodes. They are for reading:
+    ``value_floats`` and the like are no tensors in ``proto``, but made into some here;
+    ``layers.edit.stored`` gives a tensor to write to.
     """
     found = {tensor.name: tensor for tensor in proto.graph.initializer}
     for node in proto.graph.node:
         for attribute in node.attribute if node.op_type == "Constant" else ():
-            if attribute.name == "value" and attribute.HasField("t"):
-                found[node.output[0]] = attribute.t
+            tensor = constant_value(attribute)
+            if tensor is not None:
+                found[node.output[0]] = tensor
     return found
+
+
+# The short spellings of a Constant's value, with the element type that each stands for.
+_SHORT = {
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+}
+
+
+def constant_value(attribute: AttributeProto) -> TensorProto | None:
+    """The tensor that an attribute of a Constant node stands for; None for text and sparse ones."""
+    if attribute.name == "value" and attribute.HasField("t"):
+        return attribute.t
+    if attribute.name not in _SHORT:
+        return None
+    numbers = np.array(onnx.helper.get_attribute_value(attribute), _SHORT[attribute.name])
+    return numpy_helper.from_array(numbers)
 
 
 def bodies(proto: onnx.ModelProto) -> Iterator[Body]:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from onnx_ecp.layers import Layer, edit, find_layers
-from onnx_ecp.model import constants, write_tensor
+from onnx_ecp.model import write_tensor
 from onnx_ecp.structure.groups import Structure, kept
 from onnx_ecp.structure.walk import Count, Slot
 
@@ -128,9 +128,8 @@ def _shrink(
     values = constant.view(edit.read(model, constant.tensor, base)).astype(dtype)
     for axis, stays in cuts:
         values = np.compress(stays, values, axis=axis)
-    tensor = constants(model).get(name)
-    if constant.direct and tensor is not None and _readers(model, name) == 1:
-        write_tensor(tensor, values)
+    if constant.direct and _readers(model, name) == 1:
+        write_tensor(edit.stored(model, name), values)
         _declare(model, name, values.shape)
         return
     private[key] = edit.add_constant(

@@ -1,0 +1,249 @@
+"""The edges of what may be given: few samples, fixed batches, endless data, loose types."""
+
+import itertools
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx.reference
+import pytest
+from onnx import numpy_helper
+
+import onnx_ecp
+from onnx_ecp import pipeline, pruning
+from onnx_ecp.errors import CalibrationError, ModelError, UsageError
+from onnx_ecp.gradients.numeric import PIECEWISE
+from onnx_ecp.gradients.seeds import SeedPlan
+from onnx_ecp.model import load as load_model
+from onnx_ecp.options import Options
+from onnx_ecp.runtime import threads_of, workers
+
+HEADER = '<ir_version: 8, opset_import: ["": 17]> net '
+NET = "(float[n,6] x) => (float[n,3] y) { h = Gemm(x, W, b) r = Relu(h) y = MatMul(r, V) }"
+SHAPES = {"W": (6, 12), "b": (12,), "V": (12, 3)}
+
+
+def network(text, shapes, rng):
+    proto = onnx.parser.parse_model(HEADER + text if text.startswith("(") else text)
+    for name, shape in shapes.items():
+        values = rng.standard_normal(shape).astype(np.float32)
+        proto.graph.initializer.append(numpy_helper.from_array(values, name))
+    return proto
+
+
+@pytest.fixture
+def net(rng):
+    return network(NET, SHAPES, rng)
+
+
+def drawn(rng, *shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+PARTS = {
+    1: (1, 0, "one sample only"),
+    2: (1, 1, "two samples only"),
+    3: (2, 1, None),
+    9: (8, 1, None),
+}
+
+
+@pytest.mark.parametrize(("samples", "expected"), PARTS.items(), ids=str)
+def test_the_report_counts_every_sample_once(net, rng, samples, expected):
+    used, held_out, warning = expected
+    report = onnx_ecp.optimize(net, drawn(rng, samples, 6)).report
+    assert (report.calibration.samples, report.calibration.held_out) == (used, held_out)
+    found = [w for w in report.warnings if "sample only" in w or "samples only" in w]
+    assert len(found) == (warning is not None)
+    assert all(warning in w for w in found)
+
+
+@pytest.mark.parametrize("name", ["labels", "drop"])
+def test_labels_of_a_fixed_batch_are_those_of_its_rows(rng, tmp_path, name):
+    net = network(NET.replace("n,", "4,"), SHAPES, rng)
+    x = drawn(rng, 40, 6)
+    np.save(tmp_path / "y.npy", rng.integers(0, 3, 40))
+    target = {"max_accuracy_drop": 100.0} if name == "drop" else {"sparsity": 0.0}
+    report = onnx_ecp.optimize(net, x, labels=tmp_path / "y.npy", **target).report
+    assert report.calibration.samples + report.calibration.held_out == 10
+    assert report.gap.scores[0].metric == "accuracy"
+
+
+def test_labels_of_a_fixed_batch_belong_to_their_rows(rng, tmp_path):
+    """Those that the network itself gives are all right, whatever is held out."""
+    net = network(NET.replace("n,", "4,"), SHAPES, rng)
+    x = drawn(rng, 40, 6)
+    free = network(NET, {}, rng)
+    free.graph.initializer.extend(net.graph.initializer)
+    y = onnx.reference.ReferenceEvaluator(free).run(None, {"x": x})[0].argmax(axis=1)
+    np.save(tmp_path / "y.npy", y)
+    score = onnx_ecp.optimize(net, x, labels=tmp_path / "y.npy", sparsity=0.0).report.gap.scores[0]
+    assert (score.a, score.b) == (100.0, 100.0)
+
+
+def test_an_endless_source_is_read_as_far_as_there_are_labels(net, rng, tmp_path):
+    np.save(tmp_path / "y.npy", rng.integers(0, 3, 30))
+    endless = ({"x": drawn(rng, 1, 6)} for _ in itertools.count())
+    report = onnx_ecp.optimize(net, endless, labels=tmp_path / "y.npy").report
+    assert report.calibration.samples + report.calibration.held_out == 30
+
+
+def test_an_endless_source_without_a_limit_ends_before_memory_does(net, rng, monkeypatch):
+    monkeypatch.setattr("onnx_ecp.calibration.memory_budget", lambda: 10_000)
+    endless = ({"x": drawn(rng, 1, 6)} for _ in itertools.count())
+    with pytest.raises(CalibrationError, match="there are more") as error:
+        onnx_ecp.optimize(net, endless)
+    assert "--samples" in error.value.hint
+
+
+def test_reduced_positions_weigh_their_own_rows_wherever_the_batch_axis_is(rng):
+    """A refit walks through the rows in the order in which they were weighed."""
+    text = """(float[n,6,4] x) => (float[n,3,4] y) {
+        t = Transpose<perm = [2, 0, 1]>(x)  h = MatMul(t, W)  r = Tanh(h)  z = MatMul(r, V)
+        y = Transpose<perm = [1, 2, 0]>(z)
+    }"""
+    model = load_model(network(text, {"W": (6, 12), "V": (12, 3)}, rng))
+    options = Options(positions="reduce", batch_size=8)
+    data = pipeline.gather(model, drawn(rng, 30, 6, 4), options)
+    layers, _ = pipeline.choose_layers(model, options)
+    network_, _ = pipeline.observe_network(model, layers, data, options)
+    plan = pipeline.make_plan(network_.layers, options)
+    weights = pruning.observe(network_, plan, network_.original).weights["h"][0]
+    # One sample at a time, its four positions are next to each other.
+    expected = []
+    for batch in data.fit.batches(1):
+        g = network_.observer.observe(network_.original, batch).adjoints["h"]
+        expected.append(np.square(g.astype(np.float64)).sum(axis=0).mean(axis=2)[0])
+    np.testing.assert_allclose(weights, np.concatenate(expected), rtol=1e-6)
+    walked = pruning._Run(network_, data.fit)
+    rows = list(walked._now.advance(network_.segments[0], network_.original))
+    assert [a.shape[1] for a in rows] == [4] * len(data.fit)
+
+
+def test_gradients_of_many_outputs_do_not_cancel(rng):
+    """Random probes of their own for every sample would average every mean gradient away."""
+    text = "(float[n,5] x) => (float[n,30] y) { h = MatMul(x, W) r = Tanh(h) y = MatMul(r, V) }"
+    net = network(text, {"W": (5, 10), "V": (10, 30)}, rng)
+    x = drawn(rng, 400, 5) + 1.0
+    found = onnx_ecp.importance(net, x, method="gradient-magnitude", probes=64)["y"]
+    # dy_k/dV_jk = r_j for output k alone: the exact mean gradient is E[r_j].
+    fit = pipeline.gather(load_model(net), x, Options()).fit.arrays["x"]
+    w, v = (numpy_helper.to_array(t) for t in net.graph.initializer)
+    exact = np.abs(v * np.tanh(fit @ w).mean(axis=0)[:, None]).T
+    assert np.linalg.norm(found - exact) < 0.01 * np.linalg.norm(exact)
+
+
+def test_common_signs_are_the_same_for_every_sample_and_batch():
+    plan, y = SeedPlan(probes=3), {"y": np.zeros((4, 20), np.float32)}
+    seeds = plan.seeds(y, 8, 4, common=True)["y"]
+    assert (seeds == seeds[:, :1]).all()
+    np.testing.assert_array_equal(seeds[:, 0], plan.seeds(y, 0, 4)["y"][:, 0])
+
+
+def test_threads_limit_all_work_side_by_side():
+    cores = workers()
+    with threads_of(1):
+        assert workers() == 1
+    assert workers() == cores
+
+
+OLD = """<ir_version: 6, opset_import: ["": 9]> g (float[n,6] x, int64[n,12] i) => (float[n,3] y) {
+    h = MatMul(x, W)  s = Scatter(h, i, h)  y = MatMul(s, V)
+}"""
+
+
+def test_an_opset_that_cannot_be_lifted_is_no_obstacle_without_sensitivities(rng):
+    net = network(OLD, {"W": (6, 12), "V": (12, 3)}, rng)
+    data = {"x": drawn(rng, 20, 6), "i": np.zeros((20, 12), np.int64)}
+    for method in ("magnitude", "wanda", "random"):
+        assert onnx_ecp.optimize(net, data, method=method).report.sparsity == 0.5
+    with pytest.raises(ModelError, match="opset 9 cannot be lifted") as error:
+        onnx_ecp.optimize(net, data, method="ecp")
+    assert "magnitude" in error.value.hint
+
+
+LOOSE = {
+    "sparsity": (0.8, ["0.8", np.float64(0.8), "80e-2"]),
+    "samples": (3, [np.int64(3), np.uint8(3), "3"]),
+    "max_error": (0.5, [np.float64(0.5), "0.5"]),
+    "seed": (7, [np.int32(7), "7"]),
+    "force": (True, [np.bool_(True)]),
+    "include": (("a",), ["a", ["a"], ("a",)]),
+    "layer_sparsity": ({"a": 0.5}, [{"a": "0.5"}, [("a", np.float32(0.5))]]),
+    "input_shapes": ({"x": (1, 2)}, [{"x": [1, 2]}, {"x": np.array([1, 2])}]),
+}
+
+
+@pytest.mark.parametrize("name", LOOSE)
+def test_loose_values_become_those_of_the_option(name):
+    expected, given = LOOSE[name]
+    for value in given:
+        found = getattr(Options.of(**{name: value}), name)
+        assert found == expected
+        assert type(found) is type(expected)
+
+
+WRONG = {
+    "samples": [3.5, True, [3], "many"],
+    "sparsity": [[0.5], {}, True, "most"],
+    "max_error": ["small", [1], True],
+    "seed": [1.5, "one"],
+    "method": [3, None],
+    "include": [3, [3]],
+    "layer_sparsity": [[1], {"a": None}, {3: 0.5}],
+    "input_shapes": [{"x": 3}, {"x": [1.5]}],
+    "labels": [3, np.zeros(3)],
+    "force": ["yes", 1],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_values_of_another_type_are_usage_errors(name):
+    for value in WRONG[name]:
+        with pytest.raises(UsageError, match=f"sparsity|--{name.replace('_', '-')}"):
+            Options.of(**{name: value})
+
+
+@pytest.mark.parametrize(("value", "meant"), [("80", "0.8"), (80, "0.8"), ("37.5%", "0.375")])
+def test_percent_is_understood_but_not_taken(value, meant):
+    with pytest.raises(UsageError) as error:
+        Options.of(sparsity=value)
+    assert error.value.hint == f"Did you mean {meant}?"
+
+
+KINKED = {
+    "Where": "k = Greater(x, c) d = Add(x, x) y = Where(k, d, x)",
+    "Max": "y = Max(x, c)",
+    "Min": "y = Min(x, c)",
+    "Clip": "y = Clip(x, c)",
+    "ReduceL1": "t = Reshape(x, s) y = ReduceL1<keepdims = 0>(t, a)",
+    "ReduceMax": "t = Concat<axis = 0>(x, z) r = Reshape(t, q) y = ReduceMax<axes = [0]>(r)",
+    "GlobalMaxPool": "t = Concat<axis = 0>(x, z) r = Reshape(t, q) p = Transpose(r) "
+    "u = Reshape(p, e) y = GlobalMaxPool(u)",
+    **{
+        op: f"y = {op}(x)"
+        for op in (
+            *("Abs", "Relu", "LeakyRelu", "Selu", "Elu", "Shrink", "ThresholdedRelu"),
+            *("HardSigmoid", "HardSwish", "Sigmoid", "Tanh", "Softplus", "Mish", "Gelu", "Celu"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("op", KINKED)
+def test_operators_with_kinks_get_small_steps(op):
+    """Second differences of a smooth operator vanish with the step; those at a kink do not."""
+    opset = 22 if op not in ("ReduceL1", "ReduceMax") else 13
+    body = KINKED[op]
+    if op == "ReduceL1":
+        body = body.replace("(t, a)", "(t)").replace("keepdims = 0", "keepdims = 0, axes = [1]")
+    text = f"""<ir_version: 8, opset_import: ["": {opset}]> g (double[n] x) => (double[m] y)
+        <double c = {{0.1}}, double[1] w = {{0}}, int64[2] s = {{-1, 1}}, int64[2] q = {{2, -1}},
+         int64[3] e = {{-1, 1, 2}}> {{ z = Mul(x, w) {body} }}"""
+    net = onnx.reference.ReferenceEvaluator(onnx.parser.parse_model(text))
+    h = 1e-4
+    grid = np.arange(-4, 4, h)
+    y = net.run(None, {"x": grid})[0].reshape(-1)
+    bend = np.abs(y[2:] - 2 * y[1:-1] + y[:-2]).max() / h
+    assert len(y) == len(grid)
+    assert (bend > 0.01) == (op in PIECEWISE) or op == "Elu"  # kinked for an alpha other than 1
