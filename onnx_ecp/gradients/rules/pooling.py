@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,66 @@ def _maxpool(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> g
     if node.attrs.get("storage_order", 0):
         raise Unsupported("column-major indices")
     origin = op.further_output(node, 1, np.int64)
-    return scatter_add(op, only(node, g, i, 0), origin, node.inputs[0])
+    adjoint = only(node, g, i, 0)
+    if _tiles(op, node, adjoint):
+        return _chosen_cells(op, node, adjoint, origin)
+    return scatter_add(op, adjoint, origin, node.inputs[0])
+
+
+# Above this, float32 does not tell neighbouring cell numbers apart.
+EXACT = 2**24
+
+
+def _tiles(op: Builder, node: gs.Node, g: gs.Tensor) -> bool:
+    """Whether every cell lies in one window at most, and ONNX Runtime can repeat the adjoint."""
+    window = Window.of(node, node.attrs["kernel_shape"])
+    return (
+        window.kernel == window.strides
+        and set(window.dilations) == {1}
+        and not any(node.attrs.get("pads", ()))
+        and node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+        and op.dtype(g) == np.float32
+        and math.prod(op.shape(node.inputs[0])[2:]) < EXACT
+    )
+
+
+def _chosen_cells(op: Builder, node: gs.Node, g: gs.Tensor, origin: gs.Tensor) -> Any:
+    """Every window's adjoint repeated over its cells, times one where the maximum was, else zero.
+
+    A tenth of the time of a scatter: which cell was chosen is found once for all probes.
+    """
+    (x,), y = node.inputs, node.outputs[0]
+    kernel, sizes = node.attrs["kernel_shape"], op.Shape(x, start=2)
+    cell = op.cast(op.Mod(origin, op.ReduceProd(sizes, keepdims=0)), np.float32)
+    number: Any = 0.0  # of every cell: its place in the flat image
+    for axis, width in enumerate(kernel):
+        places = op.Range(0, op.Mul(op.Gather(op.Shape(y, start=2), axis), width), 1)
+        row = op.Mul(number, op.cast(op.Gather(sizes, axis), np.float32))
+        number = op.Add(op.Unsqueeze(row, [-1]) if axis else row, op.cast(places, np.float32))
+    chosen = op.cast(op.Equal(_repeated(op, cell, kernel), number), np.float32)
+    images = op.Reshape(g, op.Concat([-1], op.Shape(y, start=1), axis=0))
+    cells = _repeated(op, images, kernel)
+    spread = op.Reshape(cells, op.Concat(op.probes(g), op.Shape(chosen), axis=0))
+    product = op.Mul(spread, chosen)
+    tiled = np.multiply(op.shape(y)[2:], kernel)
+    if np.array_equal(tiled, op.shape(x)[2:]):
+        return product
+    rank = len(kernel)
+    behind = op.Sub(sizes, op.Shape(chosen, start=2))
+    amounts = op.Concat(np.zeros(rank, np.int64), behind, axis=0)
+    return op.pad(product, 3 + rank, range(3, 3 + rank), amounts)
+
+
+def _repeated(op: Builder, x: gs.Tensor, times: Sequence[int]) -> Any:
+    """Every cell of x (N, C, ...) repeated along the spatial axes."""
+    return op.Resize(
+        x,
+        None,
+        np.array([1, 1, *times], np.float32),
+        mode="nearest",
+        nearest_mode="floor",
+        coordinate_transformation_mode="asymmetric",
+    )
 
 
 @rule("AveragePool")
