@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from onnx_ecp import synthetic as synthesis
 from onnx_ecp.arrays import (
     memory_budget,
     npz_names,
@@ -190,6 +191,25 @@ def synthetic(
     arrays = draw(proto, inputs, samples=samples, seed=seed, shapes=shapes or {})
     origin = f"{samples} synthetic samples"
     return replace(_fit(arrays, inputs, origin), synthetic=True, seed=seed)
+
+
+def check_shapes(given: Calibration, inputs: Inputs, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Real samples have shapes of their own: those chosen with ``--input-shapes`` must be these.
+
+    Raises:
+        UsageError: a shape is of no input, contradicts the model, or is not that of the samples.
+    """
+    synthesis.check_shapes(inputs, shapes)
+    for name, shape in shapes.items():
+        wanted = shape[1:] if given.stacked else shape
+        own = given.arrays[name].shape[1:]
+        if own != wanted:
+            sizes = ",".join(map(str, ("N", *own) if given.stacked else own))
+            raise UsageError(
+                f"--input-shapes says {','.join(map(str, shape))} for input {name!r}, but the "
+                f"samples of {given.source} are {sizes}.",
+                hint="Leave it out: real samples tell their own shapes.",
+            )
 
 
 def sidecar(model_path: str | Path) -> Path | None:

@@ -107,6 +107,7 @@ THREADS = click.option(
 TRACEBACK = click.option("--traceback", is_flag=True, help="Show the traceback of an error.")
 JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Print only the last line.")
+FORCE = click.option("--force", is_flag=True, help="Overwrite files that are there.")
 VERBOSE = click.option("-v", "--verbose", is_flag=True, help="All layers, however many.")
 
 
@@ -247,7 +248,7 @@ OPTIONS = (
     click.option(
         "--apply-masks", metavar="FILE.npz", help="Remove what these keep masks say, no more."
     ),
-    click.option("--force", is_flag=True, help="Overwrite OUTPUT."),
+    FORCE,
     click.option("--dry-run", is_flag=True, help="Do everything but write OUTPUT."),
 )  # fmt: skip
 
@@ -280,7 +281,7 @@ class Program(click.Group):
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **keywords: Any) -> Any:
         """Run and exit; see ``click.Group.main``."""
-        args = list(sys.argv[1:] if args is None else args)
+        args = list(sys.argv[1:] if args is None else args) or ["--help"]
         keywords["standalone_mode"] = False
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # not every terminal can show every name
@@ -409,7 +410,7 @@ def optimize(
     from onnx_ecp.report import text
 
     for path in report:
-        reports.check_target(path)
+        reports.check_target(path, force=options["force"])
     options |= {name: dict(options[name]) for name in ("layer_sparsity", "input_shapes")}
     calibration = options.pop("calibration")
     with _progress(quiet) as progress:
@@ -541,7 +542,7 @@ def bound(
         text.show(text.bound_tables(found))
 
 
-@main.command()
+@main.command(short_help="Compare several methods and sparsities on MODEL.")
 @click.argument("model")
 @_with(CALIBRATION)
 @click.option(
@@ -574,8 +575,10 @@ def bound(
     multiple=True,
     help="Write the points; .html has curves (repeatable).",
 )
-@_with(*PRUNING, *RUNNING, CONFIG, QUIET, TRACEBACK)
-def sweep(model: str, output: Sequence[str], quiet: bool, traceback: bool, **options: Any) -> None:
+@_with(*PRUNING, *RUNNING, FORCE, CONFIG, QUIET, TRACEBACK)
+def sweep(
+    model: str, output: Sequence[str], quiet: bool, force: bool, traceback: bool, **options: Any
+) -> None:
     """Prune MODEL with several methods to several sparsities, and compare.
 
     \b
@@ -585,7 +588,7 @@ def sweep(model: str, output: Sequence[str], quiet: bool, traceback: bool, **opt
     from onnx_ecp.report import sweeps, text
 
     for path in output:
-        sweeps.check_target(path)
+        sweeps.check_target(path, force=force)
     options |= {name: dict(options[name]) for name in ("layer_sparsity", "input_shapes")}
     calibration = options.pop("calibration")
     with _progress(quiet) as progress:
@@ -598,7 +601,7 @@ def sweep(model: str, output: Sequence[str], quiet: bool, traceback: bool, **opt
     click.echo(sweeps.ok_line(swept, output))
 
 
-@main.command()
+@main.command(short_help="Check this installation.")
 @_with(JSON, TRACEBACK)
 def doctor(as_json: bool, traceback: bool) -> None:
     """Check this installation: versions, ONNX Runtime, execution providers."""
@@ -633,14 +636,31 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, of: None
         return
     from rich.console import Console
-    from rich.progress import Progress, TaskID
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, TaskID] = {}
+        last: dict[str, int] = {}
 
         def advance(what: str, done: int, of: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what)
+            elif done < last[what]:  # the same again, as in the next stage
+                bars.reset(tasks[what])
+            last[what] = done
             bars.update(tasks[what], completed=done, total=of)
 
         yield advance

@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,9 @@ class Deviation:
         mean_squared_error: mean of (b - a)^2 over elements.
         largest: largest |b - a|; infinite when an element is not finite in one model only.
         largest_at: the sample where that is.
-        agreement: percent of samples with the same top class, where the output is (samples, K)
-            scores of K >= 2 classes; percent of equal elements, where it is not floating-point.
+        agreement: percent of samples whose largest element is the same one, where the output is
+            (samples, K >= 2), unless labels say that these are no class scores; percent of equal
+            elements, where it is not floating-point.
         not_finite_a: elements of a that are NaN or infinite; those equal in b are left out above.
         not_finite_b: the same of b.
     """
@@ -402,6 +403,8 @@ def measure_gap(
         progress("comparing", batch.start + batch.samples, len(data))
     scores: tuple[Score, ...] = ()
     if labels is not None and target is not None:
+        if not target.classes:  # the largest of several numbers is no class
+            sums[target.output] = replace(sums[target.output], votes=0, agreed=0)
         scores = target.scores(labels, *map(np.concatenate, zip(*predictions, strict=True)))
     return Gap(
         samples=len(data),

@@ -162,7 +162,11 @@ def optimize(
         curve=curve,
         bounds=bounded,
         seconds=time.monotonic() - began,
-        warnings=(*warnings(data, network, pruned, comparison), *made.warnings),
+        warnings=(
+            *warnings(data, network, pruned, comparison),
+            *target_warnings(data, options, curve),
+            *made.warnings,
+        ),
         units=made.rows,
         work_before=made.before,
         work_after=made.after,
@@ -297,6 +301,8 @@ def gather(source: Model, calibration: Any, options: Options) -> Data:
             seed=options.seed,
             shapes=options.input_shapes,
         )
+    if not everything.synthetic:
+        calibrating.check_shapes(everything, inputs, options.input_shapes)
     labels = guard_labels = None
     if options.labels is not None:
         if calibrating.is_stream(calibration):  # it was read as far as there may be labels
@@ -613,12 +619,19 @@ def bound(source: Model, result: Model, data: Data, options: Options) -> bounds.
     )
 
 
+def _ranking(options: Options) -> str:
+    """What decided which weights go."""
+    if options.apply_masks is not None:
+        return f"none, the masks of {Path(options.apply_masks).name} were given"
+    return options.importance or options.method
+
+
 def recipe_of(options: Options) -> Recipe:
     """What was done in the end, defaults resolved."""
     method = options.recipe
     return Recipe(
         method=options.method,
-        importance=options.importance or options.method,
+        importance=_ranking(options),
         compensation=method.compensation,
         metric=options.resolved_metric,
         metric_reason="asked for"
@@ -675,4 +688,28 @@ def warnings(data: Data, network: Network, pruned: Pruned, comparison: Compariso
             f"the sensitivities of {len(few)} layers, such as {modelling.printable(few[0])}, rest "
             f"on fewer than {FEW_SAMPLES} effective samples; give more calibration data."
         )
+    for name in network.observer.probabilities:
+        yield (
+            f"--metric kl takes outputs as logits, but the values of {modelling.printable(name)!r} "
+            "look like probabilities: give the model before its softmax, or use --metric l2."
+        )
     yield from comparison.gap.warnings
+
+
+def target_warnings(data: Data, options: Options, curve: Sequence[Point]) -> Iterator[str]:
+    """What the user must know about the target that was asked for, one sentence each."""
+    if options.max_accuracy_drop is not None:
+        assert data.labels is not None, "Options refuses a drop without labels"
+        assert data.guard_labels is not None, "both parts have some"
+        samples = min(len(data.labels), len(data.guard_labels))
+        if 100 / samples > (options.max_accuracy_drop or 1.0):
+            yield (
+                f"accuracy was judged on {samples} samples at a time, of which one is "
+                f"{100 / samples:.2g} percentage points: --max-accuracy-drop "
+                f"{options.max_accuracy_drop:g} needs more labelled samples to mean something."
+            )
+    if curve and options.sparsity is None and all(point.within for point in curve):
+        yield (
+            "every step of the search was within the target: it ended where almost nothing is left "
+            "to remove, not at the target."
+        )

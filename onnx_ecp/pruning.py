@@ -137,11 +137,13 @@ def prune(
     """
     step = step or stage
     result = Pruned(network.original)
-    for share in schedule(plan.method.stages):
+    for done, share in enumerate(schedule(plan.method.stages)):
+        progress("stages", done, plan.method.stages)
         check_deadline()
         result = step(network, plan, result, share, progress, measured=measured)
         measured = None  # it is of the original: later stages look at what they have made
         result = tuned(network, plan, result, last=share == 1.0, progress=progress)
+    progress("stages", plan.method.stages, plan.method.stages)
     return result
 
 
@@ -425,9 +427,11 @@ class _Guard:
         judged = self._run.gram(segment, state, self._weights[layer.name], self._shrink)
         target, current = _matrix(layer, self._network.original), _matrix(layer, state)
         shift = state.shifts[layer.name]
-        old = excess(judged, target, current, shift).sum()
+        old = excess(judged, target, current, shift)
         new = shift if solved.shift is None else solved.shift
-        return bool(excess(judged, target, solved.weight, new).sum() <= old)
+        # Where nothing went, and nothing before it changed, both are the same but for rounding.
+        rounding = 1e-12 * np.abs(old).sum()
+        return bool(excess(judged, target, solved.weight, new).sum() <= old.sum() + rounding)
 
 
 class _Run:

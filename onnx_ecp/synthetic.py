@@ -91,23 +91,37 @@ class _Sized:
 
 def _sizes(inputs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, _Sized]:
     """A size for every axis; axes of one name have one size."""
+    check_shapes(inputs, shapes)
     by_name = {spec.name: spec for spec in inputs}
     named: dict[str, int] = {}
     for name, given in shapes.items():
-        if name not in by_name:
-            raise UsageError(
-                f"shape for {name!r}, which is no input.", hint=did_you_mean(name, by_name)
-            )
         axes = by_name[name].shape or given
-        if not _agree(axes, given):
-            raise UsageError(
-                f"shape {given} for input {name!r} contradicts the model's {axes}.",
-                hint="Give a size for every axis; only free axes can be chosen.",
-            )
         named |= {a: size for a, size in zip(axes, given, strict=True) if isinstance(a, str)}
     batch = {a: 1 for a in (spec.shape[0] for spec in inputs if spec.shape) if _is_batch(a)}
     named = {a: size for a, size in batch.items() if isinstance(a, str)} | named
     return {spec.name: _sized(spec, shapes.get(spec.name), named) for spec in inputs}
+
+
+def check_shapes(inputs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """UsageError where a chosen shape is of no input, or contradicts the model."""
+    by_name = {spec.name: spec for spec in inputs}
+    for name, given in shapes.items():
+        if name not in by_name:
+            raise UsageError(
+                f"--input-shapes: {name!r} is no input of the model.",
+                hint=did_you_mean(name, by_name),
+            )
+        axes = by_name[name].shape or given
+        if not _agree(axes, given):
+            raise UsageError(
+                f"--input-shapes: {_listed(given)} for input {name!r} contradicts the model's "
+                f"{_listed(axes)}.",
+                hint="Give a size for every axis; only free axes can be chosen.",
+            )
+
+
+def _listed(axes: Sequence[int | str | None]) -> str:
+    return ",".join("?" if axis is None else str(axis) for axis in axes)
 
 
 def _sized(spec: InputSpec, given: tuple[int, ...] | None, named: Mapping[str, int]) -> _Sized:

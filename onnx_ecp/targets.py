@@ -209,6 +209,7 @@ class _Walk:
     def go(self, before: Pruned, share: float) -> Pruned | None:
         """The state at this share of the way if it is within the limit."""
         check_deadline()
+        self._progress("steps, at most", len(self.points), len(_shares()) + HALVINGS)
         network, plan = self._network, self._plan
         start = before if self._first is None else Pruned(network.original)
         found = self._step(network, plan, start, share, self._progress, measured=self._first)

@@ -54,6 +54,7 @@ def folder(tmp_path, rng, monkeypatch) -> Path:
     x = rng.standard_normal((40, 8)).astype(np.float32)
     np.savez(tmp_path / "data.npz", x=x)
     np.savez(tmp_path / "test.npz", x=x, y=rng.integers(0, 4, 40))
+    (tmp_path / "old.json").write_text("old")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -174,6 +175,13 @@ def test_asking_for_help_loads_nothing_heavy():
     assert done.stdout == "set()\n"
 
 
+def test_nothing_said_is_a_question_for_help():
+    assert command().stdout == command("--help").stdout
+    assert (command().exit_code, command().stderr) == (0, "")
+    commands = command().stdout.partition("Commands:")[2]
+    assert "..." not in commands  # every command says in one line what it does
+
+
 def test_public_names_are_there_when_used():
     assert all(getattr(onnx_ecp, name) is not None for name in onnx_ecp.__all__)
     assert set(onnx_ecp.__all__) <= set(dir(onnx_ecp))
@@ -196,12 +204,19 @@ ERRORS = {
     "unknown scope": ([*RUN, "--scope", "layers"], 2, "'layers'", "'layer'"),
     "unknown format": ([*RUN, "--format", "pack"], 2, "'pack'", "'packed'"),
     "no sparsity": ([*RUN, "-s", "half"], 2, "half", ""),
-    "sparsity beyond 1": ([*RUN, "-s", "80"], 2, "80", ""),
+    "sparsity beyond 1": ([*RUN, "-s", "80"], 2, "80", "Did you mean 0.8?"),
     "unknown provider": ([*RUN, "--provider", "cdua"], 2, "'cdua'", ""),
     "no regular expression": ([*RUN, "--include", "("], 2, "'('", ""),
     "unmatched layer": ([*RUN, "--layer-sparsity", "zzz=0.9"], 2, "'zzz'", "Known"),
     "no pair": ([*RUN, "--layer-sparsity", "0.9"], 2, "'0.9'", "fc1=0.9"),
     "no shape": ([*RUN, "--input-shapes", "x:a"], 2, "'x:a'", "x:1,3"),
+    "shape of no input": ([*RUN, "--input-shapes", "z:1,8"], 2, "'z'", "Known: x"),
+    "shape of a real input": (
+        [*RUN, "-c", "data.npz", "--input-shapes", "x:1,9"],
+        2,
+        "1,9 for input 'x' contradicts the model's n,8",
+        "free axes",
+    ),
     "no report format": ([*RUN, "--report", "r.pdf"], 2, "r.pdf", "*.json or *.html"),
     "no model there": (["optimize", "gone.onnx", "o.onnx"], 3, "gone.onnx: ", ""),
     "not a model": (["inspect", "data.npz"], 3, "data.npz: ", ""),
@@ -211,6 +226,9 @@ ERRORS = {
     "out of time": ([*RUN, "--timeout", "1e-9"], 6, "time limit", "--timeout"),
     "output exists": (["optimize", "in.onnx", "test.npz"], 8, "test.npz: ", "--force"),
     "no such directory": (["optimize", "in.onnx", "no/o.onnx"], 8, "no", ""),
+    "report exists": ([*RUN, "--report", "old.json"], 8, "old.json: ", "--force"),
+    "masks exist": ([*RUN, "--masks", "data.npz"], 8, "data.npz: ", "--force"),
+    "sweep exists": (["sweep", "in.onnx", "-o", "old.json"], 8, "old.json: ", "--force"),
     "report in no directory": ([*RUN, "--report", "no/r.json"], 8, "no/r.json: ", ""),
 }
 
@@ -228,6 +246,15 @@ def test_an_error_is_one_line_one_hint_one_code_and_no_file(arguments, code, mes
     assert hint in "".join(lines[1:])
     assert result.stdout == ""
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_force_replaces_files_that_are_there(folder):
+    data = ["-c", "data.npz", "--force"]
+    assert command(*RUN, *data, "--report", "old.json").exit_code == 0
+    assert json.loads((folder / "old.json").read_text())["schema"] == 1
+    grid = ["--methods", "magnitude", "--sparsities", "0.5"]
+    assert command("sweep", "in.onnx", "-o", "old.json", *grid, *data).exit_code == 0
+    assert "points" in json.loads((folder / "old.json").read_text())
 
 
 BUGS = {

@@ -247,3 +247,78 @@ def test_operators_with_kinks_get_small_steps(op):
     bend = np.abs(y[2:] - 2 * y[1:-1] + y[:-2]).max() / h
     assert len(y) == len(grid)
     assert (bend > 0.01) == (op in PIECEWISE) or op == "Elu"  # kinked for an alpha other than 1
+
+
+def test_shapes_chosen_for_real_samples_must_be_theirs(rng):
+    net = network("(float[n,t,6] x) => (float[n,t,3] y) { y = MatMul(x, W) }", {"W": (6, 3)}, rng)
+    x = drawn(rng, 20, 5, 6)
+    assert onnx_ecp.optimize(net, x, input_shapes={"x": (1, 5, 6)}).report.sparsity == 0.5
+    with pytest.raises(UsageError, match="samples of ndarray are N,5,6") as error:
+        onnx_ecp.optimize(net, x, input_shapes={"x": (1, 7, 6)})
+    assert "Leave it out" in error.value.hint
+
+
+def test_numbers_are_no_classes(net, rng, tmp_path):
+    """With the targets of a regression, which of its outputs is largest says nothing."""
+    x = drawn(rng, 40, 6)
+    np.save(tmp_path / "y.npy", drawn(rng, 40, 3))
+    with_targets = onnx_ecp.optimize(net, x, labels=tmp_path / "y.npy").report.gap
+    assert [score.metric for score in with_targets.scores] == ["r2", "mse"]
+    assert with_targets.agreement is None
+    assert onnx_ecp.optimize(net, x).report.gap.agreement is not None
+
+
+def test_given_masks_are_no_importance(net, rng, tmp_path):
+    x, path = drawn(rng, 40, 6), tmp_path / "keep.npz"
+    onnx_ecp.optimize(net, x, masks=path)
+    again = onnx_ecp.optimize(net, x, apply_masks=path).report.recipe
+    assert again.importance == "none, the masks of keep.npz were given"
+
+
+@pytest.mark.parametrize(("samples", "warned"), [(40, True), (1200, False)])
+def test_accuracy_on_few_samples_cannot_resolve_a_point(net, rng, tmp_path, samples, warned):
+    np.save(tmp_path / "y.npy", rng.integers(0, 3, samples))
+    report = onnx_ecp.optimize(
+        net,
+        drawn(rng, samples, 6),
+        labels=tmp_path / "y.npy",
+        max_accuracy_drop=1.0,
+        sparsity=0.0,
+    ).report
+    assert any("percentage points" in w for w in report.warnings) == warned
+
+
+def test_a_search_that_never_meets_its_target_says_where_it_ended(net, rng):
+    report = onnx_ecp.optimize(net, drawn(rng, 40, 6), method="magnitude", max_error=1e9).report
+    assert report.sparsity < 1
+    assert any("every step of the search" in w for w in report.warnings)
+
+
+PROBABILITIES = {
+    "logits": ("y = MatMul(x, W)", False),
+    "softmax": ("z = MatMul(x, W) y = Softmax(z)", False),  # traced back to its logits
+    "behind another node": ("z = MatMul(x, W) p = Softmax(z) y = Identity(p)", True),
+}
+
+
+@pytest.mark.parametrize(("body", "warned"), PROBABILITIES.values(), ids=PROBABILITIES)
+def test_kl_of_probabilities_is_warned_of(rng, body, warned):
+    net = network(f"(float[n,6] x) => (float[n,3] y) {{ {body} }}", {"W": (6, 3)}, rng)
+    report = onnx_ecp.optimize(net, drawn(rng, 40, 6), method="ecp", metric="kl").report
+    assert any("look like probabilities" in w for w in report.warnings) == warned
+
+
+def test_units_that_went_are_counted_in_all_stages(rng):
+    text = "(float[n,6] x) => (float[n,3] y) { h = MatMul(x, W) r = Tanh(h) y = MatMul(r, V) }"
+    net = network(text, {"W": (6, 24), "V": (24, 3)}, rng)
+    report = onnx_ecp.optimize(net, drawn(rng, 100, 6), granularity="unit", sparsity=0.5).report
+    rows = {row.name: row for row in report.layers}
+    assert rows["h"].importance_removed > 0
+
+
+def test_progress_tells_the_stages(net, rng):
+    seen = []
+    onnx_ecp.optimize(net, drawn(rng, 40, 6), stages=3, progress=lambda *event: seen.append(event))
+    assert [event for event in seen if event[0] == "stages"] == [
+        ("stages", done, 3) for done in range(4)
+    ]

@@ -26,6 +26,8 @@ from onnx_ecp.report import (
     write,
 )
 from onnx_ecp.report.as_json import dumps
+from onnx_ecp.structure.outcome import UnitRow, Work
+from onnx_ecp.targets import Point
 
 HOSTILE = {
     "markup": "<script>alert(1)</script>",
@@ -212,15 +214,16 @@ Not pruned
 
 Outputs on 200 samples
 
- output  relative error  mean squared error  largest deviation  agreement
- ────────────────────────────────────────────────────────────────────────
- logits          0.0456              0.0001   0.31 (sample 17)    98.50 %
+ output  relative error  mean squared error  largest deviation  same largest
+ ───────────────────────────────────────────────────────────────────────────
+ logits          0.0456              0.0001   0.31 (sample 17)       98.50 %
 
 method        ecp: importance ecp, compensation bias, metric l2, stages 1
 calibration   in.npz: 1,800 samples, 200 held out
 output error  predicted 0.05, measured 0.0456
-speed         Scattered zeros do not make ONNX Runtime faster (measured x0.93 to x1.03 at every
-              sparsity); they make the compressed file smaller.
+speed         Scattered zeros make the compressed file smaller, not the inference faster: ONNX
+              Runtime multiplies them like other numbers. --granularity unit removes whole units for
+              that.
 time          1.2 s
 warning: the effective sample size of fc1 is small.
 """
@@ -332,12 +335,53 @@ UNWRITABLE = {
     "no suffix": ("report", UsageError),
     "no such directory": ("missing/r.json", OutputError),
     "a directory": ("folder.json", OutputError),
+    "a file that is there": ("old.json", OutputError),
 }
 
 
 @pytest.mark.parametrize(("name", "error"), UNWRITABLE.values(), ids=UNWRITABLE)
 def test_what_cannot_be_written_is_said_before_the_work(tmp_path, name, error):
     (tmp_path / "folder.json").mkdir()
+    (tmp_path / "old.json").write_text("old")
     with pytest.raises(error) as caught:
-        check_target(tmp_path / name)
+        check_target(tmp_path / name, force=False)
     assert caught.value.hint
+
+
+def test_force_replaces_a_file_and_nothing_else(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "old.json").write_text("old")
+    check_target(tmp_path / "old.json", force=True)
+    with pytest.raises(OutputError):
+        check_target(tmp_path / "folder.json", force=True)
+
+
+CURVE = (Point(0.3, 0.01, None, True), Point(0.6, 0.2, None, False))
+UNITS = (UnitRow(("fc1",), ("fc2",), 1, 40, 30),)
+
+
+@pytest.mark.parametrize("show", [lambda r: text.plain(text.report_tables(r)), html.page])
+def test_the_way_to_the_target_is_shown_and_explained(show):
+    shown = " ".join(show(report(curve=CURVE)).split())
+    assert "The way to the target" in shown
+    assert "worse of two parts" in shown
+    assert "accuracy drop" not in shown
+    with_drop = tuple(dataclasses.replace(point, drop=1.5) for point in CURVE)
+    assert "accuracy drop" in show(report(curve=with_drop))
+
+
+@pytest.mark.parametrize("show", [lambda r: text.plain(text.report_tables(r)), html.page])
+def test_weights_that_went_with_units_are_not_called_zeros(show):
+    work = {"work_before": Work(1000, 2000), "work_after": Work(500, 900)}
+    shown = show(report(units=UNITS, **work))
+    assert "gone" in shown
+    assert "multiplications of the layers" in shown
+    assert "zeros in prunable" not in shown
+    assert "zeros after" not in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("show", [lambda r: text.plain(text.report_tables(r)), html.page])
+def test_outputs_without_classes_have_no_column_for_agreement(show):
+    plain = gap(outputs=(Deviation("y", 0.1, 0.1, 0.1, 3, None, 0, 0),))
+    assert "same largest" in show(report())
+    assert "same largest" not in show(report(gap=plain))

@@ -483,7 +483,7 @@ def test_what_stops_halfway_leaves_the_old_files(folder, monkeypatch, error):
     monkeypatch.setattr(sweeping, "run", failing)
     (folder / "s.csv").write_text("old")
     before = sorted(folder.iterdir())
-    result = command("in.onnx", "-c", "data.npz", "-o", "s.csv", "-o", "s.html")
+    result = command("in.onnx", "-c", "data.npz", "-o", "s.csv", "-o", "s.html", "--force")
     assert result.exit_code != 0
     assert made
     assert sorted(folder.iterdir()) == before

@@ -98,6 +98,7 @@ class Observer:
         blocked: by layer name, why the layer has no sensitivity.
         outputs: names of the float outputs that depend on a layer.
         metric: "l2" or "kl".
+        probabilities: under kl, the heads whose values look like probabilities instead of logits.
     """
 
     def __init__(
@@ -159,6 +160,9 @@ class Observer:
             half = first.halves()[0]
             _check_apart(y, first.samples, self.heads(state, half), half.samples)
         self._plan = plan(y, first.samples, metric=metric, probes=probes, seed=seed)
+        self.probabilities = tuple(
+            name for name, v in y.items() if metric == "kl" and _are_probabilities(v)
+        )
         self._first = first.samples
         self.metric = metric
         self._batched = all(v.ndim and v.shape[0] == first.samples for v in y.values())
@@ -395,6 +399,11 @@ def _check_scores(heads: Iterable[str], facts: Mapping[str, Fact], samples: int)
                 f"{printable(name)!r} has shape {shape} for {samples} samples.",
                 hint="Use --metric l2, which suits outputs of any kind.",
             )
+
+
+def _are_probabilities(y: np.ndarray) -> bool:
+    """Whether the last axis holds numbers from 0 to 1 whose sum is 1."""
+    return bool((y >= 0).all() and np.allclose(y.sum(axis=-1, dtype=np.float64), 1, atol=1e-3))
 
 
 def _size(fact: Fact) -> int:

@@ -17,13 +17,22 @@ from onnx_ecp.structure.outcome import UnitRow, Work
 from onnx_ecp.targets import Point
 
 UNSTRUCTURED_SPEED = (
-    "Scattered zeros do not make ONNX Runtime faster (measured x0.93 to x1.03 at every sparsity); "
-    "they make the compressed file smaller."
+    "Scattered zeros make the compressed file smaller, not the inference faster: ONNX Runtime "
+    "multiplies them like other numbers. --granularity unit removes whole units for that."
+)
+# What a reader needs to know to compare the points of a search with the error of the report.
+CURVE_NOTE = (
+    "Each point is the worse of two parts: the samples that judge refits, and those held out. The "
+    "output error of this report is that of the held-out samples alone, so it may be lower."
 )
 SYNTHETIC_WARNING = (
     "calibrated on made-up inputs drawn from the model's signature: importances and errors say "
     "little about real data; give real inputs with --calibration."
 )
+
+
+# Words for the fields of ``Work``.
+WORK = {"weights": "weights", "multiplications": "flops"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ class LayerRow:
         shape: (out, in) of W.
         weights: elements of W.
         zeros_before: zeros of W in the given model.
-        zeros_after: zeros of W in the result.
+        zeros_after: how many weights of W are zero in the result, or were taken out with a unit.
         importance_removed: sum of the importances of the removed weights, in the method's unit;
             None where the method has none.
         largest_shift: largest absolute change of an element of the bias.
@@ -149,6 +158,11 @@ class Report:
         return sum({row.tensor: row.weights for row in self.layers}.values())
 
     @property
+    def gone(self) -> str:
+        """What removed weights are: "zeros", or just "gone" where some were taken out whole."""
+        return "gone" if self.units else "zeros"
+
+    @property
     def zeros_before(self) -> int:
         """Zeros among them in the given model."""
         return sum({row.tensor: row.zeros_before for row in self.layers}.values())
@@ -196,12 +210,16 @@ def _html(report: Report) -> str:
 WRITERS: dict[str, Callable[[Report], str]] = {".json": _json, ".html": _html}
 
 
-def check_target(path: str | Path) -> None:
+def check_target(path: str | Path, *, force: bool) -> None:
     """Find out before the long work whether a report can be written there.
+
+    Args:
+        path: of the report.
+        force: whether a file that is there may be replaced.
 
     Raises:
         UsageError: the suffix names no format.
-        OutputError: the directory is missing or read-only, or the path is a directory.
+        OutputError: the file exists, the directory is missing or read-only, or the path is one.
     """
     path = Path(path)
     if path.suffix.lower() not in WRITERS:
@@ -209,16 +227,16 @@ def check_target(path: str | Path) -> None:
             f"{path}: no report format ends in {path.suffix!r}.",
             hint=f"Name the file *{' or *'.join(WRITERS)}.",
         )
-    check_output(path, force=True, source=None)
+    check_output(path, force=force, source=None)
 
 
 def write(report: Report, path: str | Path) -> None:
-    """Write a report in the format of the path's suffix, whole or not at all.
+    """Write a report in the format of the path's suffix, whole or not at all; it replaces a file.
 
     Raises:
         UsageError: the suffix names no format.
         OutputError: the file cannot be written.
     """
-    check_target(path)
+    check_target(path, force=True)
     text = WRITERS[Path(path).suffix.lower()](report)
     write_whole(path, text.encode())

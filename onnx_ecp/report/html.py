@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from onnx_ecp.model import printable
-from onnx_ecp.report import LayerRow, Report, bounding
+from onnx_ecp.report import CURVE_NOTE, WORK, LayerRow, Report, bounding
 from onnx_ecp.report.as_json import dumps, encode
 
 # Rows at either end of a table; a row takes at most 2 kB, whatever the names are.
@@ -46,6 +46,7 @@ def page(report: Report) -> str:
         _sizes(report),
         _scores(report),
         _outputs(report),
+        _curve(report),
         _bounds(report),
         _layers(report),
         _units(report),
@@ -72,17 +73,18 @@ def document(title: str, parts: Iterable[str], style: str = "") -> str:
     )
 
 
-def bar(before: float, after: float) -> str:
+def bar(before: float, after: float, fine: bool = True) -> str:
     """An inline SVG bar: the share of zeros in the result, and within it that of the original.
 
     Args:
         before: share of zeros in the given model, in [0, 1].
         after: share in the result.
+        fine: False for what was tried but not taken.
     """
     label = f"{100 * after:.2f} % zeros, {100 * before:.2f} % before"
     rects = "".join(
         f'<rect class="{kind}" width="{_BAR * share:.1f}" height="12"/>'
-        for kind, share in (("all", 1.0), ("new", after), ("old", before))
+        for kind, share in (("all", 1.0), ("new" if fine else "old", after), ("old", before))
     )
     return (
         f'<svg width="{_BAR}" height="12" role="img" aria-label="{label}">'
@@ -98,7 +100,8 @@ def _headline(report: Report) -> str:
             f"<b>{report.gap.relative_error:.4g}</b>."
         )
     return (
-        f"<p><b>{100 * report.sparsity:.2f} %</b> of {report.weights:,} prunable weights are zero "
+        f"<p><b>{100 * report.sparsity:.2f} %</b> of {report.weights:,} prunable weights are "
+        f"{'zero' if report.gone == 'zeros' else 'gone'} "
         f"({100 * report.zeros_before / max(report.weights, 1):.2f} % before).{error}</p>\n"
         f"<p>{shown(report.speed, 500)}</p>"
     )
@@ -124,6 +127,7 @@ def _scores(report: Report) -> str:
 
 
 def _outputs(report: Report) -> str:
+    agrees = report.gap is not None and report.gap.agreement is not None
     rows = [
         [
             shown(d.output),
@@ -131,12 +135,28 @@ def _outputs(report: Report) -> str:
             f"{d.mean_squared_error:.4g}",
             f"{d.largest:.4g}",
             str(d.largest_at),
-            "" if d.agreement is None else f"{d.agreement:.2f} %",
+            *(["" if d.agreement is None else f"{d.agreement:.2f} %"] if agrees else []),
         ]
         for d in (() if report.gap is None else report.gap.outputs)
     ]
     columns = ["output", "relative error>", "mean squared error>", "largest deviation>"]
-    return table("Outputs", [*columns, "at sample>", "agreement>"], rows)
+    columns += ["at sample>", *(["same largest>"] if agrees else [])]
+    return table("Outputs", columns, rows)
+
+
+def _curve(report: Report) -> str:
+    """The points of a search, those beyond the target in grey."""
+    dropped = any(point.drop is not None for point in report.curve)
+    rows = []
+    for point in report.curve:
+        drop = [f"{point.drop:.2f} points"] if point.drop is not None else []
+        verdict = "within" if point.within else "beyond"
+        share = f"{bar(0.0, point.sparsity, point.within)} {100 * point.sparsity:.2f} %"
+        rows.append([share, f"{point.error:.4g}", *drop, verdict])
+    if not rows:
+        return ""
+    columns = ["sparsity", "relative error>", *(["accuracy drop>"] if dropped else []), "target"]
+    return f"{table('The way to the target', columns, rows)}\n<p>{CURVE_NOTE}</p>"
 
 
 def _bounds(report: Report) -> str:
@@ -150,7 +170,8 @@ def _bounds(report: Report) -> str:
 
 
 def _layers(report: Report) -> str:
-    columns = ["layer", "op", "out x in>", "zeros before>", "zeros after>", "sparsity"]
+    after = "zeros after>" if report.gone == "zeros" else "gone>"
+    columns = ["layer", "op", "out x in>", "zeros before>", after, "sparsity"]
     columns += ["importance removed>", "largest bias shift>", "effective samples>", "note"]
     return table("Layers", columns, [_layer(row) for row in report.layers])
 
@@ -178,8 +199,8 @@ def _units(report: Report) -> str:
         rows.append([made, read, f"{row.before:,}", f"{row.after:,}", row.why])
     before, after = report.work_before, report.work_after
     if before is not None and after is not None:
-        for what in ("weights", "flops"):
-            x, y = getattr(before, what), getattr(after, what)
+        for what, field in WORK.items():
+            x, y = getattr(before, field), getattr(after, field)
             rows.append([f"{what} of the layers", "", f"{x:,}", f"{y:,}", f"x{y / max(x, 1):.3f}"])
     return table("Units", ["made by", "read by", "before>", "after>", ""], rows)
 

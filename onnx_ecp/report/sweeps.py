@@ -45,12 +45,16 @@ WRITERS: dict[str, Callable[[Sweep], str]] = {
 }
 
 
-def check_target(path: str | Path) -> None:
+def check_target(path: str | Path, *, force: bool) -> None:
     """Find out before the long work whether a sweep can be written there.
+
+    Args:
+        path: of the file.
+        force: whether a file that is there may be replaced.
 
     Raises:
         UsageError: the suffix names no format.
-        OutputError: the directory is missing or read-only, or the path is a directory.
+        OutputError: the file exists, the directory is missing or read-only, or the path is one.
     """
     path = Path(path)
     if path.suffix.lower() not in WRITERS:
@@ -58,18 +62,18 @@ def check_target(path: str | Path) -> None:
             f"{path}: a sweep cannot be written as {path.suffix!r}.",
             hint=f"Name the file *{' or *'.join(WRITERS)}.",
         )
-    check_output(path, force=True, source=None)
+    check_output(path, force=force, source=None)
 
 
 def write(sweep: Sweep, paths: Sequence[str | Path]) -> None:
-    """Write a sweep in the formats of the paths' suffixes; each file whole or not at all.
+    """Write a sweep in the formats of the paths' suffixes, over what is there; each file whole.
 
     Raises:
         UsageError: a suffix names no format; nothing was written.
         OutputError: a file cannot be written.
     """
     for path in paths:
-        check_target(path)
+        check_target(path, force=True)
     texts = [WRITERS[Path(path).suffix.lower()](sweep) for path in paths]
     for path, text in zip(paths, texts, strict=True):
         write_whole(path, text.encode())

@@ -24,7 +24,7 @@ from onnx_ecp.evaluate import Comparison, Gap, Latency, ModelFacts
 from onnx_ecp.inspection import Inspection
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.model import printable
-from onnx_ecp.report import LayerRow, Recipe, Report, bounding
+from onnx_ecp.report import CURVE_NOTE, WORK, LayerRow, Recipe, Report, bounding
 from onnx_ecp.structure.outcome import UnitGroup
 from onnx_ecp.targets import Point
 
@@ -33,6 +33,8 @@ WIDTH = 100
 _HEAD = _TAIL = 15
 # Characters of a sentence that are shown; names get fewer.
 _SENTENCE = 400
+# Shifts below this are what is left of sums that cancel.
+_ROUNDING = 1e-12
 
 Row = TypeVar("Row")
 
@@ -103,7 +105,7 @@ def report_tables(report: Report, *, verbose: bool = False) -> Group:
 def inspection_tables(inspection: Inspection, *, verbose: bool = False) -> Group:
     """What is prunable, what is not and why."""
     parts: list[RenderableType] = [_signature_table(inspection)]
-    table = _table("Prunable layers", "layer", "op", "out x in>", "weights>", "zeros>", "2:4")
+    table = _table("Prunable layers", "layer", "op", "out x in>", "weights>", "zeros>", "fits 2:4")
     for row in _cut(inspection.layers, verbose):
         if isinstance(row, int):
             table.add_row(_omitted(row))
@@ -207,7 +209,7 @@ def _summary(report: Report) -> Table:
     _size_rows(table, report.original, report.result)
     total = report.weights
     table.add_row(
-        "zeros in prunable layers",
+        f"{report.gone} {'in' if report.gone == 'zeros' else 'from'} prunable layers",
         f"{report.zeros_before:,} ({_percent(report.zeros_before, total)})",
         f"{report.zeros_after:,} ({_percent(report.zeros_after, total)})",
         f"of {total:,}",
@@ -252,7 +254,8 @@ def _layer_table(report: Report, verbose: bool) -> Table:
     pruned_before = any(row.zeros_before for row in report.layers)
     has_ess = any(row.ess is not None for row in report.layers)
     columns = ["layer", "op", "out x in>", *(["zeros\nbefore>"] if pruned_before else [])]
-    columns += ["zeros\nafter>", "sparsity>", "imp.\nremoved>", "bias\nshift>"]
+    columns += ["zeros\nafter>" if report.gone == "zeros" else "gone>"]
+    columns += ["sparsity>", "imp.\nremoved>", "bias\nshift>"]
     table = _table("Layers", *columns, *(["eff.\nsamples>"] if has_ess else []))
 
     def add(layer: str, op: str, shape: str, before: int, after: int, *rest: str) -> None:
@@ -302,8 +305,8 @@ def _unit_table(report: Report, verbose: bool) -> Table:
     before, after = report.work_before, report.work_after
     if before is not None and after is not None:
         table.add_section()
-        for what in ("weights", "flops"):
-            x, y = getattr(before, what), getattr(after, what)
+        for what, field in WORK.items():
+            x, y = getattr(before, field), getattr(after, field)
             table.add_row(f"{what} of the layers", "", f"{x:,}", f"{y:,}", f"x{y / max(x, 1):.3f}")
     return table
 
@@ -322,25 +325,30 @@ def _skip_table(skips: Sequence[Skip], verbose: bool, title: str = "Not pruned")
 
 def _gap_table(gap: Gap) -> Table:
     columns = ["output", "relative error>", "mean squared error>", "largest deviation>"]
-    table = _table(f"Outputs on {gap.samples:,} samples", *columns, "agreement>")
+    agrees = gap.agreement is not None
+    title = f"Outputs on {gap.samples:,} samples"
+    table = _table(title, *columns, *(["same largest>"] if agrees else []))
     for d in gap.outputs:
         largest = f"{_number(d.largest)} (sample {d.largest_at})"
         agreement = "" if d.agreement is None else f"{d.agreement:.2f} %"
         error, squared = _number(d.relative_error), _number(d.mean_squared_error)
-        table.add_row(printable(d.output), error, squared, largest, agreement)
+        row = [printable(d.output), error, squared, largest]
+        table.add_row(*row, *([agreement] if agrees else []))
     if len(gap.outputs) > 1:
         table.add_section()
         table.add_row("all", _number(gap.relative_error))
     return table
 
 
-def _curve_table(curve: Sequence[Point]) -> Table:
-    table = _table("The way to the target", "sparsity>", "relative error>", "accuracy drop>", "")
+def _curve_table(curve: Sequence[Point]) -> Group:
+    dropped = any(point.drop is not None for point in curve)
+    columns = ["sparsity>", "relative error>", *(["accuracy drop>"] if dropped else []), "target"]
+    table = _table("The way to the target", *columns)
     for point in curve:
-        drop = "" if point.drop is None else f"{point.drop:.2f}"
+        drop = [] if point.drop is None else [f"{point.drop:.2f} points"]
         verdict = "within" if point.within else "beyond"
-        table.add_row(f"{100 * point.sparsity:.2f} %", _number(point.error), drop, verdict)
-    return table
+        table.add_row(f"{100 * point.sparsity:.2f} %", _number(point.error), *drop, verdict)
+    return Group(table, Text(f"{CURVE_NOTE}\n"))
 
 
 def _why(recipe: Recipe) -> str:
@@ -449,4 +457,5 @@ def _number(value: float) -> str:
 
 
 def _optional(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+    """Three digits; nothing for None, 0 for what is only rounding."""
+    return "" if value is None else f"{value if abs(value) > _ROUNDING else 0.0:.3g}"

@@ -94,10 +94,11 @@ class UnitStep:
         )
         ess = {name: effective_sample_size(s) for name, s in measured.weights.items()}
         gone = {
-            group.producers[0]: float(scores[group.units[~rest[group.units]]].sum())
+            group.producers[0]: before.removed.get(group.producers[0], 0.0)
+            + float(scores[group.units][(keep & ~rest)[group.units]].sum())
             for group in self.structure.groups
         }
-        return PrunedUnits(state, gone, ess, before.notes | notes, rest)
+        return PrunedUnits(state, gone, ess, notes, rest)
 
     def check_reached(self, keep: np.ndarray) -> None:
         """TargetError where the floors kept more than the goal allows."""
