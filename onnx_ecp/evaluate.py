@@ -25,6 +25,7 @@ from onnx_ecp.calibration import Batch, Calibration
 from onnx_ecp.errors import CalibrationError, ModelError
 from onnx_ecp.measurement import Progress, silent
 from onnx_ecp.model import (
+    LARGEST_DENSE,
     Model,
     compressed_size,
     constants,
@@ -32,6 +33,7 @@ from onnx_ecp.model import (
     digest,
     load,
     output_names,
+    packed_tensors,
     printable,
     read_tensor,
     signature,
@@ -58,7 +60,7 @@ class ModelFacts:
         sha256: of the file (of the serialised proto for a model in memory).
         bytes: size, external data included.
         compressed_bytes: size after gzip.
-        parameters: elements of all stored floating-point tensors; a sparse initializer counts as
+        parameters: elements of all stored floating-point tensors; a sparse or packed one counts as
             the dense tensor that it stands for.
         zeros: how many of them are zero.
     """
@@ -438,13 +440,19 @@ def measure_latency(
 
 def model_facts(model: Model) -> ModelFacts:
     """Sizes, hash, and how many of the stored values are zero."""
-    stored = [t for t in constants(model.proto).values() if t.data_type in _FLOATS and t.dims]
+    packed = packed_tensors(model.proto, LARGEST_DENSE).values()
+    parts = {name for p in packed for name in p.parts}
+    found = {n: t for n, t in constants(model.proto).items() if n not in parts}
+    stored = [t for t in found.values() if t.data_type in _FLOATS and t.dims]
     arrays = (read_tensor(model, tensor) for tensor in stored)
     counts = [(array.size, int(np.count_nonzero(array))) for array in arrays]
     counts += [
         (math.prod(sparse.dims), math.prod(sparse.values.dims))
         for sparse in model.proto.graph.sparse_initializer
         if sparse.values.data_type in _FLOATS
+    ]
+    counts += [
+        (p.elements, math.prod(p.values.dims)) for p in packed if p.values.data_type in _FLOATS
     ]
     return ModelFacts(
         path=None if model.path is None else str(model.path),

@@ -1,30 +1,43 @@
-"""What of a model is prunable, what is not and why: without running it.
+"""What of a model is prunable, what is not and why.
 
-Works for models that are newer than the installed ONNX Runtime, or where there is none.
+Works for models that are newer than the installed ONNX Runtime, or where there is none: only what
+the sensitivities of the layers can be had by needs a run, and is then not told.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 
-from onnx_ecp.errors import ProviderError
+from onnx_ecp import calibration
+from onnx_ecp.errors import OnnxEcpError, ProviderError
+from onnx_ecp.gradients.observer import Observer
+from onnx_ecp.gradients.reverse import NO_OUTPUT
 from onnx_ecp.layers import Layer, Skip, find_layers
 from onnx_ecp.model import (
+    LARGEST_DENSE,
     InputSpec,
     Model,
     constants,
     decode_sparse,
     load,
+    packed_tensors,
     read_tensor,
     runtime_support,
     signature,
+    sparse_tensors,
 )
+from onnx_ecp.runtime import deadline
 from onnx_ecp.structure import find_structure, inferred_shapes
 from onnx_ecp.structure.outcome import UnitGroup, unit_groups
+
+# Sensitivities are looked for in models of so many weights, and for so many seconds.
+MOST_WEIGHTS = 200_000_000
+PATIENCE = 60.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,10 @@ class Prunable:
         weights: elements of W.
         zeros: how many of them are zero now.
         two_four: why 2:4 does not fit it; empty where it does.
+        storage: "dense", "sparse" or "packed"; see ``optimize --format``.
+        sensitivity: by which way its sensitivity can be had: "reverse graph", "differences"
+            (``--gradients numeric`` only), "none", or "unknown".
+        blocked: why not by the reverse graph, with the operator; empty where it is.
     """
 
     name: str
@@ -48,6 +65,9 @@ class Prunable:
     weights: int
     zeros: int
     two_four: str
+    storage: str = "dense"
+    sensitivity: str = "unknown"
+    blocked: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +107,8 @@ def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
     """Find the layers of a model that can be pruned.
 
     Args:
-        model: path or proto; it is not changed and not run.
+        model: path or proto; it is not changed. Where it is not too large, it is run on two
+            made-up samples to find out about sensitivities.
 
     Raises:
         ModelError: the model is unreadable or invalid.
@@ -96,9 +117,12 @@ def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
     dense = Model(decode_sparse(given.proto), given.path, given.base)
     found = find_layers(dense.proto)
     stored = constants(dense.proto)
+    storage = _storage(given.proto)
     layers = tuple(
-        _prunable(layer, read_tensor(dense, stored[layer.weight.tensor])) for layer in found.layers
+        _prunable(layer, read_tensor(dense, stored[layer.weight.tensor]), storage)
+        for layer in found.layers
     )
+    layers = _with_sensitivities(layers, dense, found.layers)
     structure = find_structure(dense.proto, found.layers, inferred_shapes(dense.proto))
     by_tensor = {layer.tensor: layer for layer in layers}.values()
     return Inspection(
@@ -117,7 +141,42 @@ def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
     )
 
 
-def _prunable(layer: Layer, stored: np.ndarray) -> Prunable:
+def _storage(proto: onnx.ModelProto) -> dict[str, str]:
+    """How the tensors are stored that are not dense."""
+    sparse = dict.fromkeys((name for name, _ in sparse_tensors(proto)), "sparse")
+    return sparse | dict.fromkeys(packed_tensors(proto, LARGEST_DENSE), "packed")
+
+
+def _with_sensitivities(
+    rows: tuple[Prunable, ...], model: Model, layers: Sequence[Layer]
+) -> tuple[Prunable, ...]:
+    """The rows with what an attempt to observe the layers, on made-up inputs, tells."""
+    if not layers:
+        return rows
+    if sum(row.weights for row in rows) > MOST_WEIGHTS:
+        return tuple(replace(row, blocked="the model is too large to try it") for row in rows)
+    try:
+        with deadline(PATIENCE):
+            inputs = signature(model.proto)
+            made_up = calibration.synthetic(model.proto, inputs, samples=2)
+            blocked = Observer(model, layers, next(made_up.batches(2))).blocked
+    except ProviderError as error:
+        return tuple(replace(row, blocked=error.message) for row in rows)
+    except OnnxEcpError as error:
+        return tuple(replace(row, sensitivity="none", blocked=error.message) for row in rows)
+    return tuple(
+        replace(row, sensitivity=_way(blocked.get(row.name)), blocked=blocked.get(row.name, ""))
+        for row in rows
+    )
+
+
+def _way(blocked: str | None) -> str:
+    if blocked is None:
+        return "reverse graph"
+    return "none" if blocked == NO_OUTPUT else "differences"
+
+
+def _prunable(layer: Layer, stored: np.ndarray, storage: Mapping[str, str]) -> Prunable:
     return Prunable(
         name=layer.name,
         op=layer.op,
@@ -126,6 +185,7 @@ def _prunable(layer: Layer, stored: np.ndarray) -> Prunable:
         weights=stored.size,
         zeros=stored.size - int(np.count_nonzero(stored)),
         two_four="" if layer.reduction % 4 == 0 else f"4 does not divide {layer.reduction}",
+        storage=storage.get(layer.weight.tensor, "dense"),
     )
 
 

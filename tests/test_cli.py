@@ -391,6 +391,38 @@ def test_inspect_shows_every_layer(folder):
     assert shown["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["n", 8]}]
 
 
+BLOCKED = """
+<ir_version: 8, opset_import: ["": 17]>
+g (float[n, 4] x) => (float[n] y, float[n, 4] q, int64[n] k)
+{
+    h = MatMul(x, W)  t = Relu(h)  m = MatMul(t, V)
+    s = Constant<value = int64[3] {-1, 2, 2}>()  r = Reshape(m, s)  y = Det(r)
+    q = MatMul(x, U)
+    d = MatMul(x, T)  k = ArgMax<axis = 1, keepdims = 0>(d)
+}
+"""
+
+
+def test_inspect_shows_by_which_way_sensitivities_can_be_had(folder, rng):
+    onnx.save(model(BLOCKED, rng, **dict.fromkeys("WVUT", (4, 4))), "det.onnx")
+    found = {layer.name: layer for layer in onnx_ecp.inspect("det.onnx").layers}
+    ways = {name: (layer.sensitivity, layer.blocked) for name, layer in found.items()}
+    no_rule = "no gradient rule for Det"
+    assert ways == {
+        "h": ("differences", no_rule),
+        "m": ("differences", no_rule),
+        "q": ("reverse graph", ""),
+        "d": ("none", "no float output of the model depends on it"),
+    }
+    shown = " ".join(command("inspect", "det.onnx").stdout.split())
+    assert f"no sensitivity but by --gradients numeric: h and 1 more: {no_rule}" in shown
+    assert "only methods that need none, such as magnitude: d: no float output" in shown
+    # What inspect says is what optimize does.
+    report = onnx_ecp.optimize("det.onnx", samples=20).report
+    assert [row.name for row in report.layers] == ["q"]
+    assert all(ways[skip.name][1] in skip.reason for skip in report.skips)
+
+
 INSPECTED = {
     "shared by two nodes": (
         "float[n, 4] x", "h = MatMul(x, W) y = MatMul(h, W)", {"W": (4, 4)}, {"weights": 16},

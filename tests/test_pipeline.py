@@ -608,21 +608,24 @@ def test_every_format_holds_the_same_model(net, encoding, tmp_path):
     assert result.model == onnx.load(path)
     assert result.report.zeros_after == dense.report.zeros_after
     again = decode_sparse(result.model)
-    if encoding != "packed":
-        assert sum(layer.zeros for layer in onnx_ecp.inspect(path).layers) == (
-            dense.report.zeros_after
-        )
-        for name, keep in dense.masks.items():
-            np.testing.assert_array_equal(tensors(again)[name] != 0, keep)
-    else:
+    found = onnx_ecp.inspect(path)
+    assert sum(layer.zeros for layer in found.layers) == dense.report.zeros_after
+    assert {layer.storage for layer in found.layers} <= {encoding, "dense"}
+    assert encoding in {layer.storage for layer in found.layers}
+    for name, keep in dense.masks.items():
+        np.testing.assert_array_equal(tensors(again)[name] != 0, keep)
+    assert result.report.result.parameters == dense.report.result.parameters
+    assert result.report.result.zeros == dense.report.result.zeros
+    if encoding != "dense":
         assert path.stat().st_size < 0.4 * len(dense.model.SerializeToString())
 
 
-def test_a_sparse_file_can_be_pruned_further(tmp_path):
+@pytest.mark.parametrize("encoding", ["sparse", "packed"])
+def test_a_sparse_file_can_be_pruned_further(encoding, tmp_path):
     path = tmp_path / "sparse.onnx"
     whole = {"cleanup": False}  # masks of both are of the same shapes
     first = onnx_ecp.optimize(
-        original("digits"), inputs("digits"), sparsity=0.8, format="sparse", output=path, **whole
+        original("digits"), inputs("digits"), sparsity=0.8, format=encoding, output=path, **whole
     )
     second = onnx_ecp.optimize(path, inputs("digits"), sparsity=0.9, **whole)
     assert second.report.zeros_before == first.report.zeros_after

@@ -17,6 +17,8 @@ import onnx_graphsurgeon as gs
 from onnx_ecp.gradients.builder import Builder
 from onnx_ecp.gradients.rules import RULES, Unsupported
 
+NO_OUTPUT = "no float output of the model depends on it"
+
 
 @dataclass(frozen=True)
 class Adjoints:
@@ -77,7 +79,7 @@ def adjoints(
     found = {t: total(t) for t in targets if t not in blocked}
     return Adjoints(
         {t: g for t, g in found.items() if g is not None},
-        {t: blocked.get(t, "no float output of the model depends on it") for t in targets
+        {t: blocked.get(t, NO_OUTPUT) for t in targets
          if found.get(t) is None},
     )  # fmt: skip
 

@@ -2,15 +2,24 @@
 
 from onnx_ecp.model.encodings import ENCODINGS
 from onnx_ecp.model.loading import compressed_size, data_files, digest, load
+from onnx_ecp.model.packed import packed_tensors
 from onnx_ecp.model.printable import printable
-from onnx_ecp.model.proto import InputSpec, Model, constants, output_names, signature
+from onnx_ecp.model.proto import (
+    InputSpec,
+    Model,
+    constants,
+    output_names,
+    signature,
+    sparse_tensors,
+)
 from onnx_ecp.model.saving import check_output, save, write_whole
-from onnx_ecp.model.sparse import decode_sparse
+from onnx_ecp.model.sparse import LARGEST_DENSE, decode_sparse
 from onnx_ecp.model.support import runtime_support
 from onnx_ecp.model.tensors import read_tensor, write_tensor
 
 __all__ = [
     "ENCODINGS",
+    "LARGEST_DENSE",
     "InputSpec",
     "Model",
     "check_output",
@@ -21,11 +30,13 @@ __all__ = [
     "digest",
     "load",
     "output_names",
+    "packed_tensors",
     "printable",
     "read_tensor",
     "runtime_support",
     "save",
     "signature",
+    "sparse_tensors",
     "write_tensor",
     "write_whole",
 ]

@@ -11,6 +11,7 @@ from onnx import SparseTensorProto, TensorProto, numpy_helper
 
 from onnx_ecp.errors import ModelError
 from onnx_ecp.model.external import is_external
+from onnx_ecp.model.packed import packed_tensors, unpack
 from onnx_ecp.model.printable import printable
 from onnx_ecp.model.proto import bodies
 from onnx_ecp.model.tensors import byte_size, check_tensor, clear_values
@@ -87,10 +88,10 @@ def _dense_shell(sparse: SparseTensorProto) -> TensorProto:
 
 
 def decode_sparse(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of a validated model in which every sparse tensor has become a dense one.
+    """A copy of a validated model in which every sparse or packed tensor has become a dense one.
 
-    Sparse initializers are appended to the dense ones; a Constant's ``sparse_value`` becomes its
-    ``value``. Nothing else changes.
+    Sparse initializers are appended to the dense ones, and so are tensors in the packed form of
+    ``encodings``; a Constant's ``sparse_value`` becomes its ``value``. Nothing else changes.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
@@ -105,6 +106,8 @@ def decode_sparse(proto: onnx.ModelProto) -> onnx.ModelProto:
                     attribute.Clear()
                     attribute.name, attribute.type = "value", onnx.AttributeProto.TENSOR
                     attribute.t.CopyFrom(dense)
+    if found := packed_tensors(copy, LARGEST_DENSE):
+        unpack(copy, found.values())
     return copy
 
 

@@ -21,7 +21,7 @@ from onnx_ecp.bounds import Bounds
 from onnx_ecp.bounds.planning import Planning
 from onnx_ecp.doctor import Diagnosis
 from onnx_ecp.evaluate import Comparison, Gap, Latency, ModelFacts
-from onnx_ecp.inspection import Inspection
+from onnx_ecp.inspection import Inspection, Prunable
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.model import printable
 from onnx_ecp.report import CURVE_NOTE, WORK, LayerRow, Recipe, Report, bounding
@@ -105,7 +105,10 @@ def report_tables(report: Report, *, verbose: bool = False) -> Group:
 def inspection_tables(inspection: Inspection, *, verbose: bool = False) -> Group:
     """What is prunable, what is not and why."""
     parts: list[RenderableType] = [_signature_table(inspection)]
-    table = _table("Prunable layers", "layer", "op", "out x in>", "weights>", "zeros>", "fits 2:4")
+    stored = any(row.storage != "dense" for row in inspection.layers)
+    columns = ["layer", "op", "out x in>", "weights>", "zeros>", "fits 2:4"]
+    columns += [*(["stored"] if stored else []), "sensitivity"]
+    table = _table("Prunable layers", *columns)
     for row in _cut(inspection.layers, verbose):
         if isinstance(row, int):
             table.add_row(_omitted(row))
@@ -113,7 +116,8 @@ def inspection_tables(inspection: Inspection, *, verbose: bool = False) -> Group
         zeros = f"{row.zeros:,} ({_percent(row.zeros, row.weights)})"
         two_four = f"no: {row.two_four}" if row.two_four else "yes"
         size = f"{row.weights:,}"
-        table.add_row(printable(row.name), row.op, _shape(row.shape), size, zeros, two_four)
+        cells = [printable(row.name), row.op, _shape(row.shape), size, zeros, two_four]
+        table.add_row(*cells, *([row.storage] if stored else []), row.sensitivity)
     total, zeros_now = inspection.weights, inspection.zeros
     table.add_section()
     table.add_row(
@@ -121,6 +125,7 @@ def inspection_tables(inspection: Inspection, *, verbose: bool = False) -> Group
         f"{zeros_now:,} ({_percent(zeros_now, total)})", "",
     )  # fmt: skip
     parts.append(table)
+    parts += _blocked(inspection.layers)
     if inspection.unit_groups:
         parts.append(_group_table(inspection.unit_groups, verbose))
     if inspection.skips:
@@ -129,6 +134,30 @@ def inspection_tables(inspection: Inspection, *, verbose: bool = False) -> Group
         parts.append(_skip_table(inspection.unit_refusals, verbose, "Units that stay"))
     parts += [_warning(text) for text in inspection.warnings]
     return Group(*parts)
+
+
+# What the words of the column "sensitivity" mean for whoever wants to prune.
+_WAYS = {
+    "differences": "no sensitivity but by --gradients numeric",
+    "none": "no sensitivity: only methods that need none, such as magnitude",
+    "unknown": "not known whether there are sensitivities",
+}
+
+
+def _blocked(layers: Sequence[Prunable]) -> list[RenderableType]:
+    """By way and reason, the layers that the reverse graph does not reach."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in layers:
+        if row.sensitivity in _WAYS:
+            found.setdefault((row.sensitivity, row.blocked), []).append(printable(row.name))
+    return [
+        Text(
+            f"{_WAYS[way]}: {names[0]}"
+            + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            + f": {printable(reason, _SENTENCE)}\n"
+        )
+        for (way, reason), names in found.items()
+    ]
 
 
 def _group_table(groups: Sequence[UnitGroup], verbose: bool) -> Table:
@@ -409,14 +438,15 @@ def _omitted(count: int) -> str:
     return f"... {count} more (-v)"
 
 
-def _signature_table(inspection: Inspection) -> Table:
-    table = _table(printable(inspection.path or "model in memory"), "", "name", "type", "shape")
+def _signature_table(inspection: Inspection) -> Group:
+    path = Text(printable(inspection.path or "model in memory", _SENTENCE), style="bold")
+    table = _table(None, "", "name", "type", "shape")
     for role, values in (("input", inspection.inputs), ("output", inspection.outputs)):
         for value in values:
             table.add_row(
                 role, printable(value.name), str(value.dtype or "other"), _axes(value.shape)
             )
-    return table
+    return Group(path, table)
 
 
 def _axes(shape: Sequence[int | str | None] | None) -> str:
