@@ -259,7 +259,7 @@ def importances(
     """
     method, scores = plan.method, {}
     index = {layer.name: i for i, layer in enumerate(network.layers)}
-    for layer, gram in _with_grams(network, plan, state, measured):
+    for layer, gram in with_grams(network, plan, state, measured):
         moments = measured.moments.get(layer.name)
         if moments is not None and method.shrinkage and plan.positions == "expand":
             moments = moments.shrunk(method.shrinkage)
@@ -280,7 +280,7 @@ def _check_finite(layer: Layer, scores: np.ndarray) -> None:
         )
 
 
-def _with_grams(
+def with_grams(
     network: Network, plan: Plan, state: State, measured: Measured
 ) -> Iterator[tuple[Layer, Gram | None]]:
     """Every layer, with the Gram matrix of its input where the method reads it; one at a time."""

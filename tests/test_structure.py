@@ -337,6 +337,37 @@ def test_optimize_reaches_the_share_of_weights_and_what_it_writes_checks(
     )
 
 
+def on_reference(path, feeds):
+    if any(node.domain for node in onnx.load(path).graph.node):
+        pytest.skip("onnx.reference has no operators of com.microsoft")
+    return ReferenceEvaluator(path).run(None, feeds)[0]
+
+
+def on_openvino(path, feeds):
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    return openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(feeds)[0]
+
+
+@pytest.mark.parametrize("compute", [on_reference, on_openvino])
+@each_network
+def test_every_runtime_agrees_on_what_optimize_writes(network, compute, rng, tmp_path):
+    model = build(network, rng)
+    path = str(tmp_path / "out.onnx")
+    data = inputs(model, rng, 60)
+    made = onnx_ecp.optimize(
+        model.proto, data, output=path, granularity="unit", sparsity=0.2, stages=2
+    )
+    assert made.report.work_after.weights < made.report.work_before.weights
+    written = onnx.load(path)
+    onnx.checker.check_model(path, full_check=True)
+    assert written.graph.input == model.proto.graph.input
+    assert written.graph.output == model.proto.graph.output
+    wanted = run(written, data)
+    np.testing.assert_allclose(
+        compute(path, data), wanted, rtol=0, atol=1e-4 * np.abs(wanted).max()
+    )
+
+
 REFUSED = {
     "a model output": ("h = MatMul(x, W)\n y = MatMul(h, V)\n", "y", "the model's output 'y'"),
     "a hidden model output": ("y = MatMul(x, W)\n z = MatMul(y, V)\n", "W", "model's output 'y'"),

@@ -73,7 +73,7 @@ class Sums:
         )
 
     def importance(self, moments: Moments, shrinkage: float) -> np.ndarray:
-        """(units,) importance per row of the layer, with shrunk sensitivities as for weights.
+        """(units,) importance per sample, with shrunk sensitivities as for weights.
 
         For several columns, what is shrunk towards is that they act on their own.
         """
@@ -84,7 +84,7 @@ class Sums:
         safe = hh > 1e-10 * uu.max(initial=0.0)
         explained = np.divide(uh**2, hh, out=np.zeros_like(hh), where=safe)
         # Cauchy-Schwarz makes the difference >= 0; rounding may not.
-        return np.maximum(uu - explained, 0) / moments.rows
+        return np.maximum(uu - explained, 0) / moments.count
 
     def _by_unit(self, values: np.ndarray) -> np.ndarray:
         of_unit = self.columns >= 0

@@ -13,9 +13,25 @@ import numpy as np
 
 from onnx_ecp.errors import TargetError
 from onnx_ecp.gradients.observer import State
-from onnx_ecp.measurement import Measured, Progress, effective_sample_size, measure, silent
+from onnx_ecp.measurement import (
+    Measured,
+    Progress,
+    Visit,
+    effective_sample_size,
+    measure,
+    silent,
+)
 from onnx_ecp.methods import METHODS
-from onnx_ecp.pruning import Network, Plan, Pruned, compensate, importances, observe
+from onnx_ecp.pruning import (
+    Network,
+    Plan,
+    Pruned,
+    compensate,
+    importances,
+    observe,
+    with_grams,
+)
+from onnx_ecp.structure.elimination import OutputMetric, scores_of_reader, steps_of
 from onnx_ecp.structure.groups import Structure
 from onnx_ecp.structure.importance import UnitObserver, by_unit
 from onnx_ecp.structure.selection import budget, choose
@@ -77,8 +93,11 @@ class UnitStep:
         """Observe, score, select and compensate once; see ``pruning.stage``."""
         whole = np.ones(self.structure.units, np.bool_)
         keep = before.keep if isinstance(before, PrunedUnits) else whole
-        measured, scores = _scores(network, plan, self.structure, before.state, progress)
         left = 1 - self.goal.share * share
+        going = 1 - left * self.costs.total(whole) / self.costs.total(keep)
+        measured, scores = _scores(
+            network, plan, self.structure, before.state, keep, going, progress
+        )
         rest = choose(
             scores,
             keep,
@@ -128,24 +147,79 @@ def masks(
 
 
 def _scores(
-    network: Network, plan: Plan, structure: Structure, state: State, progress: Progress
+    network: Network,
+    plan: Plan,
+    structure: Structure,
+    state: State,
+    keep: np.ndarray,
+    going: float,
+    progress: Progress,
 ) -> tuple[Measured, np.ndarray]:
-    """What was measured, and the importance of every unit (units,)."""
+    """What was measured, and the importance of every unit (units,).
+
+    Args:
+        network: what is pruned.
+        plan: how.
+        structure: its units.
+        state: what is observed.
+        keep: (units,) bool, what is still there.
+        going: share of the cost that is to go in this stage.
+        progress: called as work goes on.
+    """
     method = plan.method
-    if method.importance is not METHODS["ecp"].importance:
-        measured = observe(network, plan, state, progress)
-        return measured, by_unit(structure, importances(network, plan, state, measured))
-    units = UnitObserver(structure, network.layers, state)
-    measured = measure(
-        network.observer,
-        state,
-        network.fit,
-        size=network.size,
-        positions=plan.positions,
-        visit=units,
-        progress=progress,
-    )
-    return measured, units.importance(measured.moments, method.shrinkage)
+
+    def measured_with(visit: Visit) -> Measured:
+        return measure(
+            network.observer,
+            state,
+            network.fit,
+            size=network.size,
+            positions=plan.positions,
+            visit=visit,
+            progress=progress,
+        )
+
+    if method.importance is METHODS["ecp"].importance:
+        units = UnitObserver(structure, network.layers, state)
+        measured = measured_with(units)
+        return measured, units.importance(measured.moments, method.shrinkage)
+    if method.importance is METHODS["obs"].importance:
+        metric = OutputMetric.of(structure)
+        measured = measured_with(metric)
+        return measured, _after_refit(
+            network, plan, structure, state, keep, going, measured, metric
+        )
+    measured = observe(network, plan, state, progress)
+    return measured, by_unit(structure, importances(network, plan, state, measured))
+
+
+def _after_refit(
+    network: Network,
+    plan: Plan,
+    structure: Structure,
+    state: State,
+    keep: np.ndarray,
+    going: float,
+    measured: Measured,
+    metric: OutputMetric,
+) -> np.ndarray:
+    """(units,): importance when readers are refitted, summed over them; see ``elimination``."""
+    total = np.zeros(structure.units)
+    for layer, gram in with_grams(network, plan, state, measured):
+        if layer.name not in metric.readers:
+            continue
+        assert gram is not None, "the method needs Gram matrices"
+        found = scores_of_reader(
+            layer.weight.matrix(state.weights[layer.weight.tensor]).astype(np.float64),
+            gram,
+            metric.sums[layer.name] / measured.moments[layer.name].count,
+            structure.columns[layer.name],
+            structure.columns_kept(layer.name, keep),
+            plan.damping or plan.method.damping,
+            steps_of(structure, layer, keep, going),
+        )
+        total[list(found)] += list(found.values())
+    return total
 
 
 def _without(
