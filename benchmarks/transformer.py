@@ -34,20 +34,31 @@ CONTESTANTS = {
 EPOCHS = 40
 
 
-def main() -> int:
+def network() -> onnx.ModelProto | None:
+    """The trained network; None where it is not there and PyTorch, to train it, is not either."""
     if not CACHE.exists():
         try:
             import torch  # noqa: F401
         except ImportError:
             print("skipped: PyTorch is not installed, and it is needed to train the network.")
-            return 0
+            return None
         CACHE.parent.mkdir(exist_ok=True)
         onnx.save(trained(encoder(SHAPE)), CACHE)
-    model = onnx.load(CACHE)
+    return onnx.load(CACHE)
+
+
+def digits() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
+    """Calibration inputs, test inputs and their labels."""
     chosen = np.sort(np.random.default_rng(0).choice(10_000, 1_000, replace=False))
-    feeds = {"x": rows_of_digits("train")[0][chosen]}
     test, labels = rows_of_digits("test")
-    data = (feeds, {"x": test}, labels)
+    return {"x": rows_of_digits("train")[0][chosen]}, {"x": test}, labels
+
+
+def main() -> int:
+    model = network()
+    if model is None:
+        return 0
+    data = digits()
     rows = list(compete_on("transformer", model, *data, CONTESTANTS, SPARSITIES))
     publish("transformer", rows)
     dense = rows[0]["dense"]

@@ -524,7 +524,7 @@ def test_units_that_differ_in_size_come_as_close_to_the_target_as_they_can(rng):
             group = next(g for g in structure.groups if unit in g.units)
             gone = group.units[~keep[group.units]]
             rest = keep.copy()
-            rest[gone[np.argmax((scores / costs.of_units(whole) ** 0.5)[gone])]] = True
+            rest[gone[np.argmax((scores / costs.of_units(whole))[gone])]] = True
             assert costs.total(rest) > target
 
 

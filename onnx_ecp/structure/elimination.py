@@ -5,10 +5,10 @@ adjoints g of z, the best change of the other columns leaves of the columns B of
 
     I_B = tr(V_B ([C^-1]_BB)^-1 V_B^T)          V = S^(1/2) W
 
-which is OBS one level up (``methods/obs.py``), with units of any width and errors of several z that
-add up in the outputs or cancel there. Units that can stand in for each other all look cheap, and
-cannot all go: so they go one after the other, cheapest first, and after each one V and C^-1 are what
-the refit of the others makes of them.
+which is OBS one level up (``methods/obs.py``), with units of any width, and with errors of several
+z that add up in the outputs or cancel there. Units that can stand in for each other all look cheap,
+and cannot all go: so they go one after the other, cheapest first, and after each one V and C^-1 are
+what the refit of the others makes of them.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def scores_of_reader(
     present = np.unique(of[of >= 0])
     blocks = [np.flatnonzero(of == unit) for unit in present]
     # The bias alone leaves the variance; the damping must not make a refit look worse.
-    alone = np.array([float(((v[:, b] @ covariance[np.ix_(b, b)]) * v[:, b]).sum()) for b in blocks])
+    alone = np.array(
+        [float(((v[:, b] @ covariance[np.ix_(b, b)]) * v[:, b]).sum()) for b in blocks]
+    )
     costs = np.minimum(eliminated(v, inverse, blocks, steps), alone)
     return dict(zip(present.tolist(), np.maximum(costs, 0).tolist(), strict=True))
 

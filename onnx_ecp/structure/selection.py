@@ -15,12 +15,6 @@ from onnx_ecp.layers import Layer
 from onnx_ecp.structure.groups import Group, Structure
 
 COSTS = ("params", "flops")
-# Importance is divided by this power of the cost. Importances grow as units go and costs fall, so
-# the price of today says too much: on training digits of lenet300 (0.23, 0.15, 0.07 of the weights
-# left) 1/2 had a relative error of .089, .134, .271 where 1 had .089, .138, .271 and 0 .090, .148,
-# .304.
-COST_EXPONENT = 0.5
-
 # Units that go together, and their rank.
 Block = tuple[float, np.ndarray]
 
@@ -103,7 +97,7 @@ def choose(
         floor: least share of the units of a group that stay.
         multiple: the number of units that stay in a group is a multiple of it, where units go.
     """
-    prices = ranked_by.of_units(keep) ** COST_EXPONENT
+    prices = ranked_by.of_units(keep)
     blocks: list[Block] = []
     for group in groups:
         blocks += _blocks(group, scores, prices, keep, floor, multiple)
