@@ -51,20 +51,28 @@ class Batch:
         start: index of the first sample in it.
         feeds: array by input name, as the model wants them.
         samples: how many samples they hold.
+        labels: of its rows (rows, ...), where there are any.
     """
 
     start: int
     feeds: dict[str, np.ndarray]
     samples: int = 1
+    labels: np.ndarray | None = None
 
     def halves(self) -> tuple[Batch, Batch]:
         """Two batches of half the size; only a batch of several samples has them."""
         middle = self.samples // 2
         first = {name: array[:middle] for name, array in self.feeds.items()}
         second = {name: array[middle:] for name, array in self.feeds.items()}
+        known = self.labels
         return (
-            Batch(self.start, first, middle),
-            Batch(self.start + middle, second, self.samples - middle),
+            Batch(self.start, first, middle, None if known is None else known[:middle]),
+            Batch(
+                self.start + middle,
+                second,
+                self.samples - middle,
+                None if known is None else known[middle:],
+            ),
         )
 
 
@@ -79,6 +87,8 @@ class Calibration:
         source: where they come from, for the report.
         synthetic: made up; importances measured with them reflect no real data.
         seed: that the choice of samples, or the samples themselves, were drawn with.
+        labels: one per row, by sample (samples, rows of a sample, ...), as ``load_labels`` gives
+            them; None where there are none.
     """
 
     arrays: dict[str, np.ndarray]
@@ -86,6 +96,7 @@ class Calibration:
     source: str
     synthetic: bool
     seed: int
+    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -96,16 +107,29 @@ class Calibration:
         if not self.stacked:
             for i in range(len(self)):
                 # The ellipsis keeps scalars arrays.
-                yield Batch(i, {name: array[i, ...] for name, array in self.arrays.items()})
+                feeds = {name: array[i, ...] for name, array in self.arrays.items()}
+                yield Batch(i, feeds, 1, self._row_labels(slice(i, i + 1)))
             return
         for start in range(0, len(self), size):
             stop = min(start + size, len(self))
             feeds = {name: array[start:stop] for name, array in self.arrays.items()}
-            yield Batch(start, feeds, stop - start)
+            yield Batch(start, feeds, stop - start, self._row_labels(slice(start, stop)))
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Calibration:
         """The samples with these indices, in this order."""
-        return replace(self, arrays={name: array[indices] for name, array in self.arrays.items()})
+        arrays = {name: array[indices] for name, array in self.arrays.items()}
+        labels = None if self.labels is None else self.labels[indices]
+        return replace(self, arrays=arrays, labels=labels)
+
+    @property
+    def row_labels(self) -> np.ndarray | None:
+        """The labels (rows, ...) of all samples, where there are any."""
+        return self._row_labels(slice(None))
+
+    def _row_labels(self, which: slice) -> np.ndarray | None:
+        if self.labels is None:
+            return None
+        return self.labels[which].reshape(-1, *self.labels.shape[2:])
 
     def split(self, fraction: float, seed: int) -> tuple[Calibration, Calibration]:
         """Part at random into calibration and held-out samples; each keeps its order.

@@ -133,12 +133,16 @@ CALIBRATION = click.option(
 PRUNING = (
     _choice(
         "--compensation", "NAME", None,
-        "none, bias, refit, sparsegpt or obc.  [default: the method's own]",
+        "none, bias, refit, sparsegpt, obc, woodfisher or cbs.  [default: the method's own]",
     ),
     click.option(
         "--damping", type=float, metavar="X",
-        help="Ridge of importance and compensation, as a share of the mean variance of a layer's "
-        "inputs.  [default: the method's own, 0.01]",
+        help="Ridge of importance and compensation: a share of the mean variance of a layer's "
+        "inputs (default 0.01); for woodfisher and cbs lambda itself (default 0.001).",
+    ),
+    _choice(
+        "--blocks", "network|layer", "network",
+        "woodfisher and cbs: couple all weights, or those within a layer, for large networks.",
     ),
     click.option(
         "--finetune-steps", type=int, metavar="N", default=0, show_default=True,
@@ -150,7 +154,9 @@ PRUNING = (
         "Rank over all layers, or within each.  [default: layer for sparsegpt, obc]",
     ),
     _choice(
-        "--metric", "l2|kl", None, "Distance of outputs; kl takes them as logits.  [default: l2]"
+        "--metric", "l2|kl|loss", None,
+        "Distance of outputs; kl takes them as logits, loss takes --labels too.  [default: l2; "
+        "loss for woodfisher and cbs with --labels]",
     ),
     click.option(
         "--probes", type=int, metavar="N",
@@ -196,7 +202,7 @@ OPTIONS = (
     click.option(
         "-m", "--method", metavar="NAME", default="ecp-refit", show_default=True,
         help="ecp-refit, ecp, obs, magnitude, random, gradient-magnitude, wanda, flap, obd, "
-        "sparsegpt or obc.",
+        "sparsegpt, obc, woodfisher or cbs.",
     ),
     click.option(
         "-s", "--sparsity", metavar="VALUE",
@@ -230,12 +236,21 @@ OPTIONS = (
         "off with N:M and --apply-masks]",
     ),
     _choice("--importance", "NAME", None, "Rank weights as this method does.  [default: METHOD]"),
+    click.option(
+        "--cbs-select/--no-cbs-select", default=True, show_default=True,
+        help="cbs: search the masks, or take those of magnitude.",
+    ),
+    click.option(
+        "--cbs-update/--no-cbs-update", default=True, show_default=True,
+        help="cbs: update the weights that stay, or leave them.",
+    ),
     *PRUNING,
     _choice("--format", "dense|sparse|packed", "dense", "Storage of zeros; dense loads anywhere."),
     *RUNNING,
     click.option(
         "--labels", metavar="PATH",
-        help="Labels of the calibration samples: adds accuracy to the report.",
+        help="Labels of the calibration samples: adds accuracy to the report; woodfisher and cbs "
+        "then take the curvature of the loss.",
     ),
     click.option(
         "--bound", is_flag=True,
@@ -568,6 +583,10 @@ def bound(
 @click.option(
     "--labels", metavar="PATH", help="Labels of --eval, or of --calibration: adds accuracy."
 )
+@click.option(
+    "--calibration-labels", metavar="PATH",
+    help="Labels of --calibration beside --eval, for woodfisher and cbs.",
+)  # fmt: skip
 @click.option(
     "-o",
     "--output",

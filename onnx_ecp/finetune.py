@@ -1,9 +1,10 @@
-"""Label-free fine-tuning: the pruned network learns the original's outputs on calibration inputs.
+"""Fine-tuning: the pruned network learns the original's outputs on calibration inputs, or labels.
 
-Distillation loss per sample, with y of the pruned and t of the original network:
+Loss per sample, with y of the pruned and t of the original network:
 
     l2   sum_k (y_k - t_k)^2 / 2
     kl   KL(softmax(t) || softmax(y)), whose gradient is softmax(y) - softmax(t)
+    loss the cross-entropy with labels, which take the place of softmax(t)
 
 The reverse graph gives adjoints g of every pre-activation, so dL/dW = g^T a on the mask and
 dL/db = sum g; Adam (Kingma & Ba, arXiv:1412.6980) moves kept weights and shifts. No training
@@ -19,7 +20,7 @@ import numpy as np
 
 from onnx_ecp.calibration import Batch, Calibration
 from onnx_ecp.gradients.observer import Observer, State
-from onnx_ecp.gradients.seeds import softmax
+from onnx_ecp.gradients.seeds import one_hot, softmax
 from onnx_ecp.measurement import Progress, silent
 from onnx_ecp.runtime import check_deadline
 
@@ -100,18 +101,29 @@ def finetune(
 def loss(
     observer: Observer, original: State, state: State, data: Calibration, size: int = BATCH
 ) -> float:
-    """Mean distillation loss per sample, computed ``size`` samples at a time."""
+    """Mean loss per sample, computed ``size`` samples at a time."""
     total, count = 0.0, 0
     for batch in data.batches(size):
-        target, y = observer.heads(original, batch), observer.heads(state, batch)
+        target, y = _targets(observer, original, batch), observer.heads(state, batch)
         total += sum(_loss(observer, name, y[name], target[name]) for name in y)
         count += batch.samples
     return total / count
 
 
-def _loss(observer: Observer, name: str, y: np.ndarray, target: np.ndarray) -> float:
+def _targets(observer: Observer, original: State, batch: Batch) -> dict[str, np.ndarray]:
+    """By head, what is to be learnt: outputs under l2, else probabilities."""
+    y = observer.heads(original, batch)
+    if observer.metric == "l2":
+        return y
     if observer.metric == "kl":
-        p, q = softmax(target), softmax(y)
+        return {name: softmax(out) for name, out in y.items()}
+    assert batch.labels is not None, "the observer has looked"
+    return {name: one_hot(batch.labels, out) for name, out in y.items()}
+
+
+def _loss(observer: Observer, name: str, y: np.ndarray, target: np.ndarray) -> float:
+    if observer.metric != "l2":
+        p, q = target, softmax(y)
         tiny = np.finfo(np.float64).tiny
         return float((p * (np.log(p + tiny) - np.log(q + tiny))).sum())
     difference = (y.astype(np.float64) - target) * observer.scales[name]
@@ -122,11 +134,11 @@ def _gradients(
     observer: Observer, original: State, state: State, batch: Batch
 ) -> dict[str, np.ndarray]:
     """Mean gradient per sample, by the names of ``_parameters``."""
-    target, y = observer.heads(original, batch), observer.heads(state, batch)
+    target, y = _targets(observer, original, batch), observer.heads(state, batch)
     seeds = {}
     for name, out in y.items():
-        if observer.metric == "kl":
-            seed = softmax(out) - softmax(target[name])
+        if observer.metric != "l2":
+            seed = softmax(out) - target[name]
         else:
             seed = (out.astype(np.float64) - target[name]) * observer.scales[name] ** 2
         seeds[name] = (seed / batch.samples)[None].astype(out.dtype)

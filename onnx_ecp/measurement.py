@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from onnx_ecp.calibration import Batch, Calibration
+from onnx_ecp.curvature import Curvature
 from onnx_ecp.errors import UsageError, did_you_mean
 from onnx_ecp.gradients.observer import Observation, Observer, State
 from onnx_ecp.runtime import OutOfMemory
@@ -32,10 +33,12 @@ class Measured:
         moments: by layer name.
         weights: by layer name, the sensitivity of every row, averaged over the units:
             (groups, rows), in the order of the samples.
+        curvature: in the weights, block by block, where it was asked for.
     """
 
     moments: dict[str, Moments] = field(default_factory=dict)
     weights: dict[str, np.ndarray] = field(default_factory=dict)
+    curvature: tuple[Curvature, ...] = ()
 
 
 def effective_sample_size(weights: np.ndarray) -> float:

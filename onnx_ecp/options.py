@@ -19,6 +19,7 @@ from onnx_ecp.gradients.observer import ENGINES
 from onnx_ecp.gradients.seeds import METRICS
 from onnx_ecp.methods import COMPENSATIONS, METHODS, Method
 from onnx_ecp.model import ENCODINGS
+from onnx_ecp.pruning import BLOCKS
 from onnx_ecp.selection import NM, SCOPES, Sparsity, parse_sparsity
 from onnx_ecp.statistics import POSITIONS
 from onnx_ecp.structure.selection import COSTS
@@ -57,6 +58,9 @@ class Options:
     exclude: tuple[str, ...] = ()
     layer_sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
     damping: float | None = None
+    blocks: str = "network"
+    cbs_select: bool = True
+    cbs_update: bool = True
     finetune_steps: int = 0
     format: str = "dense"
     samples: int | None = None
@@ -91,8 +95,17 @@ class Options:
         one_of("importance", self.importance or self.method, METHODS)
         one_of("compensation", self.compensation or "none", COMPENSATIONS)
         one_of("metric", self.resolved_metric, METRICS)
+        if self.metric == "loss" and self.labels is None:
+            raise UsageError("--metric loss needs --labels.")
         one_of("gradients", self.gradients, ENGINES)
         one_of("positions", self.positions, POSITIONS)
+        if self.recipe.needs == "gradients" and self.recipe.repair.needs == "curvature":
+            raise UsageError(
+                f"--compensation {self.recipe.compensation} does not go with ranking by gradients: "
+                "one wants random directions of its own for every sample, the other the same.",
+                hint="Rank by another method, such as magnitude.",
+            )
+        one_of("blocks", self.blocks, BLOCKS)
         one_of("scope", self.resolved_scope, SCOPES)
         one_of("granularity", self.granularity, GRANULARITIES)
         one_of("cost", self.cost, COSTS)
@@ -112,6 +125,8 @@ class Options:
             raise UsageError(f"--timeout is {self.timeout}; it must be greater than 0.")
         if self.finetune_steps < 0:
             raise UsageError(f"--finetune-steps is {self.finetune_steps}; it cannot be negative.")
+        if self.method != "cbs" and not (self.cbs_select and self.cbs_update):
+            raise UsageError("--no-cbs-select and --no-cbs-update need --method cbs.")
         self._check_limits()
         self._check_units()
         if self.damping is not None and not self.damping > 0:
@@ -201,9 +216,25 @@ class Options:
         """The metric asked for, or the default.
 
         l2 wants nothing of the outputs; kl takes them as logits, which no file tells. Over the
-        networks of docs/benchmarks.md it was l2 that never lost much.
+        networks of docs/benchmarks.md it was l2 that never lost much. The methods that work with
+        the curvature are defined by the loss where there are labels.
         """
-        return self.metric or "l2"
+        curved = self.recipe.measures == "curvature" and self.labels is not None
+        return self.metric or ("loss" if curved else "l2")
+
+    @property
+    def metric_reason(self) -> str:
+        """Why that metric, for the report."""
+        if self.metric:
+            return "asked for"
+        if self.resolved_metric == "loss":
+            return "the method's own where there are labels"
+        return "the default: it suits outputs of any kind, logits or not"
+
+    @property
+    def resolved_probes(self) -> int | None:
+        """The number of probes asked for; one where a row is stored for each."""
+        return self.probes or (1 if self.recipe.measures == "curvature" else None)
 
     @property
     def resolved_scope(self) -> str:
@@ -211,10 +242,16 @@ class Options:
         return self.scope or METHODS[self.method].scope
 
     @property
+    def ranking(self) -> str | None:
+        """The method that ranks weights instead of the own one."""
+        return self.importance or (None if self.cbs_select else "magnitude")
+
+    @property
     def recipe(self) -> Method:
         """The method with the importance and compensation that replace its own."""
+        compensation = self.compensation or (None if self.cbs_update else "none")
         return METHODS[self.method].with_parts(
-            METHODS[self.importance] if self.importance else None, self.compensation, self.stages
+            METHODS[self.ranking] if self.ranking else None, compensation, self.stages
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Data:
-    """The calibration samples and what each part of them is for.
+    """The calibration samples, with their labels if any, and what each part of them is for.
 
     Of two samples one is ``fit`` and ``guard`` at once, a single one is all three parts.
 
@@ -72,15 +72,11 @@ class Data:
         fit: importances and compensations are computed on them.
         guard: they judge whether a refit is kept.
         held_out: the error that the report states is measured on them.
-        labels: of the rows of the held-out samples.
-        guard_labels: of those of the guard samples.
     """
 
     fit: Calibration
     guard: Calibration
     held_out: Calibration
-    labels: np.ndarray | None = None
-    guard_labels: np.ndarray | None = None
 
     @property
     def facts(self) -> CalibrationFacts:
@@ -303,15 +299,15 @@ def gather(source: Model, calibration: Any, options: Options) -> Data:
         )
     if not everything.synthetic:
         calibrating.check_shapes(everything, inputs, options.input_shapes)
-    labels = guard_labels = None
     if options.labels is not None:
         if calibrating.is_stream(calibration):  # it was read as far as there may be labels
             rows = evaluate.expected_rows(everything) // len(everything)
             enough = calibrating.count_labels(options.labels) // rows
             everything = everything.take(np.arange(min(len(everything), max(enough, 1))))
-        labels, guard_labels = _labels(options, everything)
-    fit, guard, held_out = _parts(everything, options)
-    return Data(fit, guard, held_out, labels, guard_labels)
+        labels = calibrating.load_labels(options.labels, evaluate.expected_rows(everything))
+        by_sample = labels.reshape(len(everything), -1, *labels.shape[1:])
+        everything = replace(everything, labels=by_sample)
+    return Data(*_parts(everything, options))
 
 
 def _most(calibration: Any, options: Options) -> int | None:
@@ -325,21 +321,13 @@ def _most(calibration: Any, options: Options) -> int | None:
     return calibrating.count_labels(options.labels) if calibrating.is_stream(calibration) else None
 
 
-def _parts(everything: Calibration, options: Options) -> tuple[Calibration, ...]:
+def _parts(
+    everything: Calibration, options: Options
+) -> tuple[Calibration, Calibration, Calibration]:
     """The samples to use as (fit, guard, held out)."""
     everything = everything.limit(options.samples or len(everything), options.seed)
     rest, held_out = everything.split(_share(len(everything)), options.seed)
     return (*rest.split(_share(len(rest)), options.seed + 1), held_out)
-
-
-def _labels(options: Options, samples: Calibration) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of the held-out and the guard samples, one per row: split as the samples are."""
-    assert options.labels is not None, "the caller has looked"
-    labels = calibrating.load_labels(options.labels, evaluate.expected_rows(samples))
-    by_sample = labels.reshape(len(samples), -1, *labels.shape[1:])
-    everything = Calibration({"": by_sample}, True, str(options.labels), False, options.seed)
-    _, guard, held_out = (part.arrays[""] for part in _parts(everything, options))
-    return held_out.reshape(-1, *labels.shape[1:]), guard.reshape(-1, *labels.shape[1:])
 
 
 def _share(samples: int) -> float:
@@ -363,11 +351,11 @@ def observe_network(
             next(data.fit.batches(2)),
             engine=options.gradients,
             metric=options.resolved_metric,
-            probes=options.probes,
+            probes=options.resolved_probes,
             seed=options.seed,
             provider=options.provider,
             threads=options.threads,
-            reverse=options.recipe.measures in ("sensitivities", "gradients")
+            reverse=options.recipe.measures not in ("nothing", "activations")
             or options.finetune_steps > 0,
         )
 
@@ -421,6 +409,7 @@ def make_plan(layers: Sequence[Layer], options: Options) -> Plan:
         options.damping,
         options.seed,
         options.finetune_steps,
+        options.blocks,
     )
 
 
@@ -509,11 +498,8 @@ def prune_within(
     limit = options.limit
     if limit is None:
         return prune(network, plan, progress, step=step), ()
-    labels = None
-    if data.labels is not None and data.guard_labels is not None:
-        labels = (data.guard_labels, data.labels)
     parts = (data.guard, data.held_out)
-    judge = Judge(network.observer, network.original, parts, labels, network.size)
+    judge = Judge(network.observer, network.original, parts, network.size)
     if options.sparsity is None and options.apply_masks is None:
         return seek(network, plan, limit, judge, progress, step=step or stage)
     pruned = prune(network, plan, progress, step=step)
@@ -600,7 +586,7 @@ def compare(source: Model, result: Model, data: Data, options: Options) -> Compa
         source,
         result,
         data.held_out,
-        data.labels,
+        data.held_out.row_labels,
         provider=options.provider,
         threads=options.threads,
         batch_size=options.batch_size,
@@ -623,7 +609,7 @@ def _ranking(options: Options) -> str:
     """What decided which weights go."""
     if options.apply_masks is not None:
         return f"none, the masks of {Path(options.apply_masks).name} were given"
-    return options.importance or options.method
+    return options.ranking or options.method
 
 
 def recipe_of(options: Options) -> Recipe:
@@ -634,9 +620,7 @@ def recipe_of(options: Options) -> Recipe:
         importance=_ranking(options),
         compensation=method.compensation,
         metric=options.resolved_metric,
-        metric_reason="asked for"
-        if options.metric
-        else "the default: it suits outputs of any kind, logits or not",
+        metric_reason=options.metric_reason,
         damping=options.damping or method.repair.damping,
         positions=options.positions,
         gradients=options.gradients,
@@ -690,8 +674,8 @@ def warnings(data: Data, network: Network, pruned: Pruned, comparison: Compariso
         )
     for name in network.observer.probabilities:
         yield (
-            f"--metric kl takes outputs as logits, but the values of {modelling.printable(name)!r} "
-            "look like probabilities: give the model before its softmax, or use --metric l2."
+            f"--metric {network.observer.metric} takes outputs as logits, but the values of "
+            f"{modelling.printable(name)!r} look like probabilities: give the model before its softmax, or use --metric l2."
         )
     yield from comparison.gap.warnings
 
@@ -699,9 +683,8 @@ def warnings(data: Data, network: Network, pruned: Pruned, comparison: Compariso
 def target_warnings(data: Data, options: Options, curve: Sequence[Point]) -> Iterator[str]:
     """What the user must know about the target that was asked for, one sentence each."""
     if options.max_accuracy_drop is not None:
-        assert data.labels is not None, "Options refuses a drop without labels"
-        assert data.guard_labels is not None, "both parts have some"
-        samples = min(len(data.labels), len(data.guard_labels))
+        known = [part.row_labels for part in (data.guard, data.held_out)]
+        samples = min(len(labels) for labels in known if labels is not None)
         if 100 / samples > (options.max_accuracy_drop or 1.0):
             yield (
                 f"accuracy was judged on {samples} samples at a time, of which one is "

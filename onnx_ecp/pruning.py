@@ -6,7 +6,7 @@ One-shot pruning is one stage. Nothing here knows files or reports.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
@@ -14,8 +14,9 @@ from typing import Protocol
 import numpy as np
 
 from onnx_ecp.calibration import Calibration
+from onnx_ecp.curvature import CurvatureObserver
 from onnx_ecp.errors import ModelError
-from onnx_ecp.finetune import BATCH, finetune
+from onnx_ecp.finetune import BATCH, finetune, loss
 from onnx_ecp.gradients.observer import Observer, State
 from onnx_ecp.layers import Layer
 from onnx_ecp.measurement import (
@@ -27,12 +28,23 @@ from onnx_ecp.measurement import (
     row_sensitivities,
     silent,
 )
-from onnx_ecp.methods import LayerProblem, Method, Solved, View, bias_shift
+from onnx_ecp.methods import (
+    BlockProblem,
+    LayerProblem,
+    MaskProblem,
+    Method,
+    Solved,
+    View,
+    bias_shift,
+)
 from onnx_ecp.model import printable
 from onnx_ecp.refit import Gram, excess, mean_shift
 from onnx_ecp.runtime import check_deadline
 from onnx_ecp.selection import NM, Group, select
 from onnx_ecp.walk import Passage, Segment, segments
+
+# What the curvature couples: all weights of the network, or those of a stored tensor.
+BLOCKS = ("network", "layer")
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,7 @@ class Plan:
         damping: ridge of importance and compensation; None leaves each its own.
         seed: of the methods' random numbers.
         finetune_steps: of fine-tuning after the last stage; a tenth of it after every other one.
+        blocks: what the curvature couples: a name in BLOCKS.
     """
 
     method: Method
@@ -83,6 +96,7 @@ class Plan:
     damping: float | None = None
     seed: int = 0
     finetune_steps: int = 0
+    blocks: str = "network"
 
 
 @dataclass(frozen=True)
@@ -210,6 +224,8 @@ def stage(
             share=share,
             floor=plan.method.floor,
         )
+    if plan.method.search is not None:
+        keep = searched(network, plan, state, keep, measured)
     free = {n for group in plan.groups if group.masks is None for n in group.tensors}
     after, notes = compensate(
         network,
@@ -229,6 +245,37 @@ def stage(
     return Pruned(after, removed, ess, notes)
 
 
+def searched(
+    network: Network, plan: Plan, state: State, keep: dict[str, np.ndarray], measured: Measured
+) -> dict[str, np.ndarray]:
+    """Keep masks that the method's search finds, group by group, from those of the ranking."""
+    assert plan.method.search is not None, "the caller has looked"
+    weight = {x.weight.tensor: _matrix(x, state) for x in network.layers}
+
+    def error(masks: Mapping[str, np.ndarray]) -> float:
+        tried = replace(state, keep={**keep, **masks})
+        tried = replace(tried, weights=_removed(network, state, tried))
+        return loss(network.observer, network.original, tried, network.fit, network.size)
+
+    for number, group in enumerate(plan.groups):
+        if group.masks is not None:
+            continue
+        gone = {n: np.where(keep[n], 0.0, w) for n, w in weight.items() if n not in group.tensors}
+        problem = MaskProblem(
+            weight={n: weight[n] for n in group.tensors},
+            there=state.keep,
+            start={n: keep[n] for n in group.tensors},
+            blocks=measured.curvature,
+            elsewhere=gone,
+            error=error,
+            rng=np.random.default_rng([plan.seed, number]),
+            run=group.sparsity.m if isinstance(group.sparsity, NM) else 0,
+            orders=group.orders,
+        )
+        keep = keep | plan.method.search(problem)
+    return keep
+
+
 def observe(network: Network, plan: Plan, state: State, progress: Progress = silent) -> Measured:
     """Measure what the method needs to know, no more."""
     needs = plan.method.measures
@@ -238,15 +285,28 @@ def observe(network: Network, plan: Plan, state: State, progress: Progress = sil
         return measure_activations(
             network.observer, state, network.fit, size=network.size, progress=progress
         )
-    return measure(
+    if needs != "curvature":
+        return measure(
+            network.observer,
+            state,
+            network.fit,
+            size=network.size,
+            positions=plan.positions,
+            with_gradient=needs == "gradients",
+            progress=progress,
+        )
+    rows = CurvatureObserver(network.layers)
+    measured = measure(
         network.observer,
         state,
         network.fit,
-        size=network.size,
+        size=network.size if network.observer.one_position else 1,
         positions=plan.positions,
-        with_gradient=needs == "gradients",
+        visit=rows,
         progress=progress,
     )
+    whole = rows.curvature(state.keep)
+    return replace(measured, curvature=whole.blocks() if plan.blocks == "layer" else (whole,))
 
 
 def importances(
@@ -259,12 +319,24 @@ def importances(
     """
     method, scores = plan.method, {}
     index = {layer.name: i for i, layer in enumerate(network.layers)}
+    uses = Counter(layer.weight.tensor for layer in network.layers)
+    blocks = {n: block for block in measured.curvature for n in block.rows}
     for layer, gram in with_grams(network, plan, state, measured):
         moments = measured.moments.get(layer.name)
         if moments is not None and method.shrinkage and plan.positions == "expand":
             moments = moments.shrunk(method.shrinkage)
         rng = np.random.default_rng([plan.seed, index[layer.name]])
-        view = View(_matrix(layer, state), moments, rng, gram, plan.damping or method.damping)
+        tensor = layer.weight.tensor
+        view = View(
+            _matrix(layer, state),
+            moments,
+            rng,
+            gram,
+            plan.damping or method.damping,
+            tensor,
+            uses[tensor],
+            blocks.get(tensor),
+        )
         scores[layer.name] = method.importance(view)
         _check_finite(layer, scores[layer.name])
     return scores
@@ -336,9 +408,30 @@ def compensate(
             gap = bias_shift(_matrix(layer, before), measured.moments[layer.name], keep)
             shifts[layer.name] = before.shifts[layer.name] + gap
     state = replace(after, weights=_removed(network, before, after), shifts=shifts)
+    if repair.update is not None:
+        return update_blocks(network, plan, before, state, measured), {}
     if repair.solve is None:
         return state, {}
     return solve_layers(network, plan, before, state, measured, progress, free=free)
+
+
+def update_blocks(
+    network: Network, plan: Plan, before: State, state: State, measured: Measured
+) -> State:
+    """New kept weights of all layers at once, block by block of the curvature."""
+    repair = plan.method.repair
+    assert repair.update is not None, "the caller has looked"
+    layers = {layer.weight.tensor: layer for layer in network.layers}
+    for block in measured.curvature:
+        problem = BlockProblem(
+            weight={n: _matrix(layers[n], before) for n in block.rows},
+            keep=state.keep,
+            curvature=block,
+            damping=plan.damping or repair.damping,
+        )
+        for name, weight in repair.update(problem).items():
+            state = _with_solution(state, layers[name], Solved(weight, state.keep[name]))
+    return state
 
 
 def solve_layers(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ COMMON = (
     "compensation",
     "stages",
     "damping",
+    "blocks",
     "finetune_steps",
     "metric",
     "probes",
@@ -167,6 +168,7 @@ def sweep(
     sparsities: str | Sequence[Any] = SPARSITIES,
     evaluation: Any = None,
     labels: str | Path | None = None,
+    calibration_labels: str | Path | None = None,
     progress: Progress = silent,
     **choices: Any,
 ) -> Sweep:
@@ -181,6 +183,8 @@ def sweep(
             held-out part of the calibration data.
         labels: path of the labels of the evaluation samples; without ``evaluation``, of all
             calibration samples.
+        calibration_labels: path of the labels of the calibration samples, for methods that look
+            at the loss; without ``evaluation``, ``labels`` are these.
         progress: called with (what, done, of) as work goes on.
         choices: the options of ``optimize`` named in ``COMMON``; they hold for all points.
 
@@ -189,7 +193,10 @@ def sweep(
         OnnxEcpError: as ``optimize`` does.
     """
     began = time.monotonic()
-    grid = grid_of(methods, sparsities, choices)
+    if evaluation is None and calibration_labels is not None:
+        raise UsageError("without samples to evaluate on, --labels are those of the calibration.")
+    known = labels if evaluation is None else calibration_labels
+    grid = grid_of(methods, sparsities, choices, labels=known)
     with deadline(grid[0].timeout), threads_of(grid[0].threads):
         shared = prepare(model, calibration, grid, evaluation, labels, progress)
         prepared = time.monotonic()
@@ -215,7 +222,10 @@ def sweep(
 
 
 def grid_of(
-    methods: str | Sequence[str], sparsities: str | Sequence[Any], choices: Mapping[str, Any]
+    methods: str | Sequence[str],
+    sparsities: str | Sequence[Any],
+    choices: Mapping[str, Any],
+    labels: str | Path | None = None,
 ) -> list[Options]:
     """The options of every point, method by method; what is named twice is run once.
 
@@ -226,7 +236,7 @@ def grid_of(
         if name not in COMMON:
             raise UsageError(f"a sweep has no option {name!r}.", hint=did_you_mean(name, COMMON))
     grid = [
-        Options.of(method=method, sparsity=sparsity, **choices)
+        Options.of(method=method, sparsity=sparsity, labels=labels, **choices)
         for method in _listed("methods", methods)
         for sparsity in _listed("sparsities", sparsities)
     ]
@@ -286,8 +296,7 @@ def prepare(
     """Do once what all points need; whatever could be refused is refused here."""
     source = load(model)
     layers, _ = choose_layers(source, grid[0])
-    options = replace(grid[0], labels=labels if evaluation is None else None)
-    data = gather(source, calibration, options)
+    data = gather(source, calibration, grid[0])
     judge = judge_of(source, data, evaluation, labels)
     networks = networks_of(source, layers, data, grid)
     plans = tuple(make_plan(networks[o.recipe.measures].layers, o) for o in grid)
@@ -309,7 +318,7 @@ def judge_of(source: Model, data: Data, evaluation: Any, labels: str | Path | No
     if evaluation is None:
         held_out = data.held_out
         facts = EvaluationFacts(held_out.source, len(held_out), True, named)
-        return Judge(held_out, data.labels, facts)
+        return Judge(held_out, held_out.row_labels, facts)
     samples = calibrating.load(evaluation, signature(source.proto))
     values = None if labels is None else calibrating.load_labels(labels, expected_rows(samples))
     return Judge(samples, values, EvaluationFacts(samples.source, len(samples), False, named))
@@ -321,9 +330,15 @@ def networks_of(
     """By what is measured, the network under observation.
 
     A network that can tell sensitivities can tell all that others need; but it leaves out layers
-    without one, which methods that need none do prune: then these have their own network.
+    without one, which methods that need none do prune: then these have their own network. So have
+    methods that look at the curvature: their seeds are others.
     """
     by_needs = {options.recipe.measures: options for options in grid}
+    curved = by_needs.pop("curvature", None)
+    if curved is not None:
+        network, _ = observe_network(source, layers, data, curved)
+        rest = [options for options in grid if options.recipe.measures != "curvature"]
+        return {"curvature": network} | (networks_of(source, layers, data, rest) if rest else {})
     most = max(by_needs, key=NEEDS.index)
     network, blocked = observe_network(source, layers, data, by_needs[most])
     if not blocked:

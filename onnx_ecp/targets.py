@@ -6,7 +6,7 @@ step a few times, each time from the last state that was within: no guess starts
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,8 +78,7 @@ class Judge:
     Args:
         observer: of the network.
         original: the state that others are compared with.
-        parts: held-out samples; the worst part counts.
-        labels: class indices of each part's samples, or None.
+        parts: held-out samples; the worst part counts. Labels they have must be class indices.
         size: batch size.
 
     Raises:
@@ -91,8 +90,7 @@ class Judge:
         self,
         observer: Observer,
         original: State,
-        parts: Iterable[Calibration],
-        labels: Iterable[np.ndarray] | None,
+        parts: Sequence[Calibration],
         size: int,
     ) -> None:
         if not observer.outputs:
@@ -102,10 +100,10 @@ class Judge:
             )
         self._observer = observer
         self._parts = [list(part.batches(size)) for part in parts]
-        self._labels = None if labels is None else list(labels)
+        self._labels = [part.row_labels for part in parts if part.row_labels is not None]
         self._reference = [self._outputs(original, part) for part in self._parts]
         self._targets: list[Target] = []
-        if self._labels is not None:
+        if self._labels:
             both = zip(self._reference, self._labels, strict=True)
             self._targets = [_class_scores(y, known) for y, known in both]
 
@@ -114,7 +112,7 @@ class Judge:
         outputs = [self._outputs(state, part) for part in self._parts]
         errors = [_error(y, t) for y, t in zip(outputs, self._reference, strict=True)]
         drop = None
-        if self._labels is not None:
+        if self._labels:
             parts = zip(self._targets, self._labels, self._reference, outputs, strict=True)
             drop = max(_drop(*part) for part in parts)
         kept = sum(int(np.count_nonzero(k)) for k in state.keep.values())

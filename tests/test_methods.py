@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import ClassVar
+
 import numpy as np
 import pytest
 
+from onnx_ecp.curvature import Curvature, Full, Outer
 from onnx_ecp.errors import UsageError
-from onnx_ecp.methods import LayerProblem, obc, sparsegpt
+from onnx_ecp.methods import (
+    BlockProblem,
+    LayerProblem,
+    MaskProblem,
+    View,
+    cbs,
+    obc,
+    sparsegpt,
+    woodfisher,
+)
 from onnx_ecp.refit import Gram, damped
 
 ROWS, INPUTS, OUT, DAMPING = 200, 12, 5, 1e-2
@@ -255,3 +268,209 @@ def test_an_input_that_is_always_zero_goes_first(layer, solve):
     solved = solve(problem_of(a, weight, keep, damping=1e-9))
     assert not solved.keep[:, 3].any()
     np.testing.assert_allclose(np.delete(solved.weight, 3, 1), np.delete(weight, 3, 1), rtol=1e-9)
+
+
+# The curvature of a network.
+
+
+class Net:
+    """Two small layers with rows of gradients: explicit matrices beside ``Curvature``."""
+
+    shapes: ClassVar = {"U": (4, 6), "V": (3, 4)}
+
+    def __init__(self, rng, rows=40, full=False, there=None):
+        self.rng, self.samples = rng, rows
+        parts = {
+            n: Outer(rng.normal(size=(out, rows)), rng.normal(size=(width, rows)))
+            for n, (out, width) in self.shapes.items()
+        }
+        if full:
+            parts = {n: Full(p.g.T[:, :, None] * p.a.T[:, None, :]) for n, p in parts.items()}
+        self.weight = {n: rng.normal(size=shape) for n, shape in self.shapes.items()}
+        self.there = there or {n: rng.random(shape) > 0.2 for n, shape in self.shapes.items()}
+        self.weight = {n: np.where(self.there[n], w, 0) for n, w in self.weight.items()}
+        self.curvature = Curvature(parts, self.there, rows)
+        on = self.flat(self.there)
+        every = [np.indices(shape).reshape(2, -1) for shape in self.shapes.values()]
+        g = np.concatenate([p.columns(*i) for p, i in zip(parts.values(), every, strict=True)])
+        self.matrix = (g @ g.T / rows) * np.outer(on, on)
+
+    def flat(self, by_tensor):
+        return np.concatenate([by_tensor[n].reshape(-1) for n in self.shapes])
+
+    def split(self, flat):
+        u = int(np.prod(self.shapes["U"]))
+        return {"U": flat[:u].reshape(self.shapes["U"]), "V": flat[u:].reshape(self.shapes["V"])}
+
+    def start(self, zeros=12):
+        """A mask: the smallest weights of those that are there go."""
+        size = np.where(self.flat(self.there), np.abs(self.flat(self.weight)), np.inf)
+        keep = self.flat(self.there).copy()
+        keep[np.argsort(size)[:zeros]] = False
+        return self.split(keep)
+
+    def inverse(self, damping):
+        """On what is there, 0 elsewhere."""
+        on = np.flatnonzero(self.flat(self.there))
+        whole = np.zeros_like(self.matrix)
+        part = self.matrix[np.ix_(on, on)] + damping * np.eye(len(on))
+        whole[np.ix_(on, on)] = np.linalg.inv(part)
+        return whole
+
+    def objective(self, keep):
+        """w_P^T H w_P."""
+        gone = np.where(self.flat(keep), 0.0, self.flat(self.weight))
+        return float(gone @ self.matrix @ gone)
+
+    def problem(self, **choices):
+        given = {
+            "weight": self.weight,
+            "there": self.there,
+            "start": self.start(),
+            "blocks": (self.curvature,),
+            "elsewhere": {},
+            "error": self.objective,
+            "rng": self.rng,
+        }
+        return MaskProblem(**(given | choices))
+
+
+@pytest.fixture(params=["many rows", "few rows", "rows as they are"])
+def net(request, rng):
+    return Net(rng, 12 if request.param == "few rows" else 60, request.param == "rows as they are")
+
+
+def test_products_with_the_rows_are_those_of_the_matrix(net):
+    v = {n: net.rng.normal(size=shape) for n, shape in net.shapes.items()}
+    image = net.curvature.back(net.curvature.times(v))
+    expected = net.matrix @ net.flat(v) * net.samples
+    np.testing.assert_allclose(net.flat(image), expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(net.flat(net.curvature.diagonal()), np.diagonal(net.matrix))
+
+
+def test_woodburys_inverse_is_the_inverse(net):
+    found = net.curvature.inverse(0.03)
+    expected = net.inverse(0.03)
+    np.testing.assert_allclose(net.flat(found.diagonal), np.diagonal(expected), rtol=1e-8)
+    v = {n: net.rng.normal(size=shape) for n, shape in net.shapes.items()}
+    np.testing.assert_allclose(
+        net.flat(found.times(v)), expected @ net.flat(v), rtol=1e-7, atol=1e-9
+    )
+
+
+def test_woodfisher_is_the_sum_of_single_surgeries(net):
+    expected, w, keep = net.inverse(0.03), net.flat(net.weight), net.flat(net.start())
+    for name in net.shapes:
+        view = View(
+            net.weight[name], None, net.rng, None, 0.03, name, uses=2, curvature=net.curvature
+        )
+        scores = woodfisher.importance(view) * 2
+        own = {n: np.zeros(shape) for n, shape in net.shapes.items()} | {name: scores}
+        at = np.flatnonzero(net.flat({n: net.there[n] & (n == name) for n in net.shapes}))
+        np.testing.assert_allclose(net.flat(own)[at], w[at] ** 2 / np.diagonal(expected)[at])
+    updated = w.copy()
+    for q in np.flatnonzero(net.flat(net.there) & ~keep):
+        updated -= expected[:, q] * w[q] / expected[q, q]
+    found = woodfisher.update(BlockProblem(net.weight, net.start(), net.curvature, 0.03))
+    np.testing.assert_allclose(net.flat(found), np.where(keep, updated, 0), rtol=1e-7, atol=1e-9)
+
+
+def test_cbs_updates_all_weights_together(net):
+    keep, w = net.flat(net.start()), net.flat(net.weight)
+    k, p = np.flatnonzero(keep), np.flatnonzero(net.flat(net.there) & ~keep)
+    system = net.matrix[np.ix_(k, k)] + 0.03 * np.eye(len(k))
+    expected = np.where(keep, w, 0.0)
+    expected[k] += np.linalg.solve(system, net.matrix[np.ix_(k, p)] @ w[p])
+    found = cbs.update(BlockProblem(net.weight, net.start(), net.curvature, 0.03))
+    np.testing.assert_allclose(net.flat(found), expected, rtol=1e-7, atol=1e-9)
+    # The same as the paper's d = -H^-1[:, P] (H^-1_PP)^-1 w_P.
+    inverse = net.inverse(0.03)
+    change = -inverse[:, p] @ np.linalg.solve(inverse[np.ix_(p, p)], w[p])
+    np.testing.assert_allclose(net.flat(found), np.where(keep, w + change, 0), rtol=1e-6, atol=1e-8)
+
+
+def test_cbs_swaps_lower_the_objective_and_know_it(net):
+    problem = net.problem()
+    keep, before = problem.start, net.objective(problem.start)
+    for _ in range(5):
+        swaps = cbs._Swaps(problem, keep)
+        assert swaps.f == pytest.approx(before)
+        for rank, i in enumerate(swaps.leaving):
+            made = swaps.swap(int(i), swaps.candidates(rank, int(i)))
+            now = net.objective(net.split(swaps.keep))
+            assert swaps.f == pytest.approx(now)
+            assert now <= before * (1 - cbs.EPSILON) if made else now == pytest.approx(before)
+            before = now
+        keep = net.split(swaps.keep)
+        if not swaps.made:
+            break
+    assert net.objective(keep) < net.objective(problem.start)
+    assert np.count_nonzero(net.flat(keep)) == np.count_nonzero(net.flat(problem.start))
+    assert not (net.flat(keep) & ~net.flat(net.there)).any()
+
+
+def test_cbs_ends_near_the_best_mask_of_all(rng):
+    there = {n: np.zeros(shape, bool) for n, shape in Net.shapes.items()}
+    there["U"][:2, :5] = True
+    net = Net(rng, there=there)
+    found = cbs.search(net.problem(start=net.start(4)))
+    on = np.flatnonzero(net.flat(net.there))
+    every = []
+    for gone in itertools.combinations(on, 4):
+        keep = net.flat(net.there).copy()
+        keep[list(gone)] = False
+        every.append(net.objective(net.split(keep)))
+    assert net.objective(found) <= sorted(every)[len(every) // 50]
+
+
+def test_cbs_remembers_the_lowest_true_error_not_the_lowest_objective(net):
+    start = net.start()
+
+    def error(keep):
+        return float(np.count_nonzero(net.flat(keep) != net.flat(start)))
+
+    found = cbs.search(net.problem(error=error))
+    assert all(np.array_equal(found[n], start[n]) for n in start)
+
+
+def test_cbs_starts_keep_large_negative_weights(net):
+    net.weight = {n: -np.abs(w) for n, w in net.weight.items()}
+    net.weight["U"][net.there["U"]] *= 100
+    largest = np.argsort(net.flat(net.weight))[:3]
+    for _ in range(20):
+        start = cbs.shuffled_start(net.problem(start=net.start(6)))
+        keep = net.flat(start)
+        assert np.count_nonzero(net.flat(net.there) & ~keep) == 6
+        assert keep[largest].all()
+
+
+@pytest.mark.parametrize("order", [None, np.array([5, 0, 3, 1, 4, 2])])
+def test_cbs_swaps_within_runs(rng, order):
+    net = Net(rng, there={n: np.ones(shape, bool) for n, shape in Net.shapes.items()})
+    place = np.arange(6) if order is None else order
+    start = np.zeros((4, 6), bool)
+    start[:, place[::2]] = True
+    problem = net.problem(
+        weight={"U": net.weight["U"]}, there={"U": net.there["U"]}, start={"U": start},
+        elsewhere={"V": np.zeros((3, 4))}, run=2, orders={"U": order},
+        error=lambda keep: net.objective({"U": keep["U"], "V": net.there["V"]}),
+    )  # fmt: skip
+    found = cbs.search(problem)["U"]
+    assert (found != start).any()
+    assert np.all(found[:, place].reshape(4, 3, 2).sum(axis=2) == 1)
+    assert problem.error({"U": found}) < problem.error({"U": start})
+
+
+def test_blocks_leave_out_what_couples_tensors(net):
+    blocks = net.curvature.blocks()
+    size = [int(np.prod(shape)) for shape in net.shapes.values()]
+    apart = net.matrix * np.kron(np.eye(2), 1)[np.repeat([0, 1], size)][:, np.repeat([0, 1], size)]
+    v = {n: net.rng.normal(size=shape) for n, shape in net.shapes.items()}
+    image = {n: i for b in blocks for n, i in b.back(b.times(v)).items()}
+    expected = apart @ net.flat(v) * net.samples
+    np.testing.assert_allclose(net.flat(image), expected, rtol=1e-9, atol=1e-9)
+    swaps = cbs._Swaps(net.problem(blocks=blocks), net.start())
+    for rank, i in enumerate(swaps.leaving):
+        swaps.swap(int(i), swaps.candidates(rank, int(i)))
+    gone = np.where(swaps.keep, 0.0, net.flat(net.weight))
+    assert swaps.f == pytest.approx(gone @ apart @ gone)

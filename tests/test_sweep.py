@@ -499,7 +499,7 @@ def test_the_options_and_their_defaults_are_those_of_the_library(folder, monkeyp
 
     monkeypatch.setattr(sweeping, "sweep", recording)
     command("in.onnx")
-    own = {"methods", "sparsities", "evaluation", "labels", "progress"}
+    own = {"methods", "sparsities", "evaluation", "labels", "calibration_labels", "progress"}
     assert set(given) == own | set(COMMON)
     monkeypatch.undo()
     grid = grid_of(given["methods"], given["sparsities"], {n: given[n] for n in COMMON})

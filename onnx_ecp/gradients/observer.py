@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from onnx_ecp.calibration import Batch
-from onnx_ecp.errors import ModelError, UsageError, did_you_mean
+from onnx_ecp.errors import CalibrationError, ModelError, UsageError, did_you_mean
 from onnx_ecp.gradients.builder import Fact
 from onnx_ecp.gradients.numeric import PIECEWISE, numeric_adjoint
 from onnx_ecp.gradients.prepare import Prepared, add_reverse, facts_of, prepare
@@ -87,7 +87,7 @@ class Observer:
         layers: the layers to observe; those in ``blocked`` have no sensitivity.
         first: a batch of calibration samples (two or more where the batch axis is free).
         engine: "vjp" or "numeric".
-        metric: "l2" or "kl".
+        metric: a name in ``seeds.METRICS``; "loss" needs batches with labels.
         probes: Rademacher probes per sample; None chooses (see ``seeds.plan``).
         seed: of the probes.
         provider: execution provider.
@@ -97,8 +97,9 @@ class Observer:
     Attributes:
         blocked: by layer name, why the layer has no sensitivity.
         outputs: names of the float outputs that depend on a layer.
-        metric: "l2" or "kl".
-        probabilities: under kl, the heads whose values look like probabilities instead of logits.
+        metric: a name in ``seeds.METRICS``.
+        probabilities: but under l2, the heads whose values look like probabilities instead of
+            logits.
     """
 
     def __init__(
@@ -136,10 +137,12 @@ class Observer:
         feeds = self._feeds(state, first.feeds)
         self.facts: dict[str, Fact] = facts_of(self.proto, model.base, feeds, threads)
         self._heads = _heads(self._prepared, self.facts, metric)
-        # A softmax and its logits may both be outputs: under kl they have one head.
+        # A softmax and its logits may both be outputs: but under l2 they have one head.
         self._seeded = list(dict.fromkeys(self._heads.values()))
-        if metric == "kl":
-            _check_scores(self._seeded, self.facts, first.samples)
+        if metric != "l2":
+            _check_scores(metric, self._seeded, self.facts, first.samples)
+        if metric == "loss":
+            _check_labels(self._seeded, self.facts, first)
         self.outputs = tuple(self._heads)
         tensors = [*self._heads, *self._seeded, *(layer.input for layer in layers)]
         if engine == "numeric":
@@ -161,7 +164,7 @@ class Observer:
             _check_apart(y, first.samples, self.heads(state, half), half.samples)
         self._plan = plan(y, first.samples, metric=metric, probes=probes, seed=seed)
         self.probabilities = tuple(
-            name for name, v in y.items() if metric == "kl" and _are_probabilities(v)
+            name for name, v in y.items() if metric != "l2" and _are_probabilities(v)
         )
         self._first = first.samples
         self.metric = metric
@@ -179,7 +182,7 @@ class Observer:
         return self._pulled(feeds, self._seeds(feeds, batch, common), batch.samples)
 
     def heads(self, state: State, batch: Batch) -> dict[str, np.ndarray]:
-        """The tensors that seeds meet, by name: the float outputs, under kl their logits."""
+        """The tensors that seeds meet, by name: the float outputs, but under l2 their logits."""
         return self._forward.run(self._feeds(state, batch.feeds), self._seeded)
 
     def predict(self, state: State, batch: Batch) -> dict[str, np.ndarray]:
@@ -294,13 +297,13 @@ class Observer:
     def _seeds(
         self, feeds: dict[str, np.ndarray], batch: Batch, common: bool
     ) -> dict[str, np.ndarray]:
-        """Seeds need the values of y under kl; else its shape, which a batch axis tells."""
+        """Seeds need the values of y; under l2 only its shape, which a batch axis tells."""
         if self._batched and self._plan.metric == "l2":
             facts = {name: self.facts[name] for name in self._seeded}
             y = {n: np.zeros((batch.samples, *f.shape[1:]), f.dtype) for n, f in facts.items()}
         else:
             y = self._forward.run(feeds, self._seeded)
-        return self._plan.seeds(y, batch.start, batch.samples, common=common)
+        return self._plan.seeds(y, batch.start, batch.samples, batch.labels, common=common)
 
     def input_feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The model's own inputs in the dtypes of the observation graph."""
@@ -385,8 +388,32 @@ def _check_apart(
             )
 
 
-def _check_scores(heads: Iterable[str], facts: Mapping[str, Fact], samples: int) -> None:
-    """The metric kl needs logits on the last axis of every output.
+def _check_labels(heads: Sequence[str], facts: Mapping[str, Fact], first: Batch) -> None:
+    """The metric loss needs one output of class scores, and one class index per sample.
+
+    Raises:
+        UsageError: there is another number of outputs, or they are not one row per sample.
+        CalibrationError: the labels are none.
+    """
+    shapes = [facts[name].shape for name in heads]
+    if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][0] != first.samples:
+        listed = ", ".join(map(str, shapes))
+        raise UsageError(
+            f"--metric loss needs one output with one row of class scores per sample; for "
+            f"{first.samples} samples the outputs are {listed}.",
+            hint="Use --metric l2, which suits outputs of any kind and needs no labels.",
+        )
+    if first.labels is None or first.labels.dtype.kind not in "iu":
+        raise CalibrationError(
+            "--metric loss needs one class index per sample as --labels.",
+            hint="Use --metric l2, which needs no labels.",
+        )
+
+
+def _check_scores(
+    metric: str, heads: Iterable[str], facts: Mapping[str, Fact], samples: int
+) -> None:
+    """The metrics kl and loss need logits on the last axis of every output.
 
     Raises:
         UsageError: an output has none.
@@ -395,8 +422,8 @@ def _check_scores(heads: Iterable[str], facts: Mapping[str, Fact], samples: int)
         shape = facts[name].shape
         if not shape or shape[-1] < 2 or (samples > 1 and len(shape) < 2):
             raise UsageError(
-                f"--metric kl needs the scores of two or more classes on the last axis; output "
-                f"{printable(name)!r} has shape {shape} for {samples} samples.",
+                f"--metric {metric} needs the scores of two or more classes on the last axis; "
+                f"output {printable(name)!r} has shape {shape} for {samples} samples.",
                 hint="Use --metric l2, which suits outputs of any kind.",
             )
 
@@ -421,10 +448,10 @@ def _float_inputs(proto: onnx.ModelProto) -> dict[str, np.dtype]:
 
 
 def _heads(prepared: Prepared, facts: Mapping[str, Fact], metric: str) -> dict[str, str]:
-    """By name of a float output, the tensor to seed: under kl the logits before a softmax.
+    """By name of a float output, the tensor to seed: but under l2 the logits before a softmax.
 
     Raises:
-        UsageError: under kl a softmax runs over another axis than the last.
+        UsageError: but under l2 a softmax runs over another axis than the last.
     """
     producers = {y: node for node in prepared.proto.graph.node for y in node.output}
     heads = {}
@@ -433,10 +460,10 @@ def _heads(prepared: Prepared, facts: Mapping[str, Fact], metric: str) -> dict[s
         if fact is None or not np.issubdtype(fact.dtype, np.floating):
             continue
         node = producers[name]
-        before = metric == "kl" and node.op_type in ("Softmax", "LogSoftmax")
+        before = metric != "l2" and node.op_type in ("Softmax", "LogSoftmax")
         if before and _axis(node) not in (-1, len(fact.shape) - 1):
             raise UsageError(
-                f"--metric kl takes classes on the last axis; the {node.op_type} of output "
+                f"--metric {metric} takes classes on the last axis; the {node.op_type} of output "
                 f"{printable(name)!r} runs over axis {_axis(node)}.",
                 hint="Use --metric l2, which suits outputs of any kind.",
             )

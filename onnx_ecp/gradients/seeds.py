@@ -4,6 +4,8 @@ With seeds R (one row per probe) the sensitivity of a pre-activation is ``s_i = 
 
 - ``l2``: R = identity, so s_i = sum_k J_ki^2, the squared error of the outputs as they are (ECP).
   Each of several outputs is divided by its own norm.
+- ``loss``: for logits y and the label c of a sample, the one row softmax(y) - e_c: the gradient of
+  the cross-entropy. What is measured is then the empirical Fisher matrix of the loss.
 - ``kl``: for logits y and p = softmax(y), rows R_k = sqrt(p_k) (e_k - p), so that
   R^T R = diag(p) - p p^T, the Fisher matrix of the softmax: second order of the KL divergence.
 
@@ -18,10 +20,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnx_ecp.errors import UsageError, did_you_mean
+from onnx_ecp.errors import CalibrationError, UsageError, did_you_mean
 
 EXACT_LIMIT = 16
-METRICS = ("l2", "kl")
+METRICS = ("l2", "kl", "loss")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class SeedPlan:
     """How seeds are drawn; the same for every batch of a run.
 
     Args:
-        metric: "l2" or "kl".
+        metric: a name in METRICS.
         scales: by output name, the factor of its elements (l2 of several outputs).
         probes: number of Rademacher probes; 0 stands for exact one-hot seeds.
         seed: of the Rademacher signs.
@@ -47,18 +49,34 @@ class SeedPlan:
             )
 
     def seeds(
-        self, outputs: Mapping[str, np.ndarray], start: int, samples: int, *, common: bool = False
+        self,
+        outputs: Mapping[str, np.ndarray],
+        start: int,
+        samples: int,
+        labels: np.ndarray | None = None,
+        *,
+        common: bool = False,
     ) -> dict[str, np.ndarray]:
         """Seeds (P, *shape of y) for one batch, in the dtype of each output.
 
         Args:
-            outputs: y by name; under ``kl`` they must be the logits.
+            outputs: y by name; under ``kl`` and ``loss`` they must be the logits.
             start: index of the batch's first sample: the signs of a sample do not depend on the
                 batch that it comes in.
             samples: number of samples in the batch.
+            labels: class indices (samples,), which ``loss`` needs.
             common: whether all samples get the signs of sample 0: squares are averaged better with
                 signs of their own, but gradients that are to be summed would cancel.
+
+        Raises:
+            CalibrationError: a label is no class.
         """
+        if self.metric == "loss":
+            assert labels is not None, "the observer has looked"
+            return {
+                name: (softmax(y) - one_hot(labels, y))[None].astype(y.dtype)
+                for name, y in outputs.items()
+            }
         if self.probes:
             raw = self._rademacher(outputs, 0 if common else start, samples, common)
         else:
@@ -106,12 +124,14 @@ def plan(
     Args:
         outputs: y of a first batch.
         samples: number of samples in it.
-        metric: "l2" or "kl".
+        metric: a name in METRICS.
         probes: number of Rademacher probes; None chooses exact seeds or one probe.
         seed: of the signs.
     """
     batched = all(y.ndim and y.shape[0] == samples for y in outputs.values())
     size = sum(y.size for y in outputs.values()) // samples
+    if metric == "loss":
+        probes = 1
     if probes is None:
         probes = 0 if batched and size <= EXACT_LIMIT else 1
     return SeedPlan(metric, {}, probes, seed)
@@ -122,6 +142,19 @@ def softmax(y: np.ndarray) -> np.ndarray:
     z = y.astype(np.float64)
     z = np.exp(z - z.max(axis=-1, keepdims=True))
     return np.asarray(z / z.sum(axis=-1, keepdims=True))
+
+
+def one_hot(labels: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Probabilities of the shape of the logits (samples, classes) that are 1 for the label.
+
+    Raises:
+        CalibrationError: a label is no class.
+    """
+    if labels.max() >= y.shape[-1]:
+        raise CalibrationError(
+            f"label {labels.max()} is none of the {y.shape[-1]} classes of the output."
+        )
+    return np.asarray(np.eye(y.shape[-1])[labels])
 
 
 def _one_hot(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,12 +1,14 @@
 """Pruning methods: one file each, one row here; and a row for a compensation of its own."""
 
-from onnx_ecp.methods import ecp, ecp_refit, obc, obs, simple, sparsegpt
+from onnx_ecp.methods import cbs, ecp, ecp_refit, obc, obs, simple, sparsegpt, woodfisher
 from onnx_ecp.methods.method import (
     COMPENSATIONS,
     NEEDS,
+    BlockProblem,
     Compensation,
     Importance,
     LayerProblem,
+    MaskProblem,
     Method,
     Solved,
     View,
@@ -25,17 +27,23 @@ METHODS: dict[str, Method] = {
     "obd": simple.OBD,
     "sparsegpt": sparsegpt.SPARSEGPT,
     "obc": obc.OBC,
+    "woodfisher": woodfisher.WOODFISHER,
+    "cbs": cbs.CBS,
 }
+COMPENSATIONS["cbs"] = cbs.COMPENSATION
 COMPENSATIONS["obc"] = obc.COMPENSATION
 COMPENSATIONS["sparsegpt"] = sparsegpt.COMPENSATION
+COMPENSATIONS["woodfisher"] = woodfisher.COMPENSATION
 
 __all__ = [
     "COMPENSATIONS",
     "METHODS",
     "NEEDS",
+    "BlockProblem",
     "Compensation",
     "Importance",
     "LayerProblem",
+    "MaskProblem",
     "Method",
     "Solved",
     "View",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from onnx_ecp.curvature import Curvature
 from onnx_ecp.refit import Gram, damped, refit
 from onnx_ecp.statistics import Moments
 
-# Each step needs all that the steps before it need.
-NEEDS = ("nothing", "activations", "sensitivities", "gradients")
+# Each step needs all that the steps before it need, but that curvature goes without gradients.
+NEEDS = ("nothing", "activations", "sensitivities", "gradients", "curvature")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,11 @@ class View:
         moments: of the layer; None where the method needs nothing.
         rng: seeded generator of this layer.
         gram: of the layer's inputs; None where the method does not walk.
-        damping: ridge, mostly as a share of the mean diagonal of the Gram matrix.
+        damping: ridge: of the Gram matrix, as a share of its mean diagonal; of the curvature, as
+            it is.
+        tensor: name of the stored tensor behind the layer.
+        uses: how many layers share it.
+        curvature: of the block that it belongs to; None where the method does not need it.
     """
 
     weight: np.ndarray
@@ -31,6 +36,9 @@ class View:
     rng: np.random.Generator
     gram: Gram | None = None
     damping: float = 1e-2
+    tensor: str = ""
+    uses: int = 1
+    curvature: Curvature | None = None
 
     @property
     def seen(self) -> Moments:
@@ -136,6 +144,55 @@ class Solved:
 
 
 @dataclass(frozen=True)
+class BlockProblem:
+    """All kept weights of a block of stored tensors, which are to make good for the removed ones.
+
+    Args:
+        weight: by stored tensor, (out, in) before this stage removed anything.
+        keep: by stored tensor, (out, in), True where the weight stays.
+        curvature: of the block.
+        damping: ridge of the curvature, added to its diagonal as it is.
+    """
+
+    weight: Mapping[str, np.ndarray]
+    keep: Mapping[str, np.ndarray]
+    curvature: Curvature
+    damping: float
+
+    @property
+    def removed(self) -> dict[str, np.ndarray]:
+        """By stored tensor, the weights (out, in) that go, 0 elsewhere."""
+        return {n: np.where(self.keep[n], 0.0, w) for n, w in self.weight.items()}
+
+
+@dataclass(frozen=True)
+class MaskProblem:
+    """Which weights of a group of stored tensors are to go.
+
+    Args:
+        weight: by stored tensor, (out, in) before this stage removed anything.
+        there: by stored tensor, (out, in), what was there then.
+        start: by stored tensor, (out, in), a mask with the right number of zeros.
+        blocks: the curvature of all weights, block by block.
+        elsewhere: by stored tensor of other groups, the weights (out, in) that go there.
+        error: the loss of the network, on all samples, with these masks and no compensation.
+        rng: seeded generator.
+        run: M of N:M, or 0: each run of each row keeps its number of zeros.
+        orders: by stored tensor, the permutation of columns that makes runs consecutive.
+    """
+
+    weight: Mapping[str, np.ndarray]
+    there: Mapping[str, np.ndarray]
+    start: Mapping[str, np.ndarray]
+    blocks: Sequence[Curvature]
+    elsewhere: Mapping[str, np.ndarray]
+    error: Callable[[Mapping[str, np.ndarray]], float]
+    rng: np.random.Generator
+    run: int = 0
+    orders: Mapping[str, np.ndarray | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Compensation:
     """How what stays makes good for the removed weights.
 
@@ -144,6 +201,7 @@ class Compensation:
         shifts: whether biases are shifted, to first order, before anything else.
         solve: what each layer becomes, one after the other, in the network that the layers before
             it make; None changes no weights.
+        update: new weights (out, in) by stored tensor, all at once; None changes none.
         weighted: whether a LayerProblem's Gram matrix looks at the original network too, and its
             rows count by their sensitivities.
         guarded: whether a solution must not have a larger error on held-out samples than none.
@@ -153,6 +211,7 @@ class Compensation:
     needs: str = "nothing"
     shifts: bool = False
     solve: Callable[[LayerProblem], Solved] | None = None
+    update: Callable[[BlockProblem], dict[str, np.ndarray]] | None = None
     weighted: bool = False
     guarded: bool = False
     damping: float = 1e-2
@@ -178,6 +237,8 @@ class Method:
 
     Args:
         importance: from a View to (out, in) float64 >= 0; the smallest goes first.
+        search: from the masks that the importances give, by stored tensor, to better ones; None
+            takes them as they are.
         compensation: a name in COMPENSATIONS.
         needs: what the importance reads: a name in NEEDS.
         needs_gram: whether it reads the Gram matrix too; costs a walk per stage.
@@ -192,6 +253,7 @@ class Method:
     """
 
     importance: Importance
+    search: Callable[[MaskProblem], dict[str, np.ndarray]] | None = None
     compensation: str = "none"
     needs: str = "nothing"
     needs_gram: bool = False
@@ -213,6 +275,7 @@ class Method:
             method = replace(
                 method,
                 importance=ranking.importance,
+                search=ranking.search,
                 needs=ranking.needs,
                 needs_gram=ranking.needs_gram,
                 in_output_units=ranking.in_output_units,

@@ -26,7 +26,7 @@ from onnx_ecp.methods.sparsegpt import importance
 from onnx_ecp.refit import solve as solve_on_support
 from onnx_ecp.runtime import check_deadline
 
-# Elements of H^-1 that eliminations may touch per layer; about an hour on one core.
+# Elements of H^-1 that eliminations may touch per layer; hours on one core.
 MOST = 2e12
 # H^-1 is made smaller once this share of its rows is gone.
 COMPACT = 0.1
