@@ -675,7 +675,8 @@ def warnings(data: Data, network: Network, pruned: Pruned, comparison: Compariso
     for name in network.observer.probabilities:
         yield (
             f"--metric {network.observer.metric} takes outputs as logits, but the values of "
-            f"{modelling.printable(name)!r} look like probabilities: give the model before its softmax, or use --metric l2."
+            f"{modelling.printable(name)!r} look like probabilities: give the model before "
+            "its softmax, or use --metric l2."
         )
     yield from comparison.gap.warnings
 
