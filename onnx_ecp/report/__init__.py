@@ -31,6 +31,8 @@ SYNTHETIC_WARNING = (
 )
 
 
+# Shifts below this are what is left of sums that cancel.
+ROUNDING = 1e-12
 # Words for the fields of ``Work``.
 WORK = {"weights": "weights", "multiplications": "flops"}
 
@@ -156,6 +158,11 @@ class Report:
     def weights(self) -> int:
         """Weights of the prunable layers; shared ones count once."""
         return sum({row.tensor: row.weights for row in self.layers}.values())
+
+    @property
+    def searched(self) -> bool:
+        """Whether the sparsity was found by a search for a target."""
+        return bool(self.curve) and self.options.get("sparsity") is None
 
     @property
     def gone(self) -> str:

@@ -107,7 +107,7 @@ def measures(sweep: Sweep) -> Iterator[Measure]:
     elif sweep.r2 is not None:
         yield Measure("R2", lambda p: p.r2, sweep.r2, plain, (-math.inf, 1))
     elif any(point.agreement is not None for point in sweep.points):
-        title = "Same top class as the original (%)"
+        title = "Same largest output as the original (%)"
         yield Measure(title, lambda p: p.agreement, None, percent, (0, 100))
     title = "Relative output error, logarithmic"
     yield Measure(title, lambda p: p.relative_error, None, plain, log=True)
@@ -403,7 +403,7 @@ def _points(sweep: Sweep) -> str:
     dense = ["original", "", "", f"{original.zeros:,}", "", ""]
     dense += [_percent(sweep.accuracy), number(sweep.r2), f"{original.compressed_bytes:,}", ""]
     rows = [dense, *(_row(point) for point in sweep.points)]
-    columns = ["method", "target>", "sparsity>", "zeros>", "relative error>", "agreement, %>"]
+    columns = ["method", "target>", "sparsity>", "zeros>", "relative error>", "same largest, %>"]
     columns += ["accuracy, %>", "R2>", "bytes after gzip>", "seconds>"]
     used = [k for k in range(len(columns)) if any(row[k] for row in rows)]
     return table("Points", [columns[k] for k in used], [[row[k] for k in used] for row in rows])
@@ -435,4 +435,6 @@ def _setup(sweep: Sweep) -> str:
     rows["seconds"] = (
         f"{sweep.seconds:.1f}, of which shared by all points {sweep.shared_seconds:.1f}"
     )
-    return table("How", ["", ""], [[shown(k), shown(v, 300)] for k, v in rows.items()])
+    return table(
+        "How", ["", ""], [[shown(k.replace("_", " ")), shown(v, 300)] for k, v in rows.items()]
+    )

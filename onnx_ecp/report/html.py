@@ -5,16 +5,17 @@ It stays under 500 kB: of very many layers the middle is left out, as the page s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from onnx_ecp.model import printable
-from onnx_ecp.report import CURVE_NOTE, WORK, LayerRow, Report, bounding
+from onnx_ecp.report import CURVE_NOTE, ROUNDING, WORK, LayerRow, Report, bounding
 from onnx_ecp.report.as_json import dumps, encode
 
 # Rows at either end of a table; a row takes at most 2 kB, whatever the names are.
 _ENDS = 60
-_BAR = 160
+_BAR = 120
 
 _STYLE = """
 :root { color-scheme: light dark; --fg: #1c2024; --bg: #fff; --soft: #e6e8eb; --bar: #3b7dd8;
@@ -28,7 +29,8 @@ table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-variant-numeric:
 th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--soft); text-align: left;
   overflow-wrap: anywhere; }
 /* Without a least width, anywhere lets a name shrink to one letter a line. */
-td { min-width: 4em; } td:first-child { min-width: 8em; }
+td { min-width: 4em; } td:first-child { min-width: 11em; }
+.share { white-space: nowrap; }
 td.n, th.n { text-align: right; overflow-wrap: normal; } td.n { min-width: 0; white-space: nowrap; }
 rect.all { fill: var(--soft); } rect.new { fill: var(--bar); } rect.old { fill: var(--old); }
 .warning { color: var(--warn); font-weight: 600; }
@@ -92,6 +94,11 @@ def bar(before: float, after: float, fine: bool = True) -> str:
     )
 
 
+def _share(before: float, after: float, fine: bool = True) -> str:
+    """A bar with its number."""
+    return f'<span class="share">{bar(before, after, fine)} {100 * after:.2f} %</span>'
+
+
 def _headline(report: Report) -> str:
     error = ""
     if report.gap is not None:
@@ -103,27 +110,41 @@ def _headline(report: Report) -> str:
         f"<p><b>{100 * report.sparsity:.2f} %</b> of {report.weights:,} prunable weights are "
         f"{'zero' if report.gone == 'zeros' else 'gone'} "
         f"({100 * report.zeros_before / max(report.weights, 1):.2f} % before).{error}</p>\n"
-        f"<p>{shown(report.speed, 500)}</p>"
+        f"<p>{_with_code(shown(report.speed, 500))}</p>"
     )
+
+
+def _with_code(sentence: str) -> str:
+    """HTML of a sentence, its commands in backticks set as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", sentence)
 
 
 def _sizes(report: Report) -> str:
     a, b = report.original, report.result
     rows = [
-        ["file", shown(a.path or "in memory", 200), shown(b.path or "not written", 200)],
-        ["sha256", a.sha256, b.sha256],
-        ["parameters", f"{a.parameters:,}", f"{b.parameters:,}"],
-        ["zeros", f"{a.zeros:,}", f"{b.zeros:,}"],
-        ["bytes", f"{a.bytes:,}", f"{b.bytes:,}"],
-        ["bytes after gzip", f"{a.compressed_bytes:,}", f"{b.compressed_bytes:,}"],
+        ["file", shown(a.path or "in memory", 200), shown(b.path or "not written", 200), ""],
+        ["sha256", a.sha256, b.sha256, ""],
     ]
-    return table("Model", ["", "original", "result"], rows)
+    counts = {
+        "parameters": (a.parameters, b.parameters),
+        "zeros": (a.zeros, b.zeros),
+        "bytes": (a.bytes, b.bytes),
+        "bytes after gzip": (a.compressed_bytes, b.compressed_bytes),
+    }
+    for name, (before, after) in counts.items():
+        ratio = f"x{after / before:.3f}" if before else ""
+        rows.append([name, f"{before:,}", f"{after:,}", ratio])
+    return table("Model", ["", "original", "result", "change>"], rows)
 
 
 def _scores(report: Report) -> str:
-    scores = () if report.gap is None else report.gap.scores
-    rows = [[shown(s.output), s.metric, f"{s.a:.5g}", f"{s.b:.5g}"] for s in scores]
-    return table("On labels", ["output", "metric", "original>", "result>"], rows)
+    rows = []
+    for score in () if report.gap is None else report.gap.scores:
+        unit = " %" if score.metric == "accuracy" else ""
+        change = f"{score.b - score.a:+.4g}{unit and ' points'}"
+        values = [f"{value:.5g}{unit}" for value in (score.a, score.b)]
+        rows.append([shown(score.output), score.metric, *values, change])
+    return table("On labels", ["output", "metric", "original>", "result>", "change>"], rows)
 
 
 def _outputs(report: Report) -> str:
@@ -151,7 +172,7 @@ def _curve(report: Report) -> str:
     for point in report.curve:
         drop = [f"{point.drop:.2f} points"] if point.drop is not None else []
         verdict = "within" if point.within else "beyond"
-        share = f"{bar(0.0, point.sparsity, point.within)} {100 * point.sparsity:.2f} %"
+        share = _share(0.0, point.sparsity, point.within)
         rows.append([share, f"{point.error:.4g}", *drop, verdict])
     if not rows:
         return ""
@@ -173,7 +194,15 @@ def _layers(report: Report) -> str:
     after = "zeros after>" if report.gone == "zeros" else "gone>"
     columns = ["layer", "op", "out x in>", "zeros before>", after, "sparsity"]
     columns += ["importance removed>", "largest bias shift>", "effective samples>", "note"]
-    return table("Layers", columns, [_layer(row) for row in report.layers])
+    return table("Layers", *_used(columns, [_layer(row) for row in report.layers]))
+
+
+def _used(
+    columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """The columns and rows without those columns in which no row says anything."""
+    used = [k for k in range(len(columns)) if any(row[k] not in ("", "0") for row in rows)]
+    return [columns[k] for k in used], [[row[k] for k in used] for row in rows]
 
 
 def _layer(row: LayerRow) -> list[str]:
@@ -184,9 +213,9 @@ def _layer(row: LayerRow) -> list[str]:
         f"{row.shape[0]} x {row.shape[1]}",
         f"{row.zeros_before:,}",
         f"{row.zeros_after:,}",
-        f"{bar(before, row.sparsity)} {100 * row.sparsity:.2f} %",
+        _share(before, row.sparsity),
         number(row.importance_removed),
-        number(row.largest_shift),
+        number(row.largest_shift if row.largest_shift > ROUNDING else 0.0),
         number(row.ess),
         shown("; ".join(["bias created"] * row.bias_created + [row.note] * bool(row.note)), 120),
     ]
@@ -217,15 +246,22 @@ def _origin(report: Report) -> str:
         "calibration": f"{printable(data.source, 200)}"
         + (" (made-up inputs)" if data.synthetic else ""),
         "samples": f"{data.samples:,}, {data.held_out:,} held out",
-        **{name: str(value) for name, value in encode(report.recipe).items()},
+        **{name: str(value) for name, value in _recipe(report).items()},
         "seed": str(report.seed),
         "predicted error": number(report.predicted_error),
         "seconds": f"{report.seconds:.1f}",
         **{f"{name} version": value for name, value in encode(report.versions).items()},
     }
-    return table("How", ["", ""], [[shown(k), shown(v, 300)] for k, v in rows.items()]) + _options(
-        report.options
-    )
+    told = [[shown(k.replace("_", " ")), shown(v, 300)] for k, v in rows.items() if v]
+    return table("How", ["", ""], told) + _options(report.options)
+
+
+def _recipe(report: Report) -> Mapping[str, object]:
+    """The recipe; of a search, its steps in the place of stages."""
+    recipe: dict[str, object] = encode(report.recipe)
+    if report.searched:
+        recipe["stages"] = f"{len(report.curve)} steps of the search"
+    return recipe
 
 
 def _options(options: Mapping[str, object]) -> str:

@@ -100,7 +100,7 @@ def _points(sweep: Sweep) -> Table:
     original = sweep.original
     dense = ["original", "", "", "", _percent(sweep.accuracy), _number(sweep.r2)]
     rows = [[*dense, str(original.compressed_bytes), ""], *map(_row, sweep.points)]
-    columns = ["method", "sparsity", "error", "agreement", "accuracy", "R2", "gzip", "seconds"]
+    columns = ["method", "target", "error", "same largest", "accuracy", "R2", "gzip", "seconds"]
     used = [k for k in range(len(columns)) if any(row[k] for row in rows)]
     table = Table(box=box.SIMPLE_HEAD)
     for k in used:

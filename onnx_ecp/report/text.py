@@ -24,7 +24,7 @@ from onnx_ecp.evaluate import Comparison, Gap, Latency, ModelFacts
 from onnx_ecp.inspection import Inspection, Prunable
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.model import printable
-from onnx_ecp.report import CURVE_NOTE, WORK, LayerRow, Recipe, Report, bounding
+from onnx_ecp.report import CURVE_NOTE, ROUNDING, WORK, LayerRow, Recipe, Report, bounding
 from onnx_ecp.structure.outcome import UnitGroup
 from onnx_ecp.targets import Point
 
@@ -33,8 +33,6 @@ WIDTH = 100
 _HEAD = _TAIL = 15
 # Characters of a sentence that are shown; names get fewer.
 _SENTENCE = 400
-# Shifts below this are what is left of sums that cancel.
-_ROUNDING = 1e-12
 
 Row = TypeVar("Row")
 
@@ -390,11 +388,12 @@ def _facts(report: Report) -> Table:
     errors["measured"] = None if report.gap is None else report.gap.relative_error
     known = [f"{name} {_number(error)}" for name, error in errors.items() if error is not None]
     origin = printable(data.source, _SENTENCE)
+    stages = f"{len(report.curve)} steps" if report.searched else f"stages {recipe.stages}"
     table = Table.grid(padding=(0, 2))
     table.add_row(
         "method",
         f"{recipe.method}: importance {recipe.importance}, compensation {recipe.compensation}, "
-        f"metric {recipe.metric}{_why(recipe)}, stages {recipe.stages}",
+        f"metric {recipe.metric}{_why(recipe)}, {stages}",
     )
     table.add_row("calibration", f"{origin}: {data.samples:,} samples, {data.held_out:,} held out")
     table.add_row("output error", ", ".join(known) or "not measured")
@@ -488,4 +487,4 @@ def _number(value: float) -> str:
 
 def _optional(value: float | None) -> str:
     """Three digits; nothing for None, 0 for what is only rounding."""
-    return "" if value is None else f"{value if abs(value) > _ROUNDING else 0.0:.3g}"
+    return "" if value is None else f"{value if abs(value) > ROUNDING else 0.0:.3g}"
