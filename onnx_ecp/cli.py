@@ -184,6 +184,11 @@ RUNNING = (
     click.option("--samples", type=int, metavar="N", help="Use at most N calibration samples."),
     BATCH_SIZE,
     click.option(
+        "--max-memory", metavar="SIZE",
+        help="What statistics and activations may take, such as 8G; below it, more passes over "
+        "the data and temporary files.  [default: half of what is free]",
+    ),
+    click.option(
         "--seed", type=int, metavar="N", default=0, show_default=True,
         help="Seed of everything random.",
     ),

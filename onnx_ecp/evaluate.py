@@ -426,7 +426,10 @@ def measure_latency(
     repeats: int = 50,
 ) -> Latency:
     """Median time of one run of both models, in turns, so that a busy machine slows both alike."""
-    sessions = [Session(m.proto, provider=provider, threads=threads, base=m.base) for m in (a, b)]
+    sessions = [
+        Session(m.proto, provider=provider, threads=threads, base=m.base, packed=True)
+        for m in (a, b)
+    ]
     seconds: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats + 3):
         for session, times in zip(sessions, seconds, strict=True):

@@ -23,6 +23,7 @@ from onnx_ecp.gradients.observer import Observer, State
 from onnx_ecp.gradients.seeds import one_hot, softmax
 from onnx_ecp.measurement import Progress, silent
 from onnx_ecp.runtime import check_deadline
+from onnx_ecp.shelf import Computed
 
 BATCH = 128
 # Adam's step as a share of each tensor's own root mean square, falling to zero along a half cosine.
@@ -163,7 +164,7 @@ def _parameters(observer: Observer, state: State) -> dict[str, np.ndarray]:
 def _with_parameters(observer: Observer, state: State, values: Mapping[str, np.ndarray]) -> State:
     weights = {n: values[n].astype(w.dtype) for n, w in state.weights.items()}
     shifts = {x.name: values[_shift(x.name)] for x in observer.layers}
-    return replace(state, weights=weights, shifts=shifts)
+    return replace(state, weights=Computed.of(weights), shifts=shifts)
 
 
 def _shift(layer: str) -> str:

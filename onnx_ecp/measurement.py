@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from onnx_ecp.curvature import Curvature
 from onnx_ecp.errors import UsageError, did_you_mean
 from onnx_ecp.gradients.observer import Observation, Observer, State
 from onnx_ecp.runtime import OutOfMemory
+from onnx_ecp.shelf import Shelf
 from onnx_ecp.statistics import POSITIONS, Moments, expand, reduce_positions, sensitivities
 
 Progress = Callable[[str, int, int], None]
@@ -27,18 +29,51 @@ def silent(what: str, done: int, of: int) -> None:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a pass over the calibration data told.
+    """What a look at the calibration data told.
 
     Args:
-        moments: by layer name.
+        moments: by layer name; read from a temporary file where they do not fit in memory.
         weights: by layer name, the sensitivity of every row, averaged over the units:
             (groups, rows), in the order of the samples.
         curvature: in the weights, block by block, where it was asked for.
     """
 
-    moments: dict[str, Moments] = field(default_factory=dict)
+    moments: Mapping[str, Moments] = field(default_factory=dict)
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     curvature: tuple[Curvature, ...] = ()
+
+
+class ShelvedMoments(Mapping[str, Moments]):
+    """Moments whose large sums lie in a temporary file."""
+
+    LARGE = ("wb", "ww", "gradient")
+
+    def __init__(self) -> None:
+        self._small: dict[str, Moments] = {}
+        self._shelf = Shelf(0)
+
+    def put(self, moments: Mapping[str, Moments]) -> None:
+        """Add those of some layers."""
+        for name, sums in moments.items():
+            parts = {part: getattr(sums, part) for part in self.LARGE}
+            for part, values in parts.items():
+                if values is not None:
+                    self._shelf[name, part] = values
+            nothing: dict[str, Any] = dict.fromkeys(parts)
+            self._small[name] = replace(sums, **nothing)
+
+    def __getitem__(self, name: str) -> Moments:
+        """Those of one layer, read back."""
+        parts: dict[str, Any] = {p: self._shelf.get((name, p)) for p in self.LARGE}
+        return replace(self._small[name], **parts)
+
+    def __iter__(self) -> Iterator[str]:
+        """The layers in order."""
+        return iter(self._small)
+
+    def __len__(self) -> int:
+        """How many layers there are."""
+        return len(self._small)
 
 
 def effective_sample_size(weights: np.ndarray) -> float:
@@ -125,9 +160,13 @@ def measure(
     positions: str = "expand",
     with_gradient: bool = False,
     visit: Visit | None = None,
+    memory: int | None = None,
     progress: Progress = silent,
 ) -> Measured:
     """Moments and row sensitivities of all layers in one state of the network.
+
+    Moments that do not fit in memory together are summed in groups of layers, with one pass over
+    the data for each group. The result is the same, bit by bit.
 
     Args:
         observer: of the network.
@@ -137,7 +176,8 @@ def measure(
         positions: "expand" (every position is a sample) or "reduce" (exact per sample).
         with_gradient: also sum the gradients that gradient-magnitude ranks by; all samples are
             then probed in the same random directions, or their gradients would cancel.
-        visit: called with every observation and the moments so far.
+        visit: called with every observation and the moments so far; all layers are then one group.
+        memory: bytes that the moments may take, None for any number.
         progress: called after every batch.
 
     Raises:
@@ -149,23 +189,61 @@ def measure(
         )
     if _one_by_one(observer, positions):
         size = 1
-    moments: dict[str, Moments] = {}
+    groups = layer_groups(observer, None if visit else memory, with_gradient=with_gradient)
+    shelved = ShelvedMoments()
     weights: dict[str, list[np.ndarray]] = {}
-    for seen in observations(observer, state, data, size, progress, common=with_gradient):
-        for name, a in seen.inputs.items():
-            g = seen.adjoints[name]
-            before = moments.get(name)
-            centre = a.mean(axis=1, dtype=np.float64) if before is None else before.centre
-            s = sensitivities(g)
-            if positions == "expand":
-                part = expand(a, g, centre, samples=seen.samples, s=s, with_gradient=with_gradient)
-            else:
-                part = reduce_positions(a, g, centre, seen.samples, with_gradient=with_gradient)
-            moments[name] = part if before is None else before + part
-            weights.setdefault(name, []).append(s.mean(axis=2))
-        if visit is not None:
-            visit(seen, moments)
-    return Measured(moments, {n: np.concatenate(w, axis=1) for n, w in weights.items()})
+    for turn, group in enumerate(groups):
+        moments: dict[str, Moments] = {}
+
+        def advance(what: str, done: int, of: int, turn: int = turn) -> None:
+            progress(what, turn * of + done, len(groups) * of)
+
+        for seen in observations(observer, state, data, size, advance, common=with_gradient):
+            for name, a in seen.inputs.items():
+                if turn and name not in group:
+                    continue
+                g = seen.adjoints[name]
+                s = sensitivities(g)
+                if not turn:
+                    weights.setdefault(name, []).append(s.mean(axis=2))
+                if name not in group:
+                    continue
+                before = moments.get(name)
+                centre = a.mean(axis=1, dtype=np.float64) if before is None else before.centre
+                if positions == "expand":
+                    part = expand(
+                        a, g, centre, samples=seen.samples, s=s, with_gradient=with_gradient
+                    )
+                else:
+                    part = reduce_positions(a, g, centre, seen.samples, with_gradient=with_gradient)
+                moments[name] = part if before is None else before + part
+            if visit is not None:
+                visit(seen, moments)
+        if len(groups) > 1:
+            shelved.put(moments)
+    found = shelved if len(groups) > 1 else moments
+    return Measured(found, {n: np.concatenate(w, axis=1) for n, w in weights.items()})
+
+
+def layer_groups(
+    observer: Observer, memory: int | None, *, with_gradient: bool = False
+) -> list[Collection[str]]:
+    """Names of the layers with a sensitivity, in groups whose moments take ``memory`` at most.
+
+    A group has at least one layer. The order is that of the layers.
+    """
+    products = 2 + (observer.probes if with_gradient else 0)
+    groups: list[Collection[str]] = []
+    group: dict[str, int] = {}
+    for layer in observer.layers:
+        if layer.name in observer.blocked:
+            continue
+        size = products * 8 * layer.shape[0] * layer.shape[1]
+        if group and memory is not None and sum(group.values()) + size > memory:
+            groups.append(group)
+            group = {}
+        group[layer.name] = size
+    return [*groups, group]
 
 
 def measure_activations(

@@ -21,6 +21,7 @@ from onnx_ecp.methods import COMPENSATIONS, METHODS, Method
 from onnx_ecp.model import ENCODINGS
 from onnx_ecp.pruning import BLOCKS
 from onnx_ecp.selection import NM, SCOPES, Sparsity, parse_sparsity
+from onnx_ecp.shelf import parse_size
 from onnx_ecp.statistics import POSITIONS
 from onnx_ecp.structure.selection import COSTS
 from onnx_ecp.targets import Limit
@@ -65,6 +66,7 @@ class Options:
     format: str = "dense"
     samples: int | None = None
     batch_size: int | None = None
+    max_memory: int | None = None
     seed: int = 0
     provider: str = "cpu"
     threads: int | None = None
@@ -264,7 +266,7 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     if name in _OWN:
         convert, wanted = _OWN[name]
         if value is None:  # the command line's word for nothing said
-            return convert(()) if name != "sparsity" else None
+            return None if name in ("sparsity", "max_memory") else convert(())
     else:
         allowed = get_args(kind) or (kind,)
         if value is None and type(None) in allowed:
@@ -335,6 +337,7 @@ _OWN: dict[str, Convert] = {
     "include": (_texts, "one or several regular expressions"),
     "exclude": (_texts, "one or several regular expressions"),
     "layer_sparsity": (_sparsities, "sparsities by regular expression"),
+    "max_memory": (parse_size, "a size such as 500M or 8G"),
     "input_shapes": (_shapes, "shapes by the name of the input"),
 }
 

@@ -6,8 +6,10 @@ import io
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -34,8 +36,9 @@ from onnx_ecp.report import (
     Recipe,
     Report,
 )
-from onnx_ecp.runtime import deadline, threads_of
+from onnx_ecp.runtime import deadline, free_memory, threads_of
 from onnx_ecp.selection import NM, Group, Sparsity
+from onnx_ecp.shelf import Computed
 from onnx_ecp.structure.smaller import Smaller, cleaned, smaller, units_of
 from onnx_ecp.structure.units import Goal, PrunedUnits, UnitStep
 from onnx_ecp.targets import Judge, Point, seek
@@ -124,7 +127,9 @@ def optimize(
     """
     began = time.monotonic()
     options = Options.of(**choices)
-    with deadline(options.timeout), threads_of(options.threads):
+    with ExitStack() as running:
+        running.enter_context(deadline(options.timeout))
+        running.enter_context(threads_of(options.threads))
         source = load(model)
         check_outputs(source, output, options)
         layers, skips = choose_layers(source, options)
@@ -138,11 +143,19 @@ def optimize(
         original = evaluate.model_facts(source)  # now: the output may be the same file
         if output is not None and not options.dry_run:
             result = save(result, source, network.layers, output, options)
+        elif result.late:
+            folder = running.enter_context(TemporaryDirectory(prefix="onnx-ecp-"))
+            result = save(result, source, network.layers, Path(folder, "result.onnx"), options)
+        # The weights are in the result; what is told of the state are its masks and shifts.
+        made = replace(made, model=result)
+        pruned = replace(pruned, state=replace(pruned.state, weights=network.original.weights))
         comparison = compare(source, result, data, options)
         bounded = bound(source, result, data, options) if options.bound else None
         masks = stored_masks(network.layers, pruned.state)
         if options.masks is not None and not options.dry_run:
             save_masks(masks, options.masks)
+        if output is None or options.dry_run:
+            result = held(result)
     report = Report(
         original=original,
         result=comparison.b,
@@ -192,7 +205,7 @@ def importance(
         network, _ = observe_network(source, layers, data, options)
         plan = make_plan(network.layers, options)
         measured = observe(network, plan, network.original)
-        return importances(network, plan, network.original, measured)
+        return dict(importances(network, plan, network.original, measured))
 
 
 def load(model: str | Path | onnx.ModelProto) -> Model:
@@ -373,7 +386,8 @@ def observe_network(
     original = original_state(dense, observer.layers)
     size = batch_size(observer, original, data.fit, options.batch_size, options.positions)
     observer.normalise_outputs(original, data.fit.batches(size))
-    return Network(observer, original, data.fit, data.guard, size), skips
+    memory = options.max_memory or free_memory() // 2
+    return Network(observer, original, data.fit, data.guard, size, memory), skips
 
 
 def make_plan(layers: Sequence[Layer], options: Options) -> Plan:
@@ -466,19 +480,30 @@ def finished(
     Raises:
         TargetError: fewer units could go than were to.
     """
-    masked, created = stored(source, network, pruned.state)
+    large = modelling.stored_size(source.proto) > modelling.LARGEST_FILE
+    cleans = step is None and options.cleans and _any_dead(network, pruned.state)
+    late = step is None and options.format == "dense" and (large or not cleans)
+    masked, created = stored(source, network, pruned.state, late=late)
     if step is not None:
         assert isinstance(pruned, PrunedUnits), "a UnitStep gives them"
         if options.limit is None or options.sparsity is not None:
             step.check_reached(pruned.keep)
         return smaller(source, masked, network, step.structure, pruned, options.session)
-    anything = any(
-        not np.array_equal(keep, network.original.keep[name])
-        for name, keep in pruned.state.keep.items()
-    )
-    if not options.cleans or not anything:
+    if cleans and large:
+        why = ("units without weights were left in: the model takes more than 2 GB.",)
+        return Smaller(masked, created, warnings=why)
+    if not cleans:
         return Smaller(masked, created)
     return cleaned(source, masked, created, network, options.session)
+
+
+def _any_dead(network: Network, state: State) -> bool:
+    """Whether pruning left any row or column of a layer without a weight."""
+    return any(
+        not np.array_equal(keep, network.original.keep[name])
+        and not (keep.any(axis=0).all() and keep.any(axis=1).all())
+        for name, keep in state.keep.items()
+    )
 
 
 def prune_within(
@@ -524,21 +549,40 @@ def _group(tensors: tuple[str, ...], layers: Mapping[str, Layer], sparsity: Spar
     return Group(tensors, sparsity, {name: layers[name].nm_order() for name in tensors})
 
 
-def stored(source: Model, network: Network, state: State) -> tuple[Model, frozenset[str]]:
-    """A copy of the model in which the new weights and biases stand, and who got a new bias."""
+def stored(
+    source: Model, network: Network, state: State, *, late: bool = False
+) -> tuple[Model, frozenset[str]]:
+    """A copy of the model in which the new weights and biases stand, and who got a new bias.
+
+    With ``late``, new values of external initializers do not enter the copy: see ``Model.late``.
+    """
     proto = onnx.ModelProto()
     proto.CopyFrom(modelling.decode_sparse(source.proto))
-    created, written = set(), set()
+    external = {t.name for t in proto.graph.initializer if late and modelling.is_external(t)}
+    created, written, renewed = set(), set(), []
     for layer in network.layers:
         tensor = layer.weight.tensor
         changed = tensor not in written and not np.array_equal(
             state.weights[tensor], network.original.weights[tensor]
         )
         written.add(tensor)
-        weight = state.weights[tensor] if changed else None
+        weight = state.weights[tensor] if changed and tensor not in external else None
+        if changed and tensor in external:
+            renewed.append(tensor)
         if layer.store(proto, weight, state.shifts[layer.name], source.base):
             created.add(layer.name)
-    return Model(proto, None, source.base), frozenset(created)
+    values = Computed(renewed, state.weights.__getitem__)
+    return Model(proto, None, source.base, values), frozenset(created)
+
+
+def held(result: Model) -> Model:
+    """A model whose values are all in memory: its files, if it has any, may go."""
+    if result.path is None:
+        return result
+    proto = onnx.ModelProto()
+    proto.CopyFrom(result.proto)
+    onnx.load_external_data_for_model(proto, str(result.base))
+    return replace(result, proto=proto, path=None, base=None)
 
 
 def stored_masks(layers: Sequence[Layer], state: State) -> dict[str, np.ndarray]:
@@ -560,6 +604,7 @@ def save(
         result.proto,
         output,
         base=source.base,
+        late=result.late,
         encoding=options.format,
         # Not the tensors of the layers as they were: a cut may have given one a copy of its own.
         pruned={x.weight.tensor for x in find_layers(result.proto).layers if x.name in names},

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
 from typing import Protocol
 
 import numpy as np
@@ -41,6 +42,7 @@ from onnx_ecp.model import printable
 from onnx_ecp.refit import Gram, excess, mean_shift
 from onnx_ecp.runtime import check_deadline
 from onnx_ecp.selection import NM, Group, select
+from onnx_ecp.shelf import Computed, Shelf
 from onnx_ecp.walk import Passage, Segment, segments
 
 # What the curvature couples: all weights of the network, or those of a stored tensor.
@@ -57,6 +59,9 @@ class Network:
         fit: calibration samples for importance and compensation.
         guard: other calibration samples, on which a refit must not be worse than a bias shift.
         size: batch size.
+        memory: bytes that statistics and activations may take, None for any number: half of it
+            goes to moments, a quarter to scores and a quarter to the activations of a walk. What
+            does not fit lies in temporary files.
     """
 
     observer: Observer
@@ -64,6 +69,11 @@ class Network:
     fit: Calibration
     guard: Calibration
     size: int
+    memory: int | None = None
+
+    def share(self, part: int) -> int | None:
+        """One of so many equal parts of the memory."""
+        return None if self.memory is None else self.memory // part
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -293,6 +303,7 @@ def observe(network: Network, plan: Plan, state: State, progress: Progress = sil
             size=network.size,
             positions=plan.positions,
             with_gradient=needs == "gradients",
+            memory=network.share(2),
             progress=progress,
         )
     rows = CurvatureObserver(network.layers)
@@ -311,13 +322,13 @@ def observe(network: Network, plan: Plan, state: State, progress: Progress = sil
 
 def importances(
     network: Network, plan: Plan, state: State, measured: Measured
-) -> dict[str, np.ndarray]:
+) -> Mapping[str, np.ndarray]:
     """Importance (out, in) by layer name, in the method's own unit.
 
     Raises:
         ModelError: one is NaN or infinite, which no ranking could bear.
     """
-    method, scores = plan.method, {}
+    method, scores = plan.method, Shelf(network.share(4))
     index = {layer.name: i for i, layer in enumerate(network.layers)}
     uses = Counter(layer.weight.tensor for layer in network.layers)
     blocks = {n: block for block in measured.curvature for n in block.rows}
@@ -337,8 +348,9 @@ def importances(
             uses[tensor],
             blocks.get(tensor),
         )
-        scores[layer.name] = method.importance(view)
-        _check_finite(layer, scores[layer.name])
+        score = method.importance(view)
+        _check_finite(layer, score)
+        scores[layer.name] = score
     return scores
 
 
@@ -365,14 +377,12 @@ def with_grams(
         yield segment.layer, run.gram(segment, state, weights, plan.method.shrinkage)
 
 
-def summed(layers: Sequence[Layer], scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def summed(layers: Sequence[Layer], scores: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """Importances by stored tensor: the sum over the layers that share it."""
-    totals: dict[str, np.ndarray] = {}
+    users: dict[str, list[str]] = {}
     for layer in layers:
-        tensor = layer.weight.tensor
-        score = scores[layer.name]
-        totals[tensor] = totals[tensor] + score if tensor in totals else score
-    return totals
+        users.setdefault(layer.weight.tensor, []).append(layer.name)
+    return Computed(users, lambda tensor: reduce(add, (scores[name] for name in users[tensor])))
 
 
 def compensate(
@@ -536,8 +546,9 @@ class _Run:
     def __init__(self, network: Network, data: Calibration, *, with_original: bool = True) -> None:
         batches = list(data.batches(network.size))
         self._original = network.original
-        self._before = Passage(network.observer, batches) if with_original else None
-        self._now = Passage(network.observer, batches)
+        limit = network.share(8)
+        self._before = Passage(network.observer, batches, limit) if with_original else None
+        self._now = Passage(network.observer, batches, limit)
 
     def gram(
         self, segment: Segment, state: State, weights: np.ndarray | None, shrink: float
@@ -583,13 +594,16 @@ def _victims(layer: Layer, before: State, keep: dict[str, np.ndarray]) -> np.nda
     return np.asarray(before.keep[tensor] & ~keep[tensor])
 
 
-def _removed(network: Network, before: State, after: State) -> dict[str, np.ndarray]:
-    """Stored tensors with zeros where the new masks say so, everything else bit by bit the same."""
-    weights = {}
-    for layer in network.layers:
-        tensor = layer.weight.tensor
-        keep = layer.weight.layout(after.keep[tensor])
-        weights[tensor] = np.where(keep, before.weights[tensor], 0).astype(
-            before.weights[tensor].dtype
-        )
-    return weights
+def _removed(network: Network, before: State, after: State) -> Computed:
+    """Stored tensors with zeros where the new masks say so, everything else bit by bit the same.
+
+    Those that lie in an external file are masked when they are asked for.
+    """
+    weights = {layer.weight.tensor: layer.weight for layer in network.layers}
+
+    def masked(name: str) -> np.ndarray:
+        stored = before.weights[name]
+        return np.where(weights[name].layout(after.keep[name]), stored, stored.dtype.type(0))
+
+    in_memory = {name: masked(name) for name in weights if before.weights.knows(name)}
+    return Computed(weights, masked, in_memory)

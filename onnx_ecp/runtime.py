@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 from threadpoolctl import ThreadpoolController
 
 from onnx_ecp.errors import OnnxEcpError, ProviderError, UsageError, did_you_mean
@@ -88,6 +89,23 @@ def workers() -> int:
     return _THREADS.get() or cores or 1
 
 
+def free_memory() -> int:
+    """Bytes that this process could still take without swapping, as far as the system tells."""
+    found = []
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found += [int(x.split()[1]) * 1024 for x in file if x.startswith("MemAvailable")]
+        group = Path("/sys/fs/cgroup")
+        most, used = (group.joinpath(f"memory.{x}").read_text() for x in ("max", "current"))
+        if most.strip() != "max":
+            found.append(int(most) - int(used))
+    except (OSError, ValueError):
+        pass  # not Linux, or no control group with a limit
+    if not found and hasattr(os, "sysconf"):  # what is free, macOS does not tell
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return max(min(found, default=2**32), 2**20)
+
+
 def onnxruntime() -> Any:
     """The module onnxruntime; ProviderError with the two install commands when it is missing."""
     try:
@@ -137,6 +155,8 @@ class Session:
         provider: execution provider, by any unique part of its name.
         threads: threads within an operator; None leaves it to ONNX Runtime.
         base: directory of the external data of a proto or bytes.
+        packed: whether constant weights may be copied into the order that kernels like best; None:
+            not those of external data, which else are mapped and take no memory of their own.
 
     Raises:
         ProviderError: ONNX Runtime refuses the model, or does not use the provider.
@@ -149,6 +169,7 @@ class Session:
         provider: str = "cpu",
         threads: int | None = None,
         base: Path | None = None,
+        packed: bool | None = None,
     ) -> None:
         ort = onnxruntime()
         options = ort.SessionOptions()
@@ -157,13 +178,22 @@ class Session:
             options.intra_op_num_threads = threads
         # Sessions live side by side with NumPy: a spinning pool would steal its cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if packed is False or (packed is None and base is not None):
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if base is not None and not isinstance(model, str | Path):
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(base)
             )
         source: Any = model
         if isinstance(model, onnx.ModelProto):
-            source = model.SerializeToString()
+            try:
+                source = model.SerializeToString()
+            except EncodeError as error:
+                raise ProviderError(
+                    "a model of more than 2 GB cannot be given to ONNX Runtime in memory.",
+                    hint="Give the path of a file whose weights are external data; units can be "
+                    "removed, and sparse or packed files written, below 2 GB only.",
+                ) from error
         elif isinstance(model, Path):
             source = str(model)
         wanted = provider_name(provider)

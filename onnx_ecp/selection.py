@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_ecp.errors import UsageError
+from onnx_ecp.shelf import Computed
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class NM:
 
 
 Sparsity = float | NM
+# A threshold is found by counting this many bits at a time, until so few candidates are left that
+# sorting them takes no memory to speak of.
+_PIECE = 16
+MOST_SORTED = 2**22
 SCOPES = ("global", "layer")
 
 
@@ -84,25 +89,64 @@ def lowest(
 ) -> dict[str, np.ndarray]:
     """Keep masks with ``zeros`` False entries over all arrays: the lowest scores, one ranking.
 
+    The scores are never put together: they are read array by array, about three times.
+
     Args:
         scores: importance >= 0 by name.
         keep: what is still there; False stays False, even where more than ``zeros`` are.
         zeros: number of False entries wanted.
     """
-    flat = np.concatenate([np.where(keep[n], scores[n], -1.0).reshape(-1) for n in scores])
-    gone = sum(int(np.count_nonzero(~keep[n])) for n in scores)
-    zeros = max(zeros, gone)
-    mask = np.ones(flat.size, np.bool_)
-    if zeros:
-        limit = np.partition(flat, zeros - 1)[zeros - 1]
-        mask[flat < limit] = False
-        ties = np.flatnonzero(flat == limit)
-        mask[ties[: zeros - np.count_nonzero(~mask)]] = False
-    ends = np.cumsum([scores[n].size for n in scores])[:-1]
-    return {
-        n: part.reshape(scores[n].shape)
-        for n, part in zip(scores, np.split(mask, ends), strict=True)
-    }
+    victims = zeros - sum(int(np.count_nonzero(~keep[n])) for n in scores)
+    if victims <= 0:
+        return {n: keep[n].copy() for n in scores}
+    limit, ties = _threshold(scores, keep, victims)
+    masks = {}
+    for name in scores:
+        score = scores[name]
+        mask = keep[name] & (score > limit)
+        # Of the scores that equal the threshold the first ones go, in order of layer and index.
+        equal = np.flatnonzero(keep[name] & (score == limit))
+        mask.reshape(-1)[equal[ties:]] = True
+        ties -= min(ties, len(equal))
+        masks[name] = mask
+    return masks
+
+
+def _threshold(
+    scores: Mapping[str, np.ndarray], keep: Mapping[str, np.ndarray], victims: int
+) -> tuple[float, int]:
+    """The score of rank ``victims`` among those kept, and how many of those equal to it must go.
+
+    Floats >= 0 are ordered as their bits are, read as integers. So the leading bits of the
+    threshold are found by counting, a piece at a time, until few scores begin with them.
+    """
+    known, bits, rank = 0, 0, victims  # of 64 bits those known; the rank among what begins so
+    while True:
+        shift = np.uint64(64 - bits - _PIECE)
+        counts = np.zeros(2**_PIECE, np.int64)
+        for name in scores:
+            pieces = _beginning(scores[name][keep[name]], known, bits) >> shift
+            counts += np.bincount(
+                (pieces & np.uint64(2**_PIECE - 1)).astype(np.int64), minlength=len(counts)
+            )
+        below = np.cumsum(counts)
+        piece = int(np.searchsorted(below, rank))
+        rank -= int(below[piece - 1]) if piece else 0
+        known, bits = (known << _PIECE) | piece, bits + _PIECE
+        if bits == 64:
+            return float(np.uint64(known).view(np.float64)), rank
+        if counts[piece] <= MOST_SORTED:
+            break
+    rest = np.concatenate([_beginning(scores[n][keep[n]], known, bits) for n in scores])
+    limit = np.partition(rest, rank - 1)[rank - 1]
+    return float(limit.view(np.float64)), rank - int(np.count_nonzero(rest < limit))
+
+
+def _beginning(scores: np.ndarray, known: int, bits: int) -> np.ndarray:
+    """The bits (n,) uint64 of those of the scores >= 0 (n,) whose first ``bits`` are ``known``."""
+    # Adding 0.0 turns -0.0, whose bits are those of a huge number, into 0.0.
+    found = (scores.astype(np.float64, copy=False) + 0.0).view(np.uint64)
+    return found[found >> np.uint64(64 - bits) == np.uint64(known)] if bits else found
 
 
 def n_of_m(scores: np.ndarray, keep: np.ndarray, pattern: NM) -> np.ndarray:
@@ -158,21 +202,21 @@ def select(
         share: 1 reaches the target.
         floor: least density of any one tensor, as a share of the group's density (N:M needs none).
     """
-    scores = {n: scores[n] for n in group.tensors}
-    gone = sum(int(np.count_nonzero(~initial[n])) for n in group.tensors)
-    size = sum(score.size for score in scores.values())
+    names = group.tensors
+    gone = sum(int(np.count_nonzero(~initial[n])) for n in names)
+    size = sum(keep[n].size for n in names)
     last = _last(group, scores, keep)
     if last is not None:
         # On the way there only victims of these masks may go, the least important of them first.
         victims = sum(int(np.count_nonzero(~mask)) for mask in last.values())
-        ranked = {n: np.where(last[n], np.inf, scores[n]) for n in scores}
+        ranked = Computed(names, lambda n: np.where(last[n], np.inf, scores[n]))
     else:
         assert not isinstance(group.sparsity, NM), "a pattern has masks to end with"
         victims = max(zeros_wanted(group.sparsity, size), gone)
         density = floor * (1 - (gone + share * (victims - gone)) / max(size, 1))
-        ranked = scores
-        if density:
-            ranked = {n: _protected(scores[n], keep[n], density) for n in scores}
+        ranked = Computed(
+            names, lambda n: _protected(scores[n], keep[n], density) if density else scores[n]
+        )
     return lowest(ranked, keep, round(gone + share * (victims - gone)))
 
 

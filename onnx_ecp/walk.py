@@ -3,13 +3,14 @@
 The refit of a layer needs its input in the current, partly pruned network (whatever was refitted
 before it included) and in the original one. The observation graph is cut in front of every layer;
 the live tensors between two cuts are kept for all samples, so that a walk costs one forward pass,
-however many layers there are.
+however many layers there are. Those that do not fit in memory wait in a temporary file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from onnx_ecp.calibration import Batch
 from onnx_ecp.gradients.observer import Observer, State
 from onnx_ecp.layers import Layer
 from onnx_ecp.runtime import Session
+from onnx_ecp.shelf import Shelf
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,15 @@ class Passage:
     Args:
         observer: whose graph was cut.
         batches: the samples.
+        limit: bytes that live tensors may take in memory, None for any number.
     """
 
-    def __init__(self, observer: Observer, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self, observer: Observer, batches: Sequence[Batch], limit: int | None = None
+    ) -> None:
         self._observer = observer
-        self._live: list[dict[str, np.ndarray]] = [
-            observer.input_feeds(batch.feeds) for batch in batches
-        ]
+        self._inputs = [observer.input_feeds(batch.feeds) for batch in batches]
+        self._live = Shelf(limit)  # by index of the batch and name of the tensor
 
     def advance(self, segment: Segment, state: State) -> Iterator[np.ndarray]:
         """Run one segment and yield the layer's input rows (groups, rows, in) batch by batch.
@@ -88,14 +92,22 @@ class Passage:
             segment: the next one.
             state: weights and shifts of all layers before the segment's end.
         """
-        constants = self._observer.state_feeds(state)
-        for live in self._live:
-            if segment.session is not None:
-                everything: Mapping[str, np.ndarray] = {**live, **constants}
-                live |= segment.session.run({n: everything[n] for n in segment.session.inputs})
-            yield segment.layer.rows_in(live[segment.layer.input])
-            for name in segment.drops:
-                live.pop(name, None)
+        session, wanted = segment.session, segment.layer.input
+        reads = () if session is None else session.inputs
+        constants = self._observer.state_feeds(state, frozenset(reads))
+        for index, inputs in enumerate(self._inputs):
+
+            def live(name: str, at: int = index, fed: Mapping[str, np.ndarray] = inputs) -> Any:
+                return fed[name] if name in fed else self._live[at, name]
+
+            made: dict[str, np.ndarray] = {}
+            if session is not None:
+                made = session.run({n: constants[n] if n in constants else live(n) for n in reads})
+            yield segment.layer.rows_in(made[wanted] if wanted in made else live(wanted))
+            for name in made.keys() - segment.drops:
+                self._live[index, name] = made[name]
+            for name in segment.drops - made.keys():
+                self._live.pop((index, name), None)
 
 
 def _last(producer: Mapping[str, int], name: str) -> int:

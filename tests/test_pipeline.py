@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import signal
 import subprocess
@@ -913,6 +914,57 @@ def test_one_sample_that_does_not_fit_is_told(method, small_memory):
     small_memory(0)
     with pytest.raises(ProviderError, match="memory"):
         onnx_ecp.optimize(original("gemm"), inputs("gemm"), method=method)
+
+
+@each_method
+@pytest.mark.parametrize("net", ["gemm", "attention", "convolution", "tied", "two outputs"])
+def test_the_result_does_not_depend_on_the_memory(net, method):
+    """With one byte every layer is a group of its own, and everything lies in temporary files."""
+    expected = pruned(net, method)
+    result = onnx_ecp.optimize(
+        original(net), inputs(net), method=method, sparsity=0.6, scope="global", max_memory=1
+    )
+    assert result.model == expected.model
+    assert [row.importance_removed for row in result.report.layers] == [
+        row.importance_removed for row in expected.report.layers
+    ]
+
+
+def test_memory_is_a_size():
+    with pytest.raises(UsageError, match="--max-memory is 'much'; it must be a size"):
+        onnx_ecp.optimize(original("gemm"), inputs("gemm"), max_memory="much")
+
+
+def test_words_of_the_runtime_for_too_little_memory_are_understood(monkeypatch):
+    run = onnxruntime.InferenceSession.run
+
+    def starved(session, names, feeds, options=None):
+        if len(feeds.get("x", ())) > 5:
+            raise RuntimeError("Non-zero status code returned while running MatMul: std::bad_alloc")
+        return run(session, names, feeds, options)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", starved)
+    report = onnx_ecp.optimize(original("gemm"), inputs("gemm"), method="ecp", sparsity=0.6).report
+    assert report.zeros_after == pruned("gemm", "ecp").report.zeros_after
+
+
+@pytest.mark.parametrize("method", ["magnitude", "ecp", "ecp-refit"])
+@pytest.mark.parametrize("net", ["gemm", "half precision", "double precision", "tied", "digits"])
+def test_external_weights_end_as_those_inside_do(net, method, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = folder / "net.onnx"
+    onnx.save(copy.deepcopy(original(net)), path, save_as_external_data=True, size_threshold=0)
+    options = {"method": method, "sparsity": 0.6, "scope": "global"}
+    in_memory = onnx_ecp.optimize(path, inputs(net), **options)
+    onnx_ecp.optimize(path, inputs(net), output=tmp_path / "out.onnx", **options)
+    written = load_model(tmp_path / "out.onnx")
+    expected = tensors(pruned(net, method).model)
+    found = {n: read_tensor(written, t) for n, t in constants(written.proto).items()}
+    for model in (found, tensors(in_memory.model)):
+        assert model.keys() == expected.keys()
+        for name, array in expected.items():
+            assert bits(np.asarray(model[name])) == bits(array)
 
 
 @pytest.mark.parametrize("cleanup", [False, True])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from onnx_ecp import selection
 from onnx_ecp.errors import UsageError
 from onnx_ecp.selection import NM, Group, parse_sparsity, select, zeros_wanted
 
@@ -114,3 +115,22 @@ def test_n_of_m_follows_the_order_it_is_given(rng):
 def test_a_sparsity_that_makes_no_sense_is_refused(text):
     with pytest.raises(UsageError, match=text):
         parse_sparsity(text)
+
+
+@pytest.mark.parametrize("most_sorted", [0, 3, 2**22])
+def test_counting_bits_finds_what_sorting_all_scores_finds(rng, keep, monkeypatch, most_sorted):
+    monkeypatch.setattr(selection, "MOST_SORTED", most_sorted)
+    there = {n: rng.random(shape) > 0.2 for n, shape in SHAPES.items()}
+    for scores in (
+        {n: np.exp(200 * rng.normal(size=shape)) for n, shape in SHAPES.items()},
+        {n: rng.integers(0, 4, shape) * 0.25 for n, shape in SHAPES.items()},
+        {n: np.where(rng.random(shape) > 0.5, np.inf, -0.0) for n, shape in SHAPES.items()},
+    ):
+        flat = np.concatenate([np.where(there[n], scores[n], -1).reshape(-1) for n in SHAPES])
+        order = np.argsort(flat, kind="stable")
+        for number in (sum((~there[n]).sum() for n in SHAPES), 40, 41, 55, SIZE):
+            masks = selection.lowest(scores, there, int(number))
+            wanted = np.ones(SIZE, bool)
+            wanted[order[:number]] = False
+            found = np.concatenate([masks[n].reshape(-1) for n in SHAPES])
+            assert np.array_equal(found, wanted)

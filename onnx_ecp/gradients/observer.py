@@ -7,7 +7,7 @@ For every layer it yields the input rows ``a`` (groups, rows, in) and the adjoin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,12 +21,15 @@ from onnx_ecp.gradients.numeric import PIECEWISE, numeric_adjoint
 from onnx_ecp.gradients.prepare import Prepared, add_reverse, facts_of, prepare
 from onnx_ecp.gradients.seeds import plan
 from onnx_ecp.layers import Layer
-from onnx_ecp.model import Model, constants, printable, read_tensor
+from onnx_ecp.model import Model, constants, is_external, printable, read_tensor
 from onnx_ecp.runtime import Session
+from onnx_ecp.shelf import Computed
 
 ENGINES = ("vjp", "numeric")
 # Relative difference that rewriting a graph may make: half precision rounds at 5e-4, which adds up.
 SAME = 0.05
+# Element types that weights are observed in; half precision is widened.
+_AS_THEY_ARE = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,13 @@ class State:
     """All that pruning changes.
 
     Args:
-        weights: by stored tensor, its values (float32 or float64) in the stored layout.
+        weights: by stored tensor, its values (float32 or float64) in the stored layout; those of
+            external data are mapped, or masked, when they are asked for.
         shifts: by layer name, (out,) float64 to be added to the pre-activation.
         keep: by stored tensor, (out, in), True where the weight stays.
     """
 
-    weights: dict[str, np.ndarray]
+    weights: Computed
     shifts: dict[str, np.ndarray]
     keep: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -47,7 +51,7 @@ class State:
         """A state in which one layer's stored tensor and shift are new."""
         return replace(
             self,
-            weights={**self.weights, layer.weight.tensor: weight},
+            weights=self.weights.replaced(layer.weight.tensor, weight),
             shifts={**self.shifts, layer.name: shift},
         )
 
@@ -58,22 +62,26 @@ class Observation:
 
     Args:
         samples: number of samples in the batch.
-        inputs: by layer name, rows (groups, rows, in).
+        inputs: by layer name, rows (groups, rows, in), cut out when they are asked for: the patches
+            of a convolution take many times what its input takes.
         adjoints: by layer name, rows (P, groups, rows, out per group).
     """
 
     samples: int
-    inputs: dict[str, np.ndarray]
-    adjoints: dict[str, np.ndarray]
+    inputs: Mapping[str, np.ndarray]
+    adjoints: Mapping[str, np.ndarray]
 
 
 def original_state(model: Model, layers: Sequence[Layer]) -> State:
     """The state before anything is pruned: stored values, half precision widened to float32."""
     stored = constants(model.proto)
-    weights = {}
-    for name in dict.fromkeys(layer.weight.tensor for layer in layers):
-        values = read_tensor(model, stored[name])
-        weights[name] = values if values.dtype == np.float64 else values.astype(np.float32)
+    names = dict.fromkeys(layer.weight.tensor for layer in layers)
+    mapped = {n for n in names if is_external(stored[n]) and stored[n].data_type in _AS_THEY_ARE}
+    weights = Computed(
+        names,
+        lambda name: read_tensor(model, stored[name]),
+        {n: _widened(read_tensor(model, stored[n])) for n in names if n not in mapped},
+    )
     shifts = {layer.name: np.zeros(layer.shape[0]) for layer in layers}
     keep = {x.weight.tensor: x.weight.matrix(weights[x.weight.tensor]) != 0 for x in layers}
     return State(weights, shifts, keep)
@@ -124,7 +132,7 @@ class Observer:
             model.proto,
             model.base,
             layers,
-            fed | state.weights,
+            fed | dict(state.weights),
             threads,
             reverse=reverse and engine == "vjp",
         )
@@ -203,20 +211,19 @@ class Observer:
         self, feeds: dict[str, np.ndarray], seeds: Mapping[str, np.ndarray], samples: int
     ) -> Observation:
         layers = [layer for layer in self.layers if layer.name not in self.blocked]
+        by_name = {x.name: x for x in layers}
         if self._reverse is None:
             values = self._read(self._forward, feeds, (x.input for x in layers))
-            adjoints = {x.name: self._differences(x, feeds, seeds, samples) for x in layers}
+            found = {x.name: self._differences(x, feeds, seeds, samples) for x in layers}
+            adjoints: Mapping[str, np.ndarray] = found
         else:
             names = {x.name: self._adjoints[x.name] for x in layers}
             wanted = [*names.values(), *(x.input for x in layers)]
             feeds = feeds | {f"ecp/seed/{name}": seed for name, seed in seeds.items()}
             values = self._read(self._reverse, feeds, wanted)
-            adjoints = {x.name: x.rows_out(values[names[x.name]]) for x in layers}
-        return Observation(
-            samples,
-            {x.name: x.rows_in(values[x.input]) for x in layers},
-            adjoints,
-        )
+            adjoints = Computed(by_name, lambda n: by_name[n].rows_out(values[names[n]]))
+        inputs = Computed(by_name, lambda n: by_name[n].rows_in(values[by_name[n].input]))
+        return Observation(samples, inputs, adjoints)
 
     def rehearse(self, state: State, batch: Batch) -> None:
         """Run a batch for its need of memory alone, backward where there is a reverse graph."""
@@ -246,11 +253,12 @@ class Observer:
             samples += batch.samples
         return {name: total / samples for name, total in totals.items()}
 
-    def activations(self, state: State, batch: Batch) -> dict[str, np.ndarray]:
+    def activations(self, state: State, batch: Batch) -> Mapping[str, np.ndarray]:
         """Input rows (groups, rows, in) of every layer, forward only."""
         feeds = self._feeds(state, batch.feeds)
         values = self._read(self._forward, feeds, (layer.input for layer in self.layers))
-        return {layer.name: layer.rows_in(values[layer.input]) for layer in self.layers}
+        by_name = {layer.name: layer for layer in self.layers}
+        return Computed(by_name, lambda n: by_name[n].rows_in(values[by_name[n].input]))
 
     @property
     def scales(self) -> dict[str, float]:
@@ -258,15 +266,26 @@ class Observer:
         return {name: self._plan.scales.get(name, 1.0) for name in self._seeded}
 
     @property
-    def bytes_per_sample(self) -> int:
-        """What ``observe`` returns for one sample, in bytes."""
+    def probes(self) -> int:
+        """How many adjoints of a layer a sample has: one for each probe or output element."""
         elements = sum(_size(self.facts[h]) for h in self._seeded) // self._first
-        probes = self._plan.probes or elements
+        return self._plan.probes or elements
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """What ``observe`` gives for one sample, in bytes, with the rows of one layer cut out."""
         inputs = {layer.input for layer in self.layers}
         adjoints = {layer.output for layer in self.layers}
         values = sum(_size(self.facts[n]) for n in inputs)
-        values += probes * sum(_size(self.facts[n]) for n in adjoints)
+        values += self.probes * sum(_size(self.facts[n]) for n in adjoints)
+        values += max((self._rows(layer) for layer in self.layers), default=0)
         return 4 * values // self._first
+
+    def _rows(self, layer: Layer) -> int:
+        """Elements of a layer's input rows, where they are not those of the input itself."""
+        positions = _size(self.facts[layer.output]) // layer.shape[0]
+        elements = layer.groups * positions * layer.shape[1]
+        return elements if elements > _size(self.facts[layer.input]) else 0
 
     @property
     def one_position(self) -> bool:
@@ -309,11 +328,15 @@ class Observer:
         """The model's own inputs in the dtypes of the observation graph."""
         return {n: x.astype(self._dtypes.get(n, x.dtype), copy=False) for n, x in feeds.items()}
 
-    def state_feeds(self, state: State) -> dict[str, np.ndarray]:
-        """The inputs that carry a state: stored tensors and shifts."""
-        feeds = dict(state.weights)
+    def state_feeds(
+        self, state: State, names: Collection[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """The inputs that carry a state: stored tensors and shifts; None: all of them."""
+        feeds = {n: state.weights[n] for n in state.weights if names is None or n in names}
         for layer in self._prepared.layers:
             name = self._prepared.shifts[layer.name]
+            if names is not None and name not in names:
+                continue
             shift = state.shifts[layer.name].astype(self._dtypes[name])
             feeds[name] = shift.reshape(layer.shift_shape)
         return feeds

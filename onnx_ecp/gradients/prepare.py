@@ -23,13 +23,16 @@ from onnx_ecp.gradients.builder import Builder, Fact
 from onnx_ecp.gradients.lowering import is_fused, lower
 from onnx_ecp.gradients.reverse import adjoints, names_read
 from onnx_ecp.layers import Layer
-from onnx_ecp.model import constants, printable
+from onnx_ecp.model import constants, is_external, printable
+from onnx_ecp.model.tensors import byte_size, clear_values, stored_bytes
 from onnx_ecp.runtime import Session
 
 # The rules use ReduceSum and ReduceMean with axes as inputs, Split with num_outputs and
 # ScatterElements with a reduction: all there from opset 18 on.
 MINIMUM_OPSET = 18
 
+# Bytes of tensors such as shapes and axes, which the rules read.
+_SMALL = 2**16
 _HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 
@@ -79,7 +82,7 @@ def prepare(
         ModelError: the opset cannot be lifted.
     """
     private = onnx.ModelProto()
-    private.CopyFrom(_without_values(proto, {layer.weight.tensor for layer in layers}))
+    private.CopyFrom(_without_values(proto, {layer.weight.tensor for layer in layers}, base))
     if private.functions:
         private = onnx.inliner.inline_local_functions(private)
     names = {name for layer in layers for name in (layer.input, layer.output)}
@@ -180,8 +183,12 @@ def _downstream(graph: gs.Graph, names: set[str]) -> tuple[str, ...]:
     return tuple(y.name for y in graph.outputs if y.name in down)
 
 
-def _without_values(proto: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
-    """The model with the named stored tensors as graph inputs; no large value is copied."""
+def _without_values(proto: onnx.ModelProto, names: set[str], base: Path | None) -> onnx.ModelProto:
+    """The model with the named stored tensors as graph inputs; no large value is copied.
+
+    What must be read to rewrite the graph, half precision and small tensors, is taken in from
+    external files: graphsurgeon does not know where they are.
+    """
     graph = proto.graph
     # Before IR 4 initializers had to be listed as inputs; here none is.
     skeleton = onnx.ModelProto(ir_version=max(proto.ir_version, 8), opset_import=proto.opset_import,
@@ -200,6 +207,11 @@ def _without_values(proto: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
         if name in names
     )
     new.initializer.extend(t for t in graph.initializer if t.name not in names)
+    for tensor in new.initializer:
+        if is_external(tensor) and (tensor.data_type in _HALF or byte_size(tensor) <= _SMALL):
+            raw = stored_bytes(tensor, base).tobytes()
+            clear_values(tensor)
+            tensor.raw_data = raw
     return skeleton
 
 

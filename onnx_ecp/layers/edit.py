@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
 from onnx_ecp.model.proto import constant_value, nested
-from onnx_ecp.model.tensors import values, write_tensor
+from onnx_ecp.model.tensors import renewed, values, write_tensor
 
 # Before IR version 4 an initializer had to be listed as a graph input, too.
 _FREE_INITIALIZERS = 4
@@ -27,11 +26,9 @@ def read(model: onnx.ModelProto, name: str, base: Path | None) -> np.ndarray:
 def write(model: onnx.ModelProto, name: str, array: np.ndarray, base: Path | None) -> None:
     """Give a stored tensor new values; those that are equal keep their bits (-0.0 stays -0.0)."""
     tensor = stored(model, name)
-    old = values(tensor, base)
-    new = numpy_helper.to_array(_rounded(name, array, tensor.data_type))
-    same = (new == old) | ((new != new) & (old != old))  # NaN counts as equal to NaN
-    if not same.all():
-        write_tensor(tensor, np.where(same, old, new))
+    new = renewed(tensor, array, base)
+    if not np.array_equal(new, values(tensor, base)):
+        write_tensor(tensor, new)
 
 
 def add_constant(

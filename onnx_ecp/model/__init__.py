@@ -1,6 +1,7 @@
 """Model files: loaded and validated, read, written back whole, whatever their size."""
 
 from onnx_ecp.model.encodings import ENCODINGS
+from onnx_ecp.model.external import is_external
 from onnx_ecp.model.loading import compressed_size, data_files, digest, load
 from onnx_ecp.model.packed import packed_tensors
 from onnx_ecp.model.printable import printable
@@ -12,7 +13,7 @@ from onnx_ecp.model.proto import (
     signature,
     sparse_tensors,
 )
-from onnx_ecp.model.saving import check_output, save, write_whole
+from onnx_ecp.model.saving import LARGEST_FILE, check_output, save, stored_size, write_whole
 from onnx_ecp.model.sparse import LARGEST_DENSE, decode_sparse
 from onnx_ecp.model.support import runtime_support
 from onnx_ecp.model.tensors import read_tensor, write_tensor
@@ -20,6 +21,7 @@ from onnx_ecp.model.tensors import read_tensor, write_tensor
 __all__ = [
     "ENCODINGS",
     "LARGEST_DENSE",
+    "LARGEST_FILE",
     "InputSpec",
     "Model",
     "check_output",
@@ -28,6 +30,7 @@ __all__ = [
     "data_files",
     "decode_sparse",
     "digest",
+    "is_external",
     "load",
     "output_names",
     "packed_tensors",
@@ -37,6 +40,7 @@ __all__ = [
     "save",
     "signature",
     "sparse_tensors",
+    "stored_size",
     "write_tensor",
     "write_whole",
 ]

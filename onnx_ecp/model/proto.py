@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +26,14 @@ class Model:
         proto: the model; tensors in external files stay there. It is nobody's to change: copy it.
         path: the file it came from, None for one that was given as a proto.
         base: directory in which its external data lie, None where there can be none.
+        late: by name, new values of external initializers of the main graph, which the proto does
+            not have yet: ``save`` writes them, ``filled`` puts them into the proto.
     """
 
     proto: onnx.ModelProto
     path: Path | None
     base: Path | None
+    late: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
@@ -24,7 +25,7 @@ from onnx_ecp.model.external import is_external
 from onnx_ecp.model.loading import data_files, read_file
 from onnx_ecp.model.printable import printable
 from onnx_ecp.model.proto import tensors
-from onnx_ecp.model.tensors import byte_size, clear_values, has_bytes, stored_bytes
+from onnx_ecp.model.tensors import byte_size, clear_values, has_bytes, renewed, stored_bytes
 
 # Protobuf's limit is 2 GiB; beyond this the weights go into a data file. Tests lower it.
 LARGEST_FILE = 2**31 - 2**24
@@ -75,6 +76,7 @@ def save(
     pruned: Collection[str] = (),
     force: bool = False,
     source: Path | None = None,
+    late: Mapping[str, np.ndarray] | None = None,
 ) -> list[Path]:
     """Write a model; the file is there completely, or what was there before is.
 
@@ -90,12 +92,14 @@ def save(
         pruned: names of the stored tensors that are written in that encoding, where it is smaller.
         force: whether an existing file may be overwritten.
         source: the model file that the proto comes from.
+        late: by name, new values of external initializers of the main graph; read one by one.
 
     Returns:
         The files written: the model, then its data file if it has one.
 
     Raises:
         UsageError: the encoding does not exist, or the model is too old for it.
+        ModelError: a new value is beyond the range of its element type.
         OutputError: the file cannot be written; nothing was changed.
     """
     path = Path(path)
@@ -107,7 +111,7 @@ def save(
     encoded = ENCODINGS[encoding](proto, pruned, base)
     stale = _stale_data(path, keep=_identities(_data_of(source)) | _identities(_files(proto, base)))
     try:
-        written = _write(encoded, path, base)
+        written = _write(encoded, path, _Values(base, late or {}))
     except OSError as error:
         raise OutputError(
             f"{printable(path, 200)}: {error.strerror or error}.",
@@ -138,13 +142,39 @@ def write_whole(path: str | Path, content: bytes) -> None:
         ) from error
 
 
-def _write(proto: onnx.ModelProto, path: Path, base: Path | None) -> list[Path]:
+@dataclass(frozen=True)
+class _Values:
+    """Where the bytes of tensors are read.
+
+    Args:
+        base: directory of external data.
+        late: by name, new values of external initializers.
+    """
+
+    base: Path | None
+    late: Mapping[str, np.ndarray]
+
+    def is_new(self, tensor: TensorProto) -> bool:
+        """Whether there are new values of a tensor."""
+        return is_external(tensor) and tensor.name in self.late
+
+    def __call__(self, tensor: TensorProto) -> np.ndarray:
+        """The bytes (n,) uint8."""
+        if self.is_new(tensor):
+            array = np.ascontiguousarray(renewed(tensor, self.late[tensor.name], self.base))
+            return array.reshape(-1).view(np.uint8)
+        return stored_bytes(tensor, self.base)
+
+
+def _write(proto: onnx.ModelProto, path: Path, values: _Values) -> list[Path]:
     data = _unused(path)
-    proto, places = _divided(proto, data.name, base) if _needs_data(proto) else (proto, [])
+    proto, places = _divided(proto, data.name, values) if _needs_data(proto) else (proto, [])
     with ExitStack() as stages:
         staged = [(stages.enter_context(_staged(path.parent, [_serialised(proto)])), path)]
         if places:
-            staged.append((stages.enter_context(_staged(path.parent, _blocks(places, base))), data))
+            staged.append(
+                (stages.enter_context(_staged(path.parent, _blocks(places, values))), data)
+            )
         try:
             for stage, final in reversed(staged):
                 os.replace(stage, final)
@@ -207,7 +237,7 @@ def _needs_data(proto: onnx.ModelProto) -> bool:
     stored = [tensor for _, tensor in tensors(proto)]
     if any(is_external(tensor) for tensor in stored):
         return True
-    if sum(byte_size(tensor) for tensor in stored) > LARGEST_FILE:
+    if stored_size(proto) > LARGEST_FILE:
         return True
     try:
         return bool(proto.ByteSize() > LARGEST_FILE)
@@ -215,8 +245,13 @@ def _needs_data(proto: onnx.ModelProto) -> bool:
         return True
 
 
+def stored_size(proto: onnx.ModelProto) -> int:
+    """Bytes that the values of all stored tensors take, wherever they lie."""
+    return sum(byte_size(tensor) for _, tensor in tensors(proto))
+
+
 def _divided(
-    proto: onnx.ModelProto, file: str, base: Path | None
+    proto: onnx.ModelProto, file: str, values: _Values
 ) -> tuple[onnx.ModelProto, list[_Place]]:
     """A copy that refers to ``file`` for its large initializers and all that was external."""
     copy = onnx.ModelProto()
@@ -229,10 +264,12 @@ def _divided(
         if size < _SMALL:
             if is_external(tensor):
                 clear_values(moved)
-                moved.raw_data = stored_bytes(tensor, base).tobytes()
+                moved.raw_data = values(tensor).tobytes()
             continue
         # Tensors that shared their bytes go on sharing them.
         identity = tuple(sorted(f"{e.key}={e.value}" for e in tensor.external_data))
+        if values.is_new(tensor):
+            identity = ()
         offset = known.get(identity) if identity else None
         if offset is None:
             offset = known[identity] = -(-end // _ALIGNMENT) * _ALIGNMENT
@@ -255,12 +292,12 @@ def _movable(
     yield from ((a, b) for (_, a), (_, b) in everywhere if is_external(a))
 
 
-def _blocks(places: Iterable[_Place], base: Path | None) -> Iterator[bytes | memoryview]:
-    """The content of the data file, piece by piece: no tensor is ever in memory as a whole."""
+def _blocks(places: Iterable[_Place], values: _Values) -> Iterator[bytes | memoryview]:
+    """The content of the data file, piece by piece: one new tensor at most is in memory."""
     end = 0
     for place in places:
         yield bytes(place.offset - end)
-        raw = stored_bytes(place.tensor, base)
+        raw = values(place.tensor)
         for start in range(0, raw.size, _BLOCK):
             yield raw[start : start + _BLOCK].data
         end = place.offset + raw.size

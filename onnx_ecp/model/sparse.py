@@ -13,7 +13,7 @@ from onnx_ecp.errors import ModelError
 from onnx_ecp.model.external import is_external
 from onnx_ecp.model.packed import packed_tensors, unpack
 from onnx_ecp.model.printable import printable
-from onnx_ecp.model.proto import bodies
+from onnx_ecp.model.proto import Body, bodies
 from onnx_ecp.model.tensors import byte_size, check_tensor, clear_values
 
 # Everything in a model that is sparse must fit into one protobuf message when it is dense.
@@ -88,11 +88,15 @@ def _dense_shell(sparse: SparseTensorProto) -> TensorProto:
 
 
 def decode_sparse(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of a validated model in which every sparse or packed tensor has become a dense one.
+    """A validated model in which every sparse or packed tensor has become dense; not to be changed.
 
-    Sparse initializers are appended to the dense ones, and so are tensors in the packed form of
-    ``encodings``; a Constant's ``sparse_value`` becomes its ``value``. Nothing else changes.
+    It is the model itself where there is none. Sparse initializers are appended to the dense ones,
+    and so are tensors in the packed form of ``encodings``; a Constant's ``sparse_value`` becomes
+    its ``value``. Nothing else changes.
     """
+    sparse = any(_sparse_in(body) for body in bodies(proto))
+    if not sparse and not packed_tensors(proto, LARGEST_DENSE):
+        return proto
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     for body in bodies(copy):
@@ -109,6 +113,13 @@ def decode_sparse(proto: onnx.ModelProto) -> onnx.ModelProto:
     if found := packed_tensors(copy, LARGEST_DENSE):
         unpack(copy, found.values())
     return copy
+
+
+def _sparse_in(body: Body) -> bool:
+    if isinstance(body, onnx.GraphProto) and body.sparse_initializer:
+        return True
+    constants = (node for node in body.node if node.op_type == "Constant")
+    return any(a.HasField("sparse_tensor") for node in constants for a in node.attribute)
 
 
 def _dense(sparse: SparseTensorProto) -> TensorProto:

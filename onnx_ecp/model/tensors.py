@@ -157,23 +157,48 @@ def write_tensor(tensor: TensorProto, array: np.ndarray) -> None:
     Raises:
         ModelError: a finite value is beyond the range of the element type.
     """
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    rounded = _round_once(np.asarray(array), dtype)
-    if not np.isfinite(rounded[np.isfinite(array)].astype(np.float64)).all():
-        raise ModelError(
-            f"new values of '{printable(tensor.name)}' are beyond the range of {dtype}.",
-            hint="Convert the model to float32 first.",
-        )
+    rounded = _rounded(tensor, np.asarray(array))
     raw = numpy_helper.from_array(rounded).raw_data
     clear_values(tensor)
     tensor.dims[:] = rounded.shape
     tensor.raw_data = raw
 
 
+def renewed(tensor: TensorProto, array: np.ndarray, base: Path | None) -> np.ndarray:
+    """New values of a stored tensor in its own type; those that are equal keep their bits.
+
+    So -0.0 stays -0.0. Values of higher precision are rounded once, to nearest.
+
+    Args:
+        tensor: what is there now; it is not changed.
+        array: of the same shape.
+        base: directory of its external data.
+
+    Raises:
+        ModelError: a finite value is beyond the range of the element type.
+    """
+    old = values(tensor, base)
+    new = _rounded(tensor, array)
+    return np.where((new == old) | ((new != new) & (old != old)), old, new)  # NaN equals NaN
+
+
 def clear_values(tensor: TensorProto) -> None:
     """Take all values, and the reference to external ones, out of a tensor."""
     for field in (*_ALL_FIELDS, "raw_data", "external_data", "data_location"):
         tensor.ClearField(field)
+
+
+def _rounded(tensor: TensorProto, array: np.ndarray) -> np.ndarray:
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    if array.dtype == dtype:
+        return array
+    rounded = _round_once(array, dtype)
+    if not np.isfinite(rounded[np.isfinite(array)].astype(np.float64)).all():
+        raise ModelError(
+            f"new values of '{printable(tensor.name)}' are beyond the range of {dtype}.",
+            hint="Convert the model to float32 first.",
+        )
+    return rounded
 
 
 def _round_once(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
