@@ -924,10 +924,13 @@ def test_the_result_does_not_depend_on_the_memory(net, method):
     result = onnx_ecp.optimize(
         original(net), inputs(net), method=method, sparsity=0.6, scope="global", max_memory=1
     )
-    assert result.model == expected.model
-    assert [row.importance_removed for row in result.report.layers] == [
-        row.importance_removed for row in expected.report.layers
-    ]
+    for name, keep in expected.masks.items():
+        np.testing.assert_array_equal(result.masks[name], keep)
+    # Float32 products depend on where in memory their operands begin, so not bit by bit.
+    for name, array in tensors(expected.model).items():
+        np.testing.assert_allclose(tensors(result.model)[name], array, rtol=1e-4, atol=1e-6)
+    for row, other in zip(expected.report.layers, result.report.layers, strict=True):
+        assert other.importance_removed == pytest.approx(row.importance_removed, rel=1e-4)
 
 
 def test_memory_is_a_size():
