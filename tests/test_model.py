@@ -598,11 +598,13 @@ def test_the_compressed_size_is_gzips(network, divided):
 def test_the_compressed_size_of_a_large_model_is_told_from_a_part_of_it(tmp_path, monkeypatch):
     values = np.random.default_rng(0).normal(size=(512, 512)).astype(np.float32)
     values[np.abs(values) < 0.7] = 0
-    model = helper.make_model(helper.make_graph([], "g", [], [], [from_array(values, "w")]))
+    model = helper.make_model(
+        helper.make_graph([], "g", [], [], [numpy_helper.from_array(values, "w")])
+    )
     onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True)
     whole = compressed_size(tmp_path / "m.onnx")
-    monkeypatch.setattr(loading, "_BLOCK", 2**14)
-    monkeypatch.setattr(loading, "MOST_COMPRESSED", 2**17)
+    monkeypatch.setattr("onnx_ecp.model.loading._BLOCK", 2**14)
+    monkeypatch.setattr("onnx_ecp.model.loading.MOST_COMPRESSED", 2**17)
     assert compressed_size(tmp_path / "m.onnx") == pytest.approx(whole, rel=0.02)
 
 

@@ -917,20 +917,18 @@ def test_one_sample_that_does_not_fit_is_told(method, small_memory):
 
 
 @each_method
-@pytest.mark.parametrize("net", ["gemm", "attention", "convolution", "tied", "two outputs"])
+@pytest.mark.parametrize("net", ["attention", "convolution", "tied"])
 def test_the_result_does_not_depend_on_the_memory(net, method):
     """With one byte every layer is a group of its own, and everything lies in temporary files."""
-    expected = pruned(net, method)
-    result = onnx_ecp.optimize(
-        original(net), inputs(net), method=method, sparsity=0.6, scope="global", max_memory=1
+    options = {"method": method, "sparsity": 0.6, "scope": "global", "cleanup": False}
+    little, much = (
+        onnx_ecp.optimize(original(net), inputs(net), max_memory=memory, **options)
+        for memory in (1, "1G")
     )
-    for name, keep in expected.masks.items():
-        np.testing.assert_array_equal(result.masks[name], keep)
-    # Float32 products depend on where in memory their operands begin, so not bit by bit.
-    for name, array in tensors(expected.model).items():
-        np.testing.assert_allclose(tensors(result.model)[name], array, rtol=1e-4, atol=1e-6)
-    for row, other in zip(expected.report.layers, result.report.layers, strict=True):
-        assert other.importance_removed == pytest.approx(row.importance_removed, rel=1e-4)
+    assert little.model == much.model
+    assert [row.importance_removed for row in little.report.layers] == [
+        row.importance_removed for row in much.report.layers
+    ]
 
 
 def test_memory_is_a_size():
@@ -958,7 +956,7 @@ def test_external_weights_end_as_those_inside_do(net, method, tmp_path):
     folder.mkdir()
     path = folder / "net.onnx"
     onnx.save(copy.deepcopy(original(net)), path, save_as_external_data=True, size_threshold=0)
-    options = {"method": method, "sparsity": 0.6, "scope": "global"}
+    options = {"method": method, "sparsity": 0.6, "scope": "global", "cleanup": False}
     in_memory = onnx_ecp.optimize(path, inputs(net), **options)
     onnx_ecp.optimize(path, inputs(net), output=tmp_path / "out.onnx", **options)
     written = load_model(tmp_path / "out.onnx")
