@@ -240,6 +240,11 @@ OPTIONS = (
         help="Delete units that have no weights left; exact but for rounding.  [default: on, but "
         "off with N:M and --apply-masks]",
     ),
+    click.option(
+        "--permute", is_flag=True,
+        help="With N:M: reorder the inputs of layers, where another layer in the file makes them, "
+        "so that the pattern loses less.",
+    ),
     _choice("--importance", "NAME", None, "Rank weights as this method does.  [default: METHOD]"),
     click.option(
         "--cbs-select/--no-cbs-select", default=True, show_default=True,

@@ -55,6 +55,7 @@ class Options:
     cost: str = "params"
     unit_multiple: int = 1
     cleanup: bool | None = None
+    permute: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layer_sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
@@ -163,6 +164,10 @@ class Options:
     def _check_units(self) -> None:
         if self.cleanup and self._patterns:
             raise UsageError("--cleanup does not go with N:M: it would break the pattern.")
+        if self.permute and not self._patterns:
+            raise UsageError("--permute is for N:M sparsity: nothing else asks who neighbours are.")
+        if self.permute and (self.masks is not None or self.apply_masks is not None):
+            raise UsageError("--permute does not go with masks, which are of the order given.")
         if self.granularity == "weight":
             for name, default in (("speedup", None), ("cost", "params"), ("unit_multiple", 1)):
                 if getattr(self, name) != default:

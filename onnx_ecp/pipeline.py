@@ -39,7 +39,7 @@ from onnx_ecp.report import (
 from onnx_ecp.runtime import deadline, free_memory, threads_of
 from onnx_ecp.selection import NM, Group, Sparsity
 from onnx_ecp.shelf import Computed
-from onnx_ecp.structure.smaller import Smaller, cleaned, smaller, units_of
+from onnx_ecp.structure.smaller import Smaller, cleaned, smaller, units_of, with_order
 from onnx_ecp.structure.units import Goal, PrunedUnits, UnitStep
 from onnx_ecp.targets import Judge, Point, seek
 
@@ -130,17 +130,21 @@ def optimize(
     with ExitStack() as running:
         running.enter_context(deadline(options.timeout))
         running.enter_context(threads_of(options.threads))
-        source = load(model)
+        source = given = load(model)
         check_outputs(source, output, options)
         layers, skips = choose_layers(source, options)
         data = gather(source, calibration, options)
+        remarks: dict[str, str] = {}
+        if options.permute:
+            source, remarks = reordered(given, layers, data, options)
+            layers, skips = choose_layers(source, options)
         network, blocked = observe_network(source, layers, data, options)
         plan = make_plan(network.layers, options)
         step = unit_step(source, network, options) if options.granularity == "unit" else None
         pruned, curve = prune_within(network, plan, data, options, step, progress)
         made = finished(source, network, step, pruned, options)
         result, created = made.model, made.created
-        original = evaluate.model_facts(source)  # now: the output may be the same file
+        original = evaluate.model_facts(given)  # now: the output may be the same file
         if output is not None and not options.dry_run:
             result = save(result, source, network.layers, output, options)
         elif result.late:
@@ -149,8 +153,8 @@ def optimize(
         # The weights are in the result; what is told of the state are its masks and shifts.
         made = replace(made, model=result)
         pruned = replace(pruned, state=replace(pruned.state, weights=network.original.weights))
-        comparison = compare(source, result, data, options)
-        bounded = bound(source, result, data, options) if options.bound else None
+        comparison = compare(given, result, data, options)
+        bounded = bound(given, result, data, options) if options.bound else None
         masks = stored_masks(network.layers, pruned.state)
         if options.masks is not None and not options.dry_run:
             save_masks(masks, options.masks)
@@ -164,7 +168,7 @@ def optimize(
         options=options.as_json(),
         seed=options.seed,
         calibration=data.facts,
-        layers=tuple(layer_rows(network, pruned, created)),
+        layers=tuple(layer_rows(network, pruned, created, remarks)),
         skips=(*skips, *blocked, *(() if step is None else step.structure.refusals)),
         predicted_error=predicted_error(network, plan, pruned),
         gap=comparison.gap,
@@ -456,6 +460,27 @@ def load_masks(path: str | Path, layers: Mapping[str, Layer]) -> dict[str, np.nd
     return masks
 
 
+def reordered(
+    given: Model, layers: Sequence[Layer], data: Data, options: Options
+) -> tuple[Model, dict[str, str]]:
+    """The model with its units in an order that suits the pattern, and remarks by layer name.
+
+    Raises:
+        UsageError: N:M does not fit a layer.
+    """
+    network, _ = observe_network(given, layers, data, options)
+    plan = make_plan(network.layers, options)
+    patterns = {
+        layer.name: group.sparsity
+        for group in plan.groups
+        for layer in network.layers
+        if layer.weight.tensor in group.tensors and isinstance(group.sparsity, NM)
+    }
+    measured = observe(network, plan, network.original)
+    scores = importances(network, plan, network.original, measured)
+    return with_order(given, network, patterns, scores, options.session)
+
+
 def unit_step(source: Model, network: Network, options: Options) -> UnitStep:
     """What a stage does when whole units go; a layer that is not wanted keeps its own units.
 
@@ -673,7 +698,9 @@ def recipe_of(options: Options) -> Recipe:
     )
 
 
-def layer_rows(network: Network, pruned: Pruned, created: frozenset[str]) -> Iterator[LayerRow]:
+def layer_rows(
+    network: Network, pruned: Pruned, created: frozenset[str], remarks: Mapping[str, str]
+) -> Iterator[LayerRow]:
     """What happened to every layer."""
     for layer in network.layers:
         tensor = layer.weight.tensor
@@ -690,7 +717,7 @@ def layer_rows(network: Network, pruned: Pruned, created: frozenset[str]) -> Ite
             largest_shift=float(np.abs(pruned.state.shifts[layer.name]).max(initial=0.0)),
             bias_created=layer.name in created,
             ess=pruned.ess.get(layer.name),
-            note=pruned.notes.get(layer.name, ""),
+            note="; ".join(x[layer.name] for x in (remarks, pruned.notes) if layer.name in x),
         )
 
 

@@ -58,7 +58,8 @@ class Structure:
         columns: by layer name, (in,), the unit of every column or STAYS.
         slots: stored tensors that shrink.
         counts: numbers in the graph that shrink.
-        values: names of the tensors whose declared shape is no longer right.
+        axes: by name of the tensors along which units lie, the unit of every entry or STAYS; their
+            declared shapes are no longer right where units go.
         refusals: the layers whose rows stay, and why.
     """
 
@@ -67,7 +68,7 @@ class Structure:
     columns: dict[str, np.ndarray]
     slots: tuple[Slot, ...]
     counts: tuple[Count, ...]
-    values: frozenset[str]
+    axes: dict[str, np.ndarray]
     refusals: tuple[Skip, ...]
 
     @property
@@ -281,7 +282,7 @@ def _numbered(found: _Found, layers: Sequence[Layer]) -> Structure:
         {name: units(marks) for name, marks in found.columns.items()},
         tuple(replace(slot, marks=units(slot.marks)) for slot in walk.slots),
         tuple(replace(count, marks=units(count.marks)) for count in walk.counts),
-        frozenset(walk.axes),
+        {name: units(axis.marks) for name, axis in walk.axes.items()},
         tuple(_refusals(found, layers)),
     )
 

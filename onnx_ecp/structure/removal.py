@@ -1,8 +1,8 @@
-"""Cut units out of a model: what belongs to them goes, everything else stays as it was."""
+"""Cut units out of a model, or put them in another order; everything else stays as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from onnx_ecp.model import write_tensor
 from onnx_ecp.structure.groups import Structure, kept
 from onnx_ecp.structure.walk import Count, Slot
 
-# Axis, and which of its entries stay.
+# Axis, and the entries that make the new one.
 Cut = tuple[int, np.ndarray]
 
 
@@ -37,9 +37,38 @@ def cut(
     shrink(model, structure.slots, keep, base)
     for (node, kind), counts in _by_node(structure.counts).items():
         _recount(model, node, kind, counts, keep)
-    for info in [info for info in model.graph.value_info if info.name in structure.values]:
+    for info in [info for info in model.graph.value_info if info.name in structure.axes]:
         model.graph.value_info.remove(info)
     return model
+
+
+def rearranged(
+    proto: onnx.ModelProto, structure: Structure, order: np.ndarray, base: Path | None = None
+) -> onnx.ModelProto:
+    """A copy of a model that computes the same with its units in another order.
+
+    Args:
+        proto: the model that the structure was found in.
+        structure: its units.
+        order: (units,), the unit that takes the place of each; one that lies in the same tensors.
+        base: directory of its external data.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(proto)
+    _pick(model, structure.slots, lambda marks: _moved(marks, order), base)
+    return model
+
+
+def _moved(marks: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The entries of an axis in the order that their units, marks (length,), take."""
+    entries = np.argsort(marks, kind="stable")
+    present, starts, counts = np.unique(marks[entries], return_index=True, return_counts=True)
+    of = {u: entries[s : s + c] for u, s, c in zip(present.tolist(), starts, counts, strict=True)}
+    picked = np.arange(len(marks))
+    for unit, places in of.items():
+        if unit >= 0:
+            picked[places] = of[int(order[unit])]
+    return picked
 
 
 def store(
@@ -82,11 +111,23 @@ def shrink(
         keep: (units,) bool, True where a unit stays.
         base: directory of external data.
     """
+    _pick(model, slots, lambda marks: np.flatnonzero(kept(marks, keep)), base)
+
+
+def _pick(
+    model: onnx.ModelProto,
+    slots: Iterable[Slot],
+    choose: Callable[[np.ndarray], np.ndarray],
+    base: Path | None,
+) -> None:
+    """Make every slot of the entries that are chosen, by number, from its marks."""
     private: dict[tuple, str] = {}
     for (node, index), axes in _by_input(slots).items():
-        cuts = [(slot.axis, kept(slot.marks, keep)) for slot in axes]
-        if not all(stays.all() for _, stays in cuts):
-            _shrink(model, node, index, axes[0], cuts, base, private)
+        cuts = [(slot.axis, choose(slot.marks)) for slot in axes]
+        if not all(
+            np.array_equal(x, np.arange(len(s.marks))) for (_, x), s in zip(cuts, axes, strict=True)
+        ):
+            _replace(model, node, index, axes[0], cuts, base, private)
 
 
 def _by_input(slots: Iterable[Slot]) -> dict[tuple[str, int], list[Slot]]:
@@ -103,7 +144,7 @@ def _by_node(counts: Iterable[Count]) -> dict[tuple[str, str], list[Count]]:
     return found
 
 
-def _shrink(
+def _replace(
     model: onnx.ModelProto,
     node: str,
     index: int,
@@ -112,22 +153,22 @@ def _shrink(
     base: Path | None,
     private: dict[tuple, str],
 ) -> None:
-    """Let one input of a node see less of a stored tensor: in place where nobody else reads it.
+    """Let one input of a node see other entries of a stored tensor: in place where it is its own.
 
-    Others get a tensor of their own, one for all that lose the same; views in front of it go.
+    Others get a tensor of their own, one for all that see the same; views in front of it go.
     """
     constant = slot.constant
     name = model.graph.node[edit.node_index(model, node)].input[index]
     rank = len(constant.seen_shape)
-    lost = tuple((axis % rank, stays.tobytes()) for axis, stays in cuts)
-    key = (constant.tensor, constant.steps, constant.seen_dtype, lost)
+    seen = tuple((axis % rank, entries.tobytes()) for axis, entries in cuts)
+    key = (constant.tensor, constant.steps, constant.seen_dtype, seen)
     if key in private:
         edit.set_input(model, node, index, private[key])
         return
     dtype = onnx.helper.tensor_dtype_to_np_dtype(constant.seen_dtype)
     values = constant.view(edit.read(model, constant.tensor, base)).astype(dtype)
-    for axis, stays in cuts:
-        values = np.compress(stays, values, axis=axis)
+    for axis, entries in cuts:
+        values = np.take(values, entries, axis=axis)
     if constant.direct and _readers(model, name) == 1:
         write_tensor(edit.stored(model, name), values)
         _declare(model, name, values.shape)
