@@ -8,13 +8,14 @@ digits; the official test digits are for final numbers only.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
+from onnx import helper, numpy_helper
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("ONNX_ECP_SHARED", ROOT.parent / "shared"))
@@ -79,6 +80,46 @@ def load_digits(part: str) -> tuple[np.ndarray, np.ndarray]:
     """uint8 digits (n, 784) and labels (n,) of "train" or "test"."""
     with np.load(SHARED / "data" / f"mnist_{part}10k.npz") as arrays:
         return arrays["x"], arrays["y"]
+
+
+def fully_connected(
+    weights: Sequence[np.ndarray], biases: Sequence[np.ndarray], activation: str = "Relu"
+) -> onnx.ModelProto:
+    """A network with input "x" and output "y", spelled as torch.onnx does.
+
+    Args:
+        weights: of every layer, (out, in).
+        biases: (out,) each.
+        activation: operator between the layers.
+    """
+    nodes, stored, tensor = [], [], "x"
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        z = "y" if i == len(weights) - 1 else f"z{i}"
+        for name, values in ((f"w{i}", weight), (f"b{i}", bias)):
+            stored.append(numpy_helper.from_array(np.asarray(values, np.float32), name))
+        nodes.append(helper.make_node("Gemm", [tensor, f"w{i}", f"b{i}"], [z], f"fc{i}", transB=1))
+        if z != "y":
+            tensor = f"a{i}"
+            nodes.append(helper.make_node(activation, [z], [tensor]))
+    return made(nodes, stored, ["n", weights[0].shape[1]], ["n", len(weights[-1])])
+
+
+def made(
+    nodes: Sequence[onnx.NodeProto],
+    stored: Sequence[onnx.TensorProto],
+    shape_in: Sequence[int | str],
+    shape_out: Sequence[int | str],
+) -> onnx.ModelProto:
+    """A checked model with input "x" and output "y"."""
+    ends = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("x", shape_in), ("y", shape_out))
+    ]
+    graph = helper.make_graph(list(nodes), "net", ends[:1], ends[1:], list(stored))
+    opset = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=8)
+    onnx.checker.check_model(model, full_check=True)
+    return model
 
 
 def outputs(model: onnx.ModelProto | str | Path, feeds: dict) -> np.ndarray:

@@ -6,7 +6,9 @@ constants L_l, an induction over the layers gives
     ||F(x) - f(x)|| <= R(x) (prod_l (1 + ||dW_l|| / ||W_l||) - 1)
 
 where R(x) is the bound on ||f(x)|| that the norms of the original's layers give (without biases
-prod_l L_l ||W_l|| ||x||). The relative gap is the gap over R(x). What is random is ||dW_l||:
+prod_l L_l ||W_l|| ||x||; of a convolution the norm of its matrix times the root of the number of
+windows that an element can lie in). The relative gap is the gap over R(x). What is random is
+||dW_l||:
 
 - random: every weight is dropped with probability r. dW = -r W + X, X with independent entries of
   mean 0 and variance r (1 - r) W_ij^2; the probability is over the masks, W is the given one.
