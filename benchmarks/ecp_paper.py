@@ -246,7 +246,9 @@ def measured(trained: Trained, about: Row) -> Iterator[tuple[Row, onnx.ModelProt
                 if scored is not None:
                     model = without(trained, *scored, ratio)
                 else:
-                    model = ours(method, seed=seed)(original, {"x": trained.inputs}, ratio)
+                    model = ours(method, seed=seed, cleanup=False)(
+                        original, {"x": trained.inputs}, ratio
+                    )
                 seconds.append(once + time.process_time() - began)
                 losses.append(trained.loss(outputs(model, {"x": trained.test}), trained.target))
             row = {**about, "method": method, "sparsity": ratio, "loss": float(np.mean(losses))}
