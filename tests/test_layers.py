@@ -247,6 +247,22 @@ LAYERS = {
         'y = Conv<auto_pad = "SAME_LOWER", strides = [2, 1]>(x, W)',
         {"x": (2, 3, 6, 6), "W": (4, 3, 3, 4)},
     ),
+    "merged attention": Case(
+        "y = com.microsoft.Attention<num_heads = 2>(x, W, b)",
+        {"x": (2, 5, 4), "W": (4, 12), "b": (12,)},
+        shifted="n = MatMul(x, W) m = Add(n, b) p = Add(m, s) q, k, v = Split<axis = -1>(p)"
+        " y = com.microsoft.MultiHeadAttention<num_heads = 2>(q, k, v)",
+        has_bias=True,
+    ),
+    "merged attention, other values, a mask, no bias": Case(
+        """m = Constant<value = int32[2, 5] {1, 1, 1, 0, 0, 1, 1, 1, 1, 0}>()
+        y = com.microsoft.Attention<num_heads = 2, qkv_hidden_sizes = [4, 4, 6]>(x, W, "", m)""",
+        {"x": (2, 5, 4), "W": (4, 14)},
+        shifted="""n = MatMul(x, W) p = Add(n, s) i = Constant<value_ints = [4, 4, 6]>()
+        m = Constant<value = int32[2, 5] {1, 1, 1, 0, 0, 1, 1, 1, 1, 0}>()
+        q, k, v = Split<axis = -1>(p, i)
+        y = com.microsoft.MultiHeadAttention<num_heads = 2>(q, k, v, "", m)""",
+    ),
     "conv, kernel behind a reshape": Case(
         "i = Constant<value_ints = [4, 3, 1, 1]>() w = Reshape(W, i) y = Conv(x, w)",
         {"x": (2, 3, 6, 5), "W": (4, 3)},
@@ -585,15 +601,43 @@ SKIPS = {
     "transposed convolution": ("y = ConvTranspose(x, W)", "ConvTranspose", "not supported yet"),
     "Einsum": ('y = Einsum<equation = "ij,jk->ik">(x, W)', "Einsum", "not supported yet"),
     "LSTM": ("y = LSTM<hidden_size = 1>(x, B, B)", "LSTM", "inside LSTM"),
-    "attention": (
-        "y = com.microsoft.Attention<num_heads = 1>(x, W, V)",
+    "attention with a past": (
+        'y = com.microsoft.Attention<num_heads = 1>(t, W, V, "", t)',
         "Attention",
-        "inside Attention",
+        "inside Attention with keys and values of the past",
+    ),
+    "attention that gives its keys": (
+        "y, k = com.microsoft.Attention<num_heads = 1>(t, W, V)",
+        "Attention",
+        "keys and values are outputs",
+    ),
+    "attention with rotary positions": (
+        "y = com.microsoft.Attention<num_heads = 1, do_rotary = 1>(t, W, V)",
+        "Attention",
+        "rotary",
+    ),
+    "attention with a mask for every head": (
+        """j = Constant<value_ints = [0, 0, 1, 3]>() h = Reshape(t, j) u = Cast<to = 6>(h)
+        y = com.microsoft.Attention<num_heads = 1>(t, W, "", u)""",
+        "Attention",
+        "a mask whose rank is not known to be 1, 2 or 3",
+    ),
+    "attention with a bias from an input": (
+        "y = com.microsoft.Attention<num_heads = 1>(t, W, x)",
+        "Attention",
+        "its bias is computed",
     ),
     "MatMulNBits": (
         "y = com.microsoft.MatMulNBits<K = 3, N = 3, bits = 4, block_size = 16>(x, W, V)",
         "MatMulNBits",
         "quantised",
+    ),
+    "places of tokens": (
+        """e = Shape(t) i, n, w = Split<axis = 0>(e) f = Squeeze(n) o = Constant<value_int = 0>()
+        d = Constant<value_int = 1>() r = Range(o, f, d) j = Constant<value_ints = [1, 3]>()
+        g = Cast<to = 1>(r) h = Reshape(g, j) y = MatMul(h, W)""",
+        "MatMul",
+        "only their shape matters",
     ),
     "batch axes": ("y = com.microsoft.FusedMatMul<transBatchA = 1>(x, W)", "FusedMatMul", "batch"),
     "transposed input": (
@@ -634,6 +678,7 @@ def test_what_is_not_pruned_says_why(body, op, words):
     model = parse(
         body,
         x="float[3,3]",
+        t="float[2,3,3]",
         n="int32[3,3]",
         s="int64[n]",
         c="bool",

@@ -86,6 +86,17 @@ CASES = {
             "t": (4,),
         },
     ),
+    "EmbedLayerNormalization, lengths": (
+        "y, yi = m.EmbedLayerNormalization(ids, , words, places, , s, t, mask)",
+        {
+            "ids": np.array([[3, 1, 2], [0, 5, 5]], np.int32),
+            "words": (6, 4),
+            "places": (7, 4),
+            "s": (4,),
+            "t": (4,),
+            "mask": np.array([[1, 1, 0], [1, 1, 1]], np.int32),
+        },
+    ),
     "Attention": (f"y = m.Attention<num_heads={HEADS}>(x, w, b)", MERGED),
     "Attention, causal, scaled": (
         f"y = m.Attention<num_heads={HEADS}, unidirectional=1, scale=0.3>(x, w, b)",
@@ -98,6 +109,10 @@ CASES = {
     "Attention, lengths": (
         f"y = m.Attention<num_heads={HEADS}>(x, w, b, mask)",
         {**MERGED, "mask": np.array([3, 5], np.int32)},
+    ),
+    "Attention, ends and starts": (
+        f"y = m.Attention<num_heads={HEADS}>(x, w, b, mask)",
+        {**MERGED, "mask": np.array([3, 5, 1, 2], np.int32)},
     ),
     "Attention, mask by position": (
         f"y = m.Attention<num_heads={HEADS}>(x, w, b, mask)",
@@ -193,10 +208,11 @@ def model_of(body, inputs):
         return f"{kind}[{','.join(map(str, shape))}] {name}"
 
     names = [n.strip() for n in body.split("=")[0].split(",") if n.strip().startswith("y")]
+    types = [f"{'int32' if n == 'yi' else 'float'} {n}" for n in names]
     model = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["": 23, "com.microsoft": 1]> g'
         f" ({', '.join(declared(n, x) for n, x in inputs.items())})"
-        f" => ({', '.join(f'float {n}' for n in names)})"
+        f" => ({', '.join(types)})"
         f" {{ {body.replace('m.', 'com.microsoft.')} }}"
     )
     for y in model.graph.output:

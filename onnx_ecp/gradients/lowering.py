@@ -363,7 +363,9 @@ def _embed_layernorm(op: Builder, node: gs.Node) -> Outputs:
         terms.append(op.Gather(table, segments))
     total = _sum_of(op, terms)
     y = _layernorm(op, total, node.inputs[5], optional_input(node, 6), node)
-    return [y, None, total]
+    mask = optional_input(node, 7)
+    lengths = None if mask is None else op.ReduceSum(mask, [1], keepdims=0)
+    return [y, lengths, total]
 
 
 # Attention. Heads: (batch, heads, positions, size of a head).
@@ -429,9 +431,7 @@ def _padding_bias(op: Builder, node: gs.Node, mask: gs.Tensor, x: gs.Tensor, key
     """The padding mask of Attention as a bias against scores (batch, heads, queries, keys)."""
     rank = _rank(op, mask)
     if rank == 1:
-        same = op.shape(mask)[0] == op.shape(x)[0]
-        _refuse_if(x.name not in op.facts or not same, "mask with start positions")
-        seen = op.Less(_range(op, op.const(0), keys), op.cast(op.Unsqueeze(mask, [1]), np.int64))
+        seen = _between(op, mask, x, _range(op, op.const(0), keys))
     else:
         _refuse_if(rank > 3, "mask of rank 4")
         seen = op.Greater(op.cast(mask, np.int64), 0)
@@ -440,12 +440,28 @@ def _padding_bias(op: Builder, node: gs.Node, mask: gs.Tensor, x: gs.Tensor, key
     return op.Where(seen, 0.0, low, dtype=op.dtype(x))
 
 
+def _between(op: Builder, mask: gs.Tensor, x: gs.Tensor, places: Any) -> Any:
+    """(batch, keys): which places are in front of the end of a sequence, and behind its start.
+
+    A mask (batch,) holds the ends, one (2 * batch,) the starts behind them.
+    """
+    _refuse_if(x.name not in op.facts or mask.name not in op.facts, "an unknown batch")
+    times, rest = divmod(op.shape(mask)[0], op.shape(x)[0])
+    _refuse_if(rest != 0 or times > 2, "a mask of packed sequences")
+    limits = op.cast(op.Unsqueeze(mask, [1]), np.int64)
+    if times == 1:
+        return op.Less(places, limits)
+    ends, starts = op.Split(limits, axis=0, num_outputs=2, outputs=2)
+    return op.And(op.Less(places, ends), op.GreaterOrEqual(places, starts))
+
+
 @lowers("Attention")
 def _attention(op: Builder, node: gs.Node) -> Outputs:
     x, weight = node.inputs[:2]
     bias, mask, past, score_bias = (optional_input(node, k) for k in (2, 3, 4, 5))
     _refuse_if(past is not None or node.attrs.get("do_rotary", 0), "past or rotary")
-    projected = _sum_of(op, [op.MatMul(x, weight), bias])
+    z = _sum_of(op, [op.MatMul(x, weight), bias])
+    projected = op.rename(z, preactivation(node.outputs[0].name))
     sizes, count = node.attrs.get("qkv_hidden_sizes"), node.attrs["num_heads"]
     if sizes:
         parts = op.Split(projected, list(sizes), axis=-1, outputs=3)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.layers import conv, fused, gemm, matmul, opaque
+from onnx_ecp.layers import attention, conv, fused, gemm, matmul, opaque
 from onnx_ecp.layers.bias import MICROSOFT
 from onnx_ecp.layers.fused import preactivation
 from onnx_ecp.layers.layer import Found, Layer, Skip, Weight
@@ -26,6 +26,7 @@ MATCHES: dict[tuple[str, str], Match] = {
     (MICROSOFT, "FusedGemm"): fused.match_gemm,
     (MICROSOFT, "FusedMatMul"): matmul.match,
     (MICROSOFT, "FusedConv"): fused.match_conv,
+    (MICROSOFT, "Attention"): attention.match,
     **dict.fromkeys(opaque.OPAQUE, opaque.match),
 }
 

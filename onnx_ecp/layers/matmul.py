@@ -26,6 +26,8 @@ def match(node: gs.Node, scope: Scope) -> Layer | Skip | None:
     assert seen is not None  # one side is None, this is the other
     if isinstance(seen, str):
         return scope.skip(node, seen)
+    if scope.is_of_shapes(a):
+        return scope.skip(node, "its input is the same for all samples: only their shape matters")
     reason = _refusal(node, side, seen.seen_shape)
     if reason:
         return scope.skip(node, reason)

@@ -24,10 +24,10 @@ _REASONS: dict[str, dict[str, tuple[str, ...]]] = {
     MICROSOFT: {
         _NOT_YET: ("FusedMatMulActivation", "GemmFastGelu", "TransposeMatMul", "MoE"),
         _INSIDE: (
-            "Attention",
             "AttnLSTM",
             "DecoderAttention",
             "LongformerAttention",
+            "PackedAttention",
             "WordConvEmbedding",
         ),
         _QUANTISED: (

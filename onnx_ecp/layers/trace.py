@@ -117,6 +117,10 @@ class Scope:
         """Whether the tensor depends on stored tensors only."""
         return tensor.name in self.constants or self.stored(tensor) is not None
 
+    def is_of_shapes(self, tensor: gs.Tensor) -> bool:
+        """Whether of the model's inputs only the shapes matter to the tensor: places, for one."""
+        return tensor.name in self._of_shapes
+
     def trace(self, tensor: gs.Tensor) -> Traced | str | None:
         """What is stored behind an operator's input.
 
@@ -187,6 +191,10 @@ class Scope:
     @cached_property
     def _ids(self) -> frozenset[int]:
         return frozenset(id(node) for node in self.graph.nodes)
+
+    @cached_property
+    def _of_shapes(self) -> frozenset[str]:
+        return _constants(self.graph, self.constants, ("Constant", "Shape", "Size"))
 
     @cached_property
     def _outputs(self) -> frozenset[str]:
@@ -317,13 +325,15 @@ def _why_not(node: gs.Node) -> str:
     )
 
 
-def _constants(graph: gs.Graph, outer: frozenset[str]) -> frozenset[str]:
-    """Names of the tensors that depend on stored tensors only."""
+def _constants(
+    graph: gs.Graph, outer: frozenset[str], sources: tuple[str, ...] = ("Constant",)
+) -> frozenset[str]:
+    """Names of the tensors that depend on stored tensors, or on such ``sources``, only."""
     known = set(outer)
     for node in graph.nodes:
         inputs = [tensor for tensor in node.inputs if tensor.name]
         folds = inputs and all(isinstance(t, gs.Constant) or t.name in known for t in inputs)
-        if node.op == "Constant" or (folds and not any(True for _ in node.subgraphs())):
+        if node.op in sources or (folds and not any(True for _ in node.subgraphs())):
             known.update(tensor.name for tensor in node.outputs)
     return frozenset(known)
 

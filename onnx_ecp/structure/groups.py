@@ -179,6 +179,9 @@ def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]
     conv = operator(node)[1] in ("Conv", "FusedConv")
     found.rows[layer.name] = rows = walk.marks.fresh(out)
     found.columns[layer.name] = columns = walk.marks.fresh(width)
+    if node.op == "Attention":
+        walk.marks.pin([*rows, *columns], f"{node.op} {layer.name!r}: its heads are not followed")
+        raise Refused("its heads are not followed")
     data = next(x for x in node.inputs if x.name == layer.input)
     axis = walk.axis(data)
     # Counted from the end, inputs and units of a Gemm or MatMul lie at the same place.
