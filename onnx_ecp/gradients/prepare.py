@@ -93,7 +93,7 @@ def prepare(
     if fused:
         lower(graph, facts_of(gs.export_onnx(graph, do_type_check=False), base, feeds, threads))
     shifts = {layer.name: f"ecp/shift/{layer.output}" for layer in layers}
-    _insert_shifts(graph, {layer.output: shifts[layer.name] for layer in layers})
+    _insert_shifts(graph, layers, shifts)
     graph.toposort()
     model = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = min(private.ir_version, 10)
@@ -278,14 +278,17 @@ def _is_half(dtype: Any) -> bool:
     return str(np.dtype(dtype)) in ("float16", "bfloat16")
 
 
-def _insert_shifts(graph: gs.Graph, shifts: Mapping[str, str]) -> None:
-    """Behind every named tensor z: ``z = Add(z/raw, shift)`` with shift a new graph input."""
+def _insert_shifts(graph: gs.Graph, layers: Iterable[Layer], names: Mapping[str, str]) -> None:
+    """Behind every layer's z: ``z = Add(z/raw, shift)`` with shift a new graph input."""
     tensors = graph.tensors()
-    for output, name in shifts.items():
-        z = tensors[output]
-        raw = gs.Variable(f"{output}/ecp/raw")
+    for layer in layers:
+        z = tensors[layer.output]
+        raw = gs.Variable(f"{layer.output}/ecp/raw")
         for node in list(z.inputs):
             node.outputs = [raw if y is z else y for y in node.outputs]
-        shift = gs.Variable(name, z.dtype or np.float32, None)
+        # Not the model's annotation, which may be missing. Half precision is widened by now.
+        dtype = np.float64 if layer.dtype == onnx.TensorProto.DOUBLE else np.float32
+        shift = gs.Variable(names[layer.name], dtype, None)
         graph.inputs.append(shift)
-        graph.nodes.append(gs.Node("Add", f"{output}/ecp/shift", inputs=[raw, shift], outputs=[z]))
+        add = gs.Node("Add", f"{layer.output}/ecp/shift", inputs=[raw, shift], outputs=[z])
+        graph.nodes.append(add)

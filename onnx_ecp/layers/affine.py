@@ -40,6 +40,11 @@ class Affine:
         """Whether the model already has a bias that ``store`` can edit."""
         return self.bias.exists
 
+    @property
+    def dtype(self) -> int:
+        """ONNX element type of ``output``."""
+        return self.bias.dtype
+
     def store(
         self,
         model: onnx.ModelProto,

@@ -126,6 +126,10 @@ class Layer(Protocol):
         """
 
     @property
+    def dtype(self) -> int:
+        """ONNX element type of tensor ``output``: what the operator sees W in."""
+
+    @property
     def weight(self) -> Weight:
         """The stored tensor behind W."""
 

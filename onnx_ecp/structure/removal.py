@@ -173,10 +173,19 @@ def _replace(
         write_tensor(edit.stored(model, name), values)
         _declare(model, name, values.shape)
         return
-    private[key] = edit.add_constant(
-        model, f"{name}/ecp_units", values, constant.seen_dtype, before=node
-    )
-    edit.set_input(model, node, index, private[key])
+    own = edit.add_constant(model, f"{name}/ecp_units", values, constant.dtype, before=node)
+    if constant.dtype != constant.seen_dtype:
+        own = _converted(model, own, constant.seen_dtype, before=node)
+    private[key] = own
+    edit.set_input(model, node, index, own)
+
+
+def _converted(model: onnx.ModelProto, name: str, dtype: int, *, before: str) -> str:
+    """A Cast of a stored tensor, which stays in its own type."""
+    output = edit.fresh_name(model, f"{name}/ecp_cast")
+    cast = onnx.helper.make_node("Cast", [name], [output], name=output, to=dtype)
+    model.graph.node.insert(edit.node_index(model, before), cast)
+    return output
 
 
 def _readers(model: onnx.ModelProto, name: str) -> int:
