@@ -66,8 +66,21 @@ def main() -> int:
     rows = {name: list(compared(name)) for name in names}
     everything = [row for some in rows.values() for row in some]
     publish("exported_models", everything)
+    publish("exported_models_summary", [summary(name, some) for name, some in rows.items()])
     print(table(everything))
     return finish(claim for name, some in rows.items() for claim in claims(name, some))
+
+
+def summary(name: str, rows: list[Row]) -> Row:
+    """One row for all files of an architecture."""
+    return {
+        "architecture": name,
+        "files": len(rows),
+        "affine weights": rows[0]["weights"],
+        "least sensitivity %": min(row["sensitivity %"] for row in rows),
+        "largest error": max(row["error"] for row in rows),
+        "the rest": "; ".join(dict.fromkeys(row["the rest"] for row in rows if row["the rest"])),
+    }
 
 
 def claims(name: str, rows: list[Row]) -> Iterator[Claim]:
