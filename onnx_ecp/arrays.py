@@ -38,6 +38,8 @@ _ZIP_ERRORS = (
     RuntimeError,
     ValueError,
 )
+# What NumPy's letters mean to others.
+_KINDS = {"U": "text", "S": "text", "M": "dates", "m": "times", "c": "complex numbers"}
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -159,7 +161,8 @@ def _header(stream: IO[bytes], origin: str) -> tuple[tuple[int, ...], bool, np.d
         )
     if dtype.kind not in "biuf":
         raise CalibrationError(
-            f"{origin}: holds {dtype}, not numbers.", hint="Save plain numeric arrays."
+            f"{origin}: holds {_KINDS.get(dtype.kind, dtype)}, not numbers.",
+            hint="Save plain numeric arrays.",
         )
     if any(size < 0 for size in shape):
         raise ValueError(f"negative size in shape {shape}")

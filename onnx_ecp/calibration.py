@@ -295,6 +295,11 @@ def _labels_array(path: Path) -> np.ndarray:
         raise CalibrationError(f"{path}: no such file.")
     if path.suffix == ".npy":
         return read_npy(path)
+    if path.suffix != ".npz":
+        raise CalibrationError(
+            f"{path}: labels are a .npy file, or an .npz file with {' or '.join(LABEL_NAMES)}.",
+            hint="Write it with numpy.save or numpy.savez.",
+        )
     names = npz_names(path)
     name = next((name for name in LABEL_NAMES if name in names), None)
     if name is None:

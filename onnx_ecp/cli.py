@@ -374,7 +374,10 @@ def _explained(error: Exception) -> tuple[str, str, int]:
             known = [flag for option in options for flag in option.opts if flag.startswith("--")]
             return f"no option {name}.", did_you_mean(name, known), UsageError.exit_code
         case click.ClickException():
-            return error.format_message(), "See onnx-ecp --help.", error.exit_code
+            ctx = getattr(error, "ctx", None)
+            command = ctx.info_name if ctx is not None and ctx.parent is not None else ""
+            hint = f"See {' '.join(filter(None, ('onnx-ecp', command)))} --help."
+            return error.format_message(), hint, error.exit_code
         case MemoryError():
             return "out of memory.", "Use a smaller --batch-size or fewer --samples.", 6
         case BrokenPipeError():

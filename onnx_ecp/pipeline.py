@@ -20,7 +20,14 @@ from onnx_ecp import calibration as calibrating
 from onnx_ecp import model as modelling
 from onnx_ecp.arrays import npz_names, read_npz
 from onnx_ecp.calibration import Calibration
-from onnx_ecp.errors import ModelError, QualityError, TargetError, UsageError, did_you_mean
+from onnx_ecp.errors import (
+    CalibrationError,
+    ModelError,
+    QualityError,
+    TargetError,
+    UsageError,
+    did_you_mean,
+)
 from onnx_ecp.evaluate import Comparison
 from onnx_ecp.gradients.observer import Observer, State, original_state
 from onnx_ecp.layers import Layer, Skip, find_layers
@@ -86,7 +93,8 @@ class Data:
         """What the report says about them."""
         used = len(self.fit) + (0 if self.guard is self.fit else len(self.guard))
         held_out = 0 if self.held_out is self.fit else len(self.held_out)
-        return CalibrationFacts(self.fit.source, used, held_out, self.fit.synthetic)
+        rows = evaluate.expected_rows(self.fit) // len(self.fit)
+        return CalibrationFacts(self.fit.source, used, held_out, self.fit.synthetic, rows)
 
     @property
     def warning(self) -> str:
@@ -549,7 +557,10 @@ def prune_within(
     if limit is None:
         return prune(network, plan, progress, step=step), ()
     parts = (data.guard, data.held_out)
-    judge = Judge(network.observer, network.original, parts, network.size)
+    try:
+        judge = Judge(network.observer, network.original, parts, network.size)
+    except CalibrationError as error:
+        raise CalibrationError(f"{options.labels}: {error.message}", hint=error.hint) from error
     if options.sparsity is None and options.apply_masks is None:
         return seek(network, plan, limit, judge, progress, step=step or stage)
     pruned = prune(network, plan, progress, step=step)

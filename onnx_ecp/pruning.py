@@ -495,7 +495,9 @@ def solve_layers(
         if guard is None or guard.allows(segment, state, solved):
             state = _with_solution(state, layer, solved)
         else:
-            notes[layer.name] = "refit not kept: the held-out error rose"
+            notes[layer.name] = (
+                "last refit not kept: it raised the error on the samples that judge it"
+            )
         progress("refit", done, len(network.segments))
     return state, notes
 

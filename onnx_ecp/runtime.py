@@ -259,4 +259,7 @@ def _translated(error: Exception, what: str) -> ProviderError:
         return OutOfMemory(
             f"ONNX Runtime ran out of memory: {text}", hint="Use a smaller --batch-size."
         )
-    return ProviderError(f"ONNX Runtime {what}: {text}")
+    hint = ""
+    if "INVALID_ARGUMENT" in text and "run" in what:
+        hint = "Check the data: ids beyond a vocabulary, or sizes that the model does not take."
+    return ProviderError(f"ONNX Runtime {what}: {text}", hint=hint)

@@ -60,6 +60,7 @@ COMMON = (
     "layer_sparsity",
     "samples",
     "batch_size",
+    "max_memory",
     "seed",
     "provider",
     "threads",

@@ -550,7 +550,7 @@ def test_floating_labels_are_targets(shape, tmp_path):
 LABELS = {
     "count": (np.arange(4), "(5)"),
     "one-hot": (np.eye(5, dtype=np.int64), "(5, 5)"),
-    "text": (np.array(list("abcde")), "U1"),
+    "text": (np.array(list("abcde")), "text"),
     "targets, count": (np.zeros((4, 5)), "(4, 5)"),
     "targets, not finite": (np.array([0, 1, np.nan, 3, 4]), "sample 2"),
     "negative": (np.arange(5) - 1, "-1"),

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 import onnx_ecp
 from onnx_ecp import pipeline, pruning
-from onnx_ecp.errors import CalibrationError, ModelError, UsageError
+from onnx_ecp.errors import CalibrationError, ModelError, ProviderError, TargetError, UsageError
 from onnx_ecp.gradients.numeric import PIECEWISE
 from onnx_ecp.gradients.seeds import SeedPlan
 from onnx_ecp.model import load as load_model
@@ -322,3 +322,48 @@ def test_progress_tells_the_stages(net, rng):
     assert [event for event in seen if event[0] == "stages"] == [
         ("stages", done, 3) for done in range(4)
     ]
+
+
+WORDS = {
+    "text": (["a"] * 40, "holds text, not numbers", ""),
+    "targets": (np.zeros(40), "y.npy: an accuracy drop needs class scores", "--max-error"),
+    "classes that are none": (np.full(40, 7), "y.npy: labels go from 7 to 7", "count from 0"),
+}
+
+
+@pytest.mark.parametrize(("labels", "message", "hint"), WORDS.values(), ids=WORDS)
+def test_labels_that_do_not_fit_are_told_in_words_with_their_file(
+    net, rng, tmp_path, labels, message, hint
+):
+    np.save(tmp_path / "y.npy", labels)
+    with pytest.raises(CalibrationError) as error:
+        onnx_ecp.optimize(
+            net, drawn(rng, 40, 6), labels=tmp_path / "y.npy", max_accuracy_drop=100.0
+        )
+    assert message in error.value.message
+    assert hint in error.value.hint
+
+
+def test_samples_of_a_fixed_batch_are_told_to_be_batches(rng):
+    facts = onnx_ecp.optimize(
+        network(NET.replace("n,", "4,"), SHAPES, rng), drawn(rng, 40, 6)
+    ).report.calibration
+    assert str(facts) == "9 samples (each a fixed batch of 4), 1 held out"
+
+
+def test_ids_beyond_a_vocabulary_come_with_a_hint_at_the_data(rng):
+    text = (
+        "(int64[n,5] ids) => (float[n,3] y) { e = Gather(E, ids) f = Flatten(e) y = MatMul(f, W) }"
+    )
+    net = network(text, {"E": (10, 4), "W": (20, 3)}, rng)
+    with pytest.raises(ProviderError) as error:
+        onnx_ecp.optimize(net, rng.integers(10, 20, (20, 5)))
+    assert "vocabulary" in error.value.hint
+
+
+def test_units_that_cannot_all_go_are_told_in_percent(rng):
+    text = "(float[n,6] x) => (float[n,3] y) { h = MatMul(x, W) r = Tanh(h) y = MatMul(r, V) }"
+    net = network(text, {"W": (6, 24), "V": (24, 3)}, rng)
+    for gate in ({}, {"max_error": 1e9}):
+        with pytest.raises(TargetError, match="100 % of the weights cannot go"):
+            onnx_ecp.optimize(net, drawn(rng, 50, 6), granularity="unit", sparsity=1.0, **gate)

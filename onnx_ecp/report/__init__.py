@@ -61,12 +61,19 @@ class CalibrationFacts:
         samples: samples that importances were computed on.
         held_out: other samples, kept for the measured error.
         synthetic: whether the inputs are made up.
+        rows: of the outputs per sample: 1, or the size of a fixed batch.
     """
 
     source: str
     samples: int
     held_out: int
     synthetic: bool
+    rows: int = 1
+
+    def __str__(self) -> str:
+        """How many there are, for people."""
+        batches = f" (each a fixed batch of {self.rows})" if self.rows > 1 else ""
+        return f"{self.samples:,} samples{batches}, {self.held_out:,} held out"
 
 
 @dataclass(frozen=True)

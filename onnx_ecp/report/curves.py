@@ -393,8 +393,8 @@ def _origin(sweep: Sweep) -> str:
     data = sweep.calibration
     made_up = " (made-up inputs)" if data.synthetic else ""
     return (
-        f"<p>Calibrated on {shown(data.source, 200)}{made_up}: {data.samples:,} samples, "
-        f"{data.held_out:,} held out.<br>\nJudged on {shown(sweep.evaluation, 400)}.</p>"
+        f"<p>Calibrated on {shown(data.source, 200)}{made_up}: {data}.<br>\n"
+        + f"Judged on {shown(sweep.evaluation, 400)}.</p>"
     )
 
 

@@ -216,7 +216,7 @@ def _layer(row: LayerRow) -> list[str]:
         _share(before, row.sparsity),
         number(row.importance_removed),
         number(row.largest_shift if row.largest_shift > ROUNDING else 0.0),
-        number(row.ess),
+        "" if row.ess is None else f"{row.ess:,.0f}",
         shown("; ".join(["bias created"] * row.bias_created + [row.note] * bool(row.note)), 120),
     ]
 
@@ -245,7 +245,7 @@ def _origin(report: Report) -> str:
     rows = {
         "calibration": f"{printable(data.source, 200)}"
         + (" (made-up inputs)" if data.synthetic else ""),
-        "samples": f"{data.samples:,}, {data.held_out:,} held out",
+        "samples": str(data),
         **{name: str(value) for name, value in _recipe(report).items()},
         "seed": str(report.seed),
         "predicted error": number(report.predicted_error),

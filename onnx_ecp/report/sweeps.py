@@ -84,7 +84,7 @@ def tables(sweep: Sweep) -> Group:
     data = sweep.calibration
     facts = Table.grid(padding=(0, 2))
     source = printable(data.source, _SENTENCE)
-    facts.add_row("calibration", f"{source}: {data.samples:,} samples, {data.held_out:,} held out")
+    facts.add_row("calibration", f"{source}: {data}")
     facts.add_row("evaluation", printable(sweep.evaluation, _SENTENCE))
     shared = f"{sweep.shared_seconds:.1f} s of it shared by all points"
     facts.add_row("time", f"{sweep.seconds:.1f} s, {shared}")

@@ -296,7 +296,7 @@ def _layer_table(report: Report, verbose: bool) -> Table:
         rest = [
             _optional(row.importance_removed),
             shift,
-            *([_optional(row.ess)] if has_ess else []),
+            *(["" if row.ess is None else f"{row.ess:,.0f}"] if has_ess else []),
         ]
         share = _percent(row.zeros_after, row.weights)
         add(
@@ -395,7 +395,7 @@ def _facts(report: Report) -> Table:
         f"{recipe.method}: importance {recipe.importance}, compensation {recipe.compensation}, "
         f"metric {recipe.metric}{_why(recipe)}, {stages}",
     )
-    table.add_row("calibration", f"{origin}: {data.samples:,} samples, {data.held_out:,} held out")
+    table.add_row("calibration", f"{origin}: {data}")
     table.add_row("output error", ", ".join(known) or "not measured")
     table.add_row("speed", report.speed)
     table.add_row("time", f"{report.seconds:.1f} s")

@@ -123,9 +123,10 @@ class UnitStep:
         """TargetError where the floors kept more than the goal allows."""
         whole, left = self.costs.total(np.ones_like(keep)), self.costs.total(keep)
         if left > (1 - self.goal.share) * whole:
+            what = {"params": "weights", "flops": "multiplications"}[self.goal.target]
             raise TargetError(
-                f"{self.goal.share:.4g} of the {self.goal.target} cannot go with whole units: "
-                f"{1 - left / whole:.4g} is the most.",
+                f"{100 * self.goal.share:.4g} % of the {what} cannot go with whole units: "
+                f"{100 * (1 - left / whole):.4g} % is the most, since something stays everywhere.",
                 hint="Ask for less, or use --granularity weight.",
             )
 
