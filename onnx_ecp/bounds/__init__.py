@@ -148,7 +148,8 @@ def from_gaps(gaps: sampling.Gaps, confidence: float, eps: float | None = None) 
     flips = None
     if gaps.flips.size:
         flips = sampling.share("top class differs", gaps.flips, confidence)
-    conformal = sampling.conformal(gaps.gaps, 1 - confidence)
+    alpha = float(f"{1 - confidence:.12g}")  # 1 - 0.95 is 0.05 here, not 0.050000000000000044
+    conformal = sampling.conformal(gaps.gaps, alpha)
     return Bounds(
         confidence,
         len(gaps.gaps),
