@@ -404,6 +404,9 @@ def test_a_bound_that_a_network_of_zeros_would_meet_is_called_vacuous(rng):
     assert found.output_norm == pytest.approx(np.linalg.norm(outputs(a, x), axis=1).max())
     found = bounds.bound(a, far, x, eps=0.0, input_range={"": (-9, 9)})
     assert set(found.vacuous) >= {"above", "per_sample", "box"}
+    nothing = network(body, (6,), {n: 0 * v for n, v in values.items()})
+    found = bounds.bound(a, nothing, x, eps=0.0)
+    assert set(found.vacuous) >= {"above", "conformal", "per_sample"}
     few = bounds.bound(a, near, x[:5])
     assert few.vacuous == ("conformal",)
     assert not bounds.plan(a, "magnitude", 0.0).vacuous

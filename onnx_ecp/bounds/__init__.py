@@ -70,8 +70,8 @@ class Bounds:
         box: the deterministic bound for all inputs in the declared ranges.
         output_norm: largest L2 norm of model a's outputs among the samples: the largest gap of a
             network whose outputs are all zero.
-        vacuous: names of those fields whose bound says nothing: gaps of ``output_norm`` and more,
-            shares of 1.
+        vacuous: names of those fields whose bound would hold for a network whose outputs are all
+            zero as well, shares of 1 included.
     """
 
     confidence: float
@@ -137,19 +137,30 @@ def bound(
         )
     if input_range:
         result = replace(result, box=_box(first, second, input_range, samples))
-    return replace(result, vacuous=tuple(_vacuous(result)))
+    return replace(result, vacuous=(*result.vacuous, *_vacuous(result)))
 
 
 def from_gaps(gaps: sampling.Gaps, confidence: float, eps: float | None = None) -> Bounds:
-    """The distribution-free bounds."""
+    """The distribution-free bounds.
+
+    The gap of a network whose outputs are all zero is the norm of the original's outputs: what
+    bounds no less than those is vacuous.
+    """
+    vacuous = []
     above = None
     if eps is not None:
-        above = sampling.share("gap above eps", gaps.gaps > eps, confidence, eps)
+        above, of_zero = (
+            sampling.share("gap above eps", x > eps, confidence, eps)
+            for x in (gaps.gaps, gaps.norms)
+        )
+        vacuous += ["above"] if above.limit >= of_zero.limit else []
     flips = None
     if gaps.flips.size:
         flips = sampling.share("top class differs", gaps.flips, confidence)
+        vacuous += ["flips"] if flips.limit >= 1 else []
     alpha = float(f"{1 - confidence:.12g}")  # 1 - 0.95 is 0.05 here, not 0.050000000000000044
-    conformal = sampling.conformal(gaps.gaps, alpha)
+    conformal, zero = (sampling.conformal(x, alpha) for x in (gaps.gaps, gaps.norms))
+    vacuous += ["conformal"] if conformal.gap >= zero.gap else []
     return Bounds(
         confidence,
         len(gaps.gaps),
@@ -160,17 +171,16 @@ def from_gaps(gaps: sampling.Gaps, confidence: float, eps: float | None = None) 
         None,
         None,
         float(gaps.norms.max()),
+        tuple(vacuous),
     )
 
 
 def _vacuous(found: Bounds) -> Iterator[str]:
-    """Names of the fields whose bound would hold for a network whose outputs are all zero."""
+    """Names of the deterministic bounds that say nothing, where the outputs' norm is known."""
     most = math.inf if found.output_norm is None else found.output_norm
-    for name in ("conformal", "per_sample", "box"):
-        bound = getattr(found, name)
-        if bound is not None and bound.gap is not None and bound.gap >= most:
+    for name, x in (("per_sample", found.per_sample), ("box", found.box)):
+        if x is not None and x.gap is not None and x.gap >= most:
             yield name
-    yield from (n for n in ("above", "flips") if (x := getattr(found, n)) and x.limit >= 1)
 
 
 def plan(
