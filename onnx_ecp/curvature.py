@@ -22,6 +22,8 @@ from onnx_ecp.runtime import check_deadline
 
 # Gradients that are expanded to float64 at a time may take this much.
 CHUNK_BYTES = 64 * 2**20
+# Rows that a triangular solve takes at a time.
+BLOCK = 256
 
 
 class Gradients(Protocol):
@@ -72,6 +74,11 @@ class Outer:
     def back(self, factors: np.ndarray) -> np.ndarray:
         """See ``Gradients``."""
         return np.asarray((self.g * factors) @ self.a.T)
+
+    def kernel(self) -> np.ndarray:
+        """(rows, rows): G G^T, without G."""
+        g, a = self.g.astype(np.float64), self.a.astype(np.float64)
+        return np.asarray((g.T @ g) * (a.T @ a))
 
     def squares(self) -> np.ndarray:
         """See ``Gradients``."""
@@ -173,31 +180,64 @@ class Curvature:
         if _size(support) <= len(target):
             g = np.concatenate([np.zeros((0, len(target))), *self._chunks(support)])
             system = g @ g.T
-            system.flat[:: len(system) + 1] += ridge
-            return _scattered(np.linalg.solve(system, g @ target), support)
-        kernel = self.kernel(support)
-        kernel.flat[:: len(kernel) + 1] += ridge
-        solution = self.back(np.linalg.solve(kernel, target))
+            return _scattered(Cholesky(system, ridge).solve(g @ target), support)
+        solution = self.back(Cholesky(self.kernel(support), ridge).solve(target))
         return {n: np.where(support[n], d, 0.0) for n, d in solution.items()}
 
     def kernel(self, support: Mapping[str, np.ndarray]) -> np.ndarray:
         """(rows, rows): G_S G_S^T."""
-        parts = self._chunks(support)
-        first = next(parts)
-        total = first.T @ first
-        for part in parts:
-            check_deadline()
-            total += part.T @ part
+        total: np.ndarray | float = 0.0
+        for name, gradients in self.rows.items():
+            if isinstance(gradients, Outer) and support[name].all():
+                total = total + gradients.kernel()
+                continue
+            for part in self._chunks({name: support[name]}):
+                check_deadline()
+                total = total + part.T @ part
         return np.asarray(total)
 
     def _chunks(self, support: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
         """(k, rows): the gradients of the weights of a support, some at a time, in order."""
-        for name, gradients in self.rows.items():
+        for name in support:
+            gradients = self.rows[name]
             units, inputs = np.nonzero(support[name])
             first = gradients.columns(units[:1], inputs[:1])
             step = max(CHUNK_BYTES // max(first.nbytes, 1), 1)
             for i in range(0, len(units), step):
                 yield gradients.columns(units[i : i + step], inputs[i : i + step])
+
+
+class Cholesky:
+    """``matrix + ridge I = L L^T`` with L lower triangular; systems with it.
+
+    NumPy has no triangular solve: here it goes block by block, in matrix products.
+
+    Args:
+        matrix: (n, n), symmetric positive semidefinite; the ridge is added to it in place.
+        ridge: > 0.
+    """
+
+    def __init__(self, matrix: np.ndarray, ridge: float) -> None:
+        matrix.flat[:: len(matrix) + 1] += ridge
+        self._lower = np.linalg.cholesky(matrix)
+        ends = range(0, len(matrix), BLOCK)
+        self._blocks = [slice(i, min(i + BLOCK, len(matrix))) for i in ends]
+        self._inverses = [np.linalg.inv(self._lower[b, b]) for b in self._blocks]
+
+    def half(self, right: np.ndarray) -> np.ndarray:
+        """(n, ...): L^-1 b."""
+        x = np.empty(right.shape)
+        for b, inverse in zip(self._blocks, self._inverses, strict=True):
+            check_deadline()
+            x[b] = inverse @ (right[b] - self._lower[b, : b.start] @ x[: b.start])
+        return x
+
+    def solve(self, right: np.ndarray) -> np.ndarray:
+        """(n, ...): (L L^T)^-1 b."""
+        x = self.half(right)
+        for b, inverse in zip(reversed(self._blocks), reversed(self._inverses), strict=True):
+            x[b] = inverse.T @ (x[b] - self._lower[b.stop :, b].T @ x[b.stop :])
+        return x
 
 
 class Inverse:
@@ -228,10 +268,8 @@ class Inverse:
             self._small = np.linalg.inv(matrix)
             values = np.diagonal(self._small)
         else:
-            kernel = curvature.kernel(there)
-            kernel.flat[:: len(kernel) + 1] += ridge
-            self._kernel = np.linalg.inv(kernel)
-            explained = [((part @ self._kernel) * part).sum(axis=1) for part in chunks]
+            self._kernel = Cholesky(curvature.kernel(there), ridge)
+            explained = [np.square(self._kernel.half(part.T)).sum(axis=0) for part in chunks]
             # At most 1; rounding may not keep that where the damping is tiny beside H.
             values = np.maximum(1 - np.concatenate(explained), np.finfo(np.float64).eps) / damping
         self.diagonal = _scattered(values, there)
@@ -242,7 +280,7 @@ class Inverse:
         if self._small is not None:
             flat = np.concatenate([values[n][mask] for n, mask in there.items()])
             return _scattered(self._small @ flat, there)
-        u = self._curvature.back(self._kernel @ self._curvature.times(values))
+        u = self._curvature.back(self._kernel.solve(self._curvature.times(values)))
         return {n: np.where(there[n], values[n] - u[n], 0.0) / self._damping for n in u}
 
 

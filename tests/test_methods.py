@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from onnx_ecp import curvature
 from onnx_ecp.curvature import Curvature, Full, Outer
 from onnx_ecp.errors import UsageError
 from onnx_ecp.methods import (
@@ -346,6 +347,25 @@ def test_products_with_the_rows_are_those_of_the_matrix(net):
     expected = net.matrix @ net.flat(v) * net.samples
     np.testing.assert_allclose(net.flat(image), expected, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(net.flat(net.curvature.diagonal()), np.diagonal(net.matrix))
+
+
+def test_triangular_systems_are_solved_block_by_block(rng, monkeypatch):
+    monkeypatch.setattr(curvature, "BLOCK", 4)
+    x = rng.normal(size=(10, 30))
+    matrix = x @ x.T
+    right = rng.normal(size=(10, 3))
+    factor = curvature.Cholesky(matrix.copy(), 0.5)
+    matrix += 0.5 * np.eye(10)
+    np.testing.assert_allclose(factor.solve(right), np.linalg.solve(matrix, right), rtol=1e-9)
+    lower = np.linalg.cholesky(matrix)
+    np.testing.assert_allclose(factor.half(right), np.linalg.solve(lower, right), rtol=1e-9)
+
+
+def test_the_kernel_of_factors_is_that_of_their_products(rng):
+    net = Net(rng, there={n: np.ones(shape, bool) for n, shape in Net.shapes.items()})
+    rows = {n: Full(p.g.T[:, :, None] * p.a.T[:, None, :]) for n, p in net.curvature.rows.items()}
+    expected = Curvature(rows, net.there, net.samples).kernel(net.there)
+    np.testing.assert_allclose(net.curvature.kernel(net.there), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_woodburys_inverse_is_the_inverse(net):
