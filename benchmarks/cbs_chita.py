@@ -1,0 +1,171 @@
+"""The table of CBS and CHITA on MLPNet: every method at .5 to .98, the published rows beside ours.
+
+784-40-20-10, one shot, no training. Every method gets the same 10,000 training digits;
+``woodfisher`` and ``cbs`` get their labels too, and rank and update by the empirical Fisher matrix
+of the loss, as published. onnxsim's SparseGPT stands beside ours, which is also given the Gram
+matrices of the original network (``sparsegpt, as onnxsim``) instead of those of the network that
+the layers before make: that is what onnxsim does. Each method runs in a process of its own: one
+sweep over all sparsities, with its CPU seconds and its peak of memory.
+
+Usage: python benchmarks/cbs_chita.py [METHOD ...]; the rows of other methods are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from contest import ONNXSIM, judged
+from networks import NETWORKS
+from outcome import RESULTS, Claim, Row, above, finish, near, pivot, publish, table
+from tables import read
+
+import onnx_ecp
+from onnx_ecp import pruning
+
+NAME = "cbs_chita"
+NETWORK = NETWORKS["mlpnet"]
+SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+# Accuracy in percent, from the tables of arXiv:2203.04466 and of CHITA (arXiv:2302.14623).
+PUBLISHED = {
+    "magnitude": (93.93, 93.62, 92.89, 90.30, 83.64, 32.25),
+    "woodfisher": (94.02, 93.77, 93.57, 91.69, 85.54, 38.26),
+    "cbs": (93.96, 93.98, 93.90, 93.14, 88.92, 55.45),
+}
+WITH_LABELS = ("woodfisher", "cbs")
+PEER, LIKE_PEER = "onnxsim SparseGPT", "sparsegpt, as onnxsim"
+METHODS = (
+    "random", "magnitude", "gradient-magnitude", "wanda", "flap", "obd", "ecp", "obs", PEER,
+    LIKE_PEER, "sparsegpt", "cbs", "woodfisher", "obc", "ecp-refit",
+)  # fmt: skip
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(list(measured(sys.argv[2]))))
+        return 0
+    path = RESULTS / f"{NAME}.csv"
+    rows = [dict(row) for row in read(path)] if path.exists() else []
+    for method in sys.argv[1:] or METHODS:
+        command = [sys.executable, __file__, "--one", method]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        print(table(found), flush=True)
+        rows = [row for row in rows if row["method"] != method] + found
+        rows.sort(key=lambda row: METHODS.index(row["method"]))
+        publish(NAME, rows)
+    accuracy = [row for row in rows if row["sparsity"]]
+    print(table(pivot(accuracy, "method", "sparsity", "accuracy")))
+    return finish(claims(rows))
+
+
+def measured(method: str) -> Iterator[dict[str, Any]]:
+    """One row per sparsity, of this process."""
+    model = onnx.load(NETWORK.path)
+    feeds, labels = NETWORK.digits("train", NETWORK.samples)
+    test, truth = NETWORK.digits("test")
+    made = onnxsim_models if method == PEER else our_models
+    for sparsity, pruned, seconds in made(method, model, feeds, labels):
+        scores = judged(model, pruned, test, truth)
+        published = dict(zip(SPARSITIES, PUBLISHED.get(method, ()), strict=False))
+        yield {
+            "method": method,
+            "sparsity": sparsity,
+            "accuracy": scores["accuracy"],
+            "published": published.get(sparsity, ""),
+            "error": scores["error"],
+            "CPU seconds": seconds,
+            "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+
+
+def onnxsim_models(
+    method: str, model: onnx.ModelProto, feeds: dict[str, np.ndarray], labels: np.ndarray
+) -> Iterator[tuple[float, onnx.ModelProto, float]]:
+    """(sparsity, pruned model, CPU seconds)."""
+    for sparsity in SPARSITIES:
+        began = time.process_time()
+        pruned = ONNXSIM[method](model, feeds, sparsity)
+        yield sparsity, pruned, time.process_time() - began
+
+
+def our_models(
+    method: str, model: onnx.ModelProto, feeds: dict[str, np.ndarray], labels: np.ndarray
+) -> Iterator[tuple[float, onnx.ModelProto, float]]:
+    """The same by this project, with its defaults; what points share is measured once.
+
+    The CPU seconds of a point are its own and an equal part of what all share.
+    """
+    from onnx_ecp.pipeline import stored
+    from onnx_ecp.sweep import grid_of, prepare
+
+    with tempfile.TemporaryDirectory() as folder:
+        known = None
+        if method in WITH_LABELS:
+            known = Path(folder) / "labels.npy"
+            np.save(known, labels)
+        began = time.process_time()
+        name = "sparsegpt" if method == LIKE_PEER else method
+        grid = grid_of(name, SPARSITIES, {}, labels=known)
+        shared = prepare(model, feeds, grid, None, known)
+        common = (time.process_time() - began) / len(SPARSITIES)
+        for options, plan in zip(grid, shared.plans, strict=True):
+            needs = plan.method.measures
+            network = shared.networks[needs]
+            began = time.process_time()
+            if method == LIKE_PEER:
+                state = solved_apart(network, plan)
+            else:
+                state = pruning.prune(network, plan, measured=shared.measured[needs]).state
+            seconds = time.process_time() - began + common
+            yield options.sparsity, stored(shared.source, network, state)[0].proto, seconds
+
+
+def solved_apart(network: pruning.Network, plan: pruning.Plan) -> pruning.State:
+    """Every layer solved by itself, with the inputs that the original network gives it."""
+    state = network.original
+    for layer in network.layers:
+        group = next(g for g in plan.groups if layer.weight.tensor in g.tensors)
+        alone = pruning.Plan(plan.method, (group,), plan.positions, plan.damping, plan.seed)
+        others = [g for g in plan.groups if g is not group]
+        still = tuple(pruning.Group(g.tensors, 0.0, g.orders) for g in others)
+        both = pruning.Plan(plan.method, (*alone.groups, *still))
+        found = pruning.stage(network, both, pruning.Pruned(network.original), 1.0).state
+        tensor = layer.weight.tensor
+        state = pruning.State(
+            {**state.weights, tensor: found.weights[tensor]},
+            state.shifts,
+            {**state.keep, tensor: found.keep[tensor]},
+        )
+    return state
+
+
+def claims(rows: list[Row]) -> Iterator[Claim]:
+    """What the table must show; only of the methods that have been run."""
+    at = {(row["method"], float(row["sparsity"])): float(row["accuracy"]) for row in rows}
+    for method, accuracies in PUBLISHED.items():
+        for sparsity, published in zip(SPARSITIES, accuracies, strict=True):
+            if (method, sparsity) not in at:
+                continue
+            name, ours = f"{method} at {sparsity}", at[method, sparsity]
+            if (method, sparsity) == ("cbs", 0.98):
+                yield above(name, ours, 50.0)
+            else:
+                yield near(name, ours, published, by=0.1 if method == "magnitude" else 1.0)
+    for sparsity in SPARSITIES:
+        if (PEER, sparsity) in at and (LIKE_PEER, sparsity) in at:
+            name = f"{LIKE_PEER} at {sparsity}"
+            yield near(name, at[LIKE_PEER, sparsity], at[PEER, sparsity], by=0.3)
+
+
+if __name__ == "__main__":
+    assert onnx_ecp.METHODS, "the methods are there"
+    sys.exit(main())
