@@ -132,19 +132,33 @@ def provider_name(asked: str) -> str:
     """The full name of a provider given by a part of it, without regard to case.
 
     Raises:
-        UsageError: no available provider, or more than one, has that part in its name.
+        UsageError: no provider, or more than one of the available, has that part in its name.
+        ProviderError: one has, but the installed ONNX Runtime is built without it.
     """
     names = available_providers()
-    exact = [n for n in names if n.lower() in (asked.lower(), f"{asked}ExecutionProvider".lower())]
-    found = exact or [n for n in names if asked.lower() in n.lower()]
-    if len(found) != 1:
-        short = [n.removesuffix("ExecutionProvider").lower() for n in names]
-        what = "matches no" if not found else f"matches {', '.join(found)}: more than one"
-        raise UsageError(
-            f"provider {asked!r} {what} execution provider of the installed ONNX Runtime.",
-            hint=did_you_mean(asked.lower(), short),
+    found = _named(asked, names)
+    if len(found) == 1:
+        return found[0]
+    others = _named(asked, list(onnxruntime().get_all_providers()))
+    if not found and len(others) == 1:
+        raise ProviderError(
+            f"the installed ONNX Runtime is built without {others[0]}.",
+            hint='For NVIDIA GPUs uninstall onnxruntime, then pip install "onnx-ecp[gpu]".'
+            if "CUDA" in others[0] or "Tensorrt" in others[0]
+            else f"Install a build that has it; this one has {', '.join(names)}.",
         )
-    return found[0]
+    short = [n.removesuffix("ExecutionProvider").lower() for n in names]
+    what = "matches no" if not found else f"matches {', '.join(found)}: more than one"
+    raise UsageError(
+        f"provider {asked!r} {what} execution provider of the installed ONNX Runtime.",
+        hint=did_you_mean(asked.lower(), short),
+    )
+
+
+def _named(asked: str, names: Sequence[str]) -> list[str]:
+    """The names that a part of a name means: the one that is whole, else all that contain it."""
+    exact = [n for n in names if n.lower() in (asked.lower(), f"{asked}ExecutionProvider".lower())]
+    return exact or [n for n in names if asked.lower() in n.lower()]
 
 
 class Session:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import signal
 import subprocess
 import sys
@@ -856,6 +857,16 @@ def test_an_unknown_provider_is_a_usage_error():
     with pytest.raises(UsageError, match="'cdua'") as caught:
         onnx_ecp.optimize(original("gemm"), inputs("gemm"), provider="cdua")
     assert "cpu" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("asked", "hint"), [("cuda", r"onnx-ecp\[gpu\]"), ("migraphx", "this one has CPU")]
+)
+def test_a_provider_that_this_build_lacks_is_told(asked, hint, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(ProviderError, match="built without") as caught:
+        onnx_ecp.optimize(original("gemm"), inputs("gemm"), provider=asked)
+    assert re.search(hint, caught.value.hint)
 
 
 def test_a_provider_that_is_not_used_is_told(monkeypatch):
