@@ -267,6 +267,9 @@ def searched(
         tried = replace(tried, weights=_removed(network, state, tried))
         return loss(network.observer, network.original, tried, network.fit, network.size)
 
+    unit = 1.0
+    if network.observer.metric == "l2":
+        unit = network.observer.output_energy(network.original, network.fit.batches(network.size))
     for number, group in enumerate(plan.groups):
         if group.masks is not None:
             continue
@@ -279,6 +282,7 @@ def searched(
             elsewhere=gone,
             error=error,
             rng=np.random.default_rng([plan.seed, number]),
+            unit=unit,
             run=group.sparsity.m if isinstance(group.sparsity, NM) else 0,
             orders=group.orders,
         )

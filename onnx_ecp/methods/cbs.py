@@ -19,9 +19,8 @@ worth it is made. A pass ends after TAU weights without one; after every pass th
 lowest true error so far is remembered.
 
 The sign: in the start "large" is large |w|. (A known implementation sorts w itself there and drops
-large negative weights.) Deviations: EPSILON is a share of f, which makes it independent of the
-unit of the outputs; under N:M the candidates are those of the same run, and the start is the one
-by magnitude.
+large negative weights.) Deviations: without a loss, EPSILON is in units of the mean squared output;
+under N:M the candidates are those of the same run, and the start is the one by magnitude.
 """
 
 from __future__ import annotations
@@ -71,7 +70,8 @@ def shuffled_start(problem: MaskProblem) -> Arrays:
     start = np.concatenate([problem.start[n].reshape(-1) for n in problem.weight])
     victims = int(np.count_nonzero(there & ~start))
     order = problem.rng.permutation(np.flatnonzero(there))
-    chunk = max(min(int(np.sqrt(len(order))), 1000), 1)
+    chunks = max(min(int(np.sqrt(len(order))), 1000), 1)
+    chunk = -(-len(order) // chunks)
     keep, gone = there.copy(), 0
     for first in range(0, len(order), chunk):
         part = order[first : first + chunk]
@@ -108,7 +108,7 @@ class _Swaps:
         shapes = [problem.weight[n].shape for n in self._names]
         self._ends = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
         self._widths = [shape[1] for shape in shapes]
-        self._run = problem.run
+        self._run, self._unit = problem.run, problem.unit
         self._w = self._flat(problem.weight)
         self._there = self._flat(problem.there)
         self.keep, self.made = self._flat(keep), 0
@@ -164,7 +164,7 @@ class _Swaps:
             homes[1:] == homes[0], 2 * w[0] * w[1:] * (gradients[1:] @ gradients[0]), 0.0
         )
         change = beta - alpha - gamma / samples[0]
-        worth = np.flatnonzero(change <= -max(EPSILON * self.f, np.finfo(np.float64).tiny))
+        worth = np.flatnonzero(change <= -EPSILON * self._unit)
         if not len(worth):
             return False
         j = 1 + int(worth[0])
