@@ -150,11 +150,11 @@ def judged(
         "accuracy": accuracy(after, labels),
         "dense": accuracy(before, labels),
         "error": relative_error(after, before),
-        "zeros": zeros(pruned),
+        "zeros": gone(model, pruned),
     }
 
 
-def zeros(model: onnx.ModelProto) -> float:
-    """Share of zeros among the weights of the prunable layers."""
-    found = inspect(model)
-    return found.zeros / found.weights
+def gone(model: onnx.ModelProto, pruned: onnx.ModelProto) -> float:
+    """Share of the weights of the prunable layers that are zero or no longer there."""
+    before, after = inspect(model), inspect(pruned)
+    return 1 - (after.weights - after.zeros) / before.weights
