@@ -248,6 +248,15 @@ def test_an_error_is_one_line_one_hint_one_code_and_no_file(arguments, code, mes
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_the_package_runs_as_the_command(folder):
+    arguments = [sys.executable, "-m", "onnx_ecp", "inspect", "gone.onnx"]
+    ran = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr.splitlines()[0]) == (
+        3,
+        "error: gone.onnx: No such file or directory.",
+    )
+
+
 def test_force_replaces_files_that_are_there(folder):
     data = ["-c", "data.npz", "--force"]
     assert command(*RUN, *data, "--report", "old.json").exit_code == 0
