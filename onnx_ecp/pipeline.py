@@ -28,7 +28,7 @@ from onnx_ecp.errors import (
     UsageError,
     did_you_mean,
 )
-from onnx_ecp.evaluate import Comparison
+from onnx_ecp.evaluate import Comparison, ModelFacts
 from onnx_ecp.gradients.observer import Observer, State, original_state
 from onnx_ecp.layers import Layer, Skip, find_layers
 from onnx_ecp.measurement import Progress, batch_size, silent
@@ -161,7 +161,7 @@ def optimize(
         # The weights are in the result; what is told of the state are its masks and shifts.
         made = replace(made, model=result)
         pruned = replace(pruned, state=replace(pruned.state, weights=network.original.weights))
-        comparison = compare(given, result, data, options)
+        comparison = compare(given, result, data, options, original)
         bounded = bound(given, result, data, options) if options.bound else None
         masks = stored_masks(network.layers, pruned.state)
         if options.masks is not None and not options.dry_run:
@@ -661,9 +661,11 @@ def save_masks(masks: Mapping[str, np.ndarray], path: str | Path) -> None:
     modelling.write_whole(path, buffer.getvalue())
 
 
-def compare(source: Model, result: Model, data: Data, options: Options) -> Comparison:
+def compare(
+    source: Model, result: Model, data: Data, options: Options, original: ModelFacts
+) -> Comparison:
     """Original against result, through ONNX Runtime, on samples that nothing else has seen."""
-    return evaluate.compare(
+    gap = evaluate.measure_gap(
         source,
         result,
         data.held_out,
@@ -672,6 +674,7 @@ def compare(source: Model, result: Model, data: Data, options: Options) -> Compa
         threads=options.threads,
         batch_size=options.batch_size,
     )
+    return Comparison(original, evaluate.model_facts(result), gap)
 
 
 def bound(source: Model, result: Model, data: Data, options: Options) -> bounds.Bounds:

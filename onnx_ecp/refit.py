@@ -22,8 +22,8 @@ from onnx_ecp.runtime import blas_threads, workers
 BLOCK = 4096
 # A batch of padded systems may take this much, in every thread.
 CHUNK_BYTES = 32 * 2**20
-# Conjugate gradients stop at this residual relative to the right-hand side, or after so many steps:
-# further steps changed no digit of the accuracies in benchmarks/refit_scale.py.
+# Conjugate gradients stop at this residual relative to the right-hand side, or after so many steps;
+# benchmarks/refit_scale.py --direct compares the outcome with that of direct solutions.
 CG_TOLERANCE = 1e-4
 CG_STEPS = 40
 # The ridge where no input varies at all, as with one calibration sample.
@@ -163,7 +163,9 @@ def ridge_of(covariance: np.ndarray, damping: float) -> float:
 
 def damped(covariance: np.ndarray, damping: float) -> np.ndarray:
     """The covariance (in, in) with the ridge on its diagonal."""
-    return covariance + ridge_of(covariance, damping) * np.eye(len(covariance))
+    system = covariance.copy()
+    system.reshape(-1)[:: len(system) + 1] += ridge_of(covariance, damping)
+    return system
 
 
 def mean_shift(gram: Gram, target: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -281,8 +283,7 @@ class _Part:
 def _by_support(compute: Callable[[_Part], np.ndarray], keep: np.ndarray) -> np.ndarray:
     """(rows, in): what ``compute`` gives (rows, width) for each part, back in its place.
 
-    Many small systems: one thread per part beats threads within a system, most of all on a
-    machine that others use too (benchmarks/refit_scale.py).
+    The parts are many and their systems small, so each core takes a part and no product is split.
     """
     result = np.zeros(keep.shape)
     parts = list(_parts(keep))

@@ -60,6 +60,10 @@ class Computed(Mapping[str, np.ndarray]):
             raise KeyError(name)
         return self._known[name] if name in self._known else self._compute(name)
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is one; nothing is computed."""
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         """The names in order."""
         return iter(self._names)
@@ -119,6 +123,10 @@ class Shelf(MutableMapping[Any, np.ndarray]):
         read = self._file.readinto(_bytes(array))
         assert read == array.nbytes, "what was written is there"
         return array
+
+    def __contains__(self, key: object) -> bool:
+        """Whether there is one; nothing is read."""
+        return key in self._here or key in self._places
 
     def __delitem__(self, key: Hashable) -> None:
         """Forget an array."""

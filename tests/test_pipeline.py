@@ -30,7 +30,7 @@ from onnx_ecp.methods import METHODS
 from onnx_ecp.model import constants, decode_sparse, read_tensor, signature
 from onnx_ecp.model import load as load_model
 from onnx_ecp.options import Options
-from onnx_ecp.pipeline import Result
+from onnx_ecp.pipeline import Result, choose_layers, gather, load, observe_network
 from onnx_ecp.report import SYNTHETIC_WARNING
 from onnx_ecp.runtime import OutOfMemory, Session
 from onnx_ecp.selection import zeros_wanted
@@ -940,6 +940,20 @@ def test_the_result_does_not_depend_on_the_memory(net, method):
     assert [row.importance_removed for row in little.report.layers] == [
         row.importance_removed for row in much.report.layers
     ]
+
+
+@pytest.mark.parametrize("net", ["convolution", "attention"])
+def test_the_batch_size_counts_what_is_cut_out_of_tensors(net):
+    """Patches of a convolution overlap, so its rows take more than its input."""
+    source, options = load(original(net)), Options.of()
+    layers, _ = choose_layers(source, options)
+    data = gather(source, inputs(net), options)
+    network, _ = observe_network(source, layers, data, options)
+    batch = next(data.fit.batches(4))
+    seen = network.observer.observe(network.original, batch)
+    adjoints = sum(seen.adjoints[x.name].nbytes for x in network.layers)
+    largest = max(seen.inputs[x.name].nbytes for x in network.layers)
+    assert network.observer.bytes_per_sample >= (adjoints + largest) / batch.samples
 
 
 def test_memory_is_a_size():
