@@ -124,18 +124,18 @@ class Curvature:
     Args:
         rows: by stored tensor, its gradients; all have the same number of rows.
         there: by stored tensor, (out, in), what H has rows and columns for.
-        samples: N.
+        divisor: N, times the unit of what the rows are gradients of (see ``CurvatureObserver``).
     """
 
     rows: Mapping[str, Gradients]
     there: Mapping[str, np.ndarray]
-    samples: int
+    divisor: float
     _inverses: dict[float, Inverse] = field(default_factory=dict)
 
     def blocks(self) -> tuple[Curvature, ...]:
         """One block per stored tensor: what couples them is left out."""
         return tuple(
-            Curvature({name: rows}, {name: self.there[name]}, self.samples)
+            Curvature({name: rows}, {name: self.there[name]}, self.divisor)
             for name, rows in self.rows.items()
         )
 
@@ -151,7 +151,7 @@ class Curvature:
     def diagonal(self) -> dict[str, np.ndarray]:
         """By stored tensor (out, in): the diagonal of H."""
         return {
-            n: np.where(self.there[n], g.squares() / self.samples, 0.0)
+            n: np.where(self.there[n], g.squares() / self.divisor, 0.0)
             for n, g in self.rows.items()
         }
 
@@ -176,7 +176,7 @@ class Curvature:
             ``(damping I + H_KK)^-1 H_KP w_P``.
         """
         support = {n: keep[n] & self.there[n] for n in self.rows}
-        ridge = damping * self.samples
+        ridge = damping * self.divisor
         if _size(support) <= len(target):
             g = np.concatenate([np.zeros((0, len(target))), *self._chunks(support)])
             system = g @ g.T
@@ -257,13 +257,13 @@ class Inverse:
 
     def __init__(self, curvature: Curvature, damping: float) -> None:
         self._curvature, self._damping = curvature, damping
-        there, ridge = curvature.there, damping * curvature.samples
+        there, ridge = curvature.there, damping * curvature.divisor
         chunks = curvature._chunks(there)
         self._small: np.ndarray | None = None
         rows = len(curvature.times({n: np.zeros(t.shape) for n, t in there.items()}))
         if _size(there) <= rows:
             g = np.concatenate([np.zeros((0, rows)), *chunks])
-            matrix = g @ g.T / curvature.samples
+            matrix = g @ g.T / curvature.divisor
             matrix.flat[:: len(matrix) + 1] += damping
             self._small = np.linalg.inv(matrix)
             values = np.diagonal(self._small)
@@ -307,17 +307,19 @@ class CurvatureObserver:
                 _gradients(seen.inputs[layer.name], seen.adjoints[layer.name], seen.samples)
             )
 
-    def curvature(self, there: Mapping[str, np.ndarray]) -> Curvature:
+    def curvature(self, there: Mapping[str, np.ndarray], unit: float = 1.0) -> Curvature:
         """H of all layers together.
 
         Args:
             there: by stored tensor, (out, in), what the network still has.
+            unit: that H is divided by, so that a damping means the same whatever the outputs: 1
+                for a loss in nats, the mean squared output where rows are gradients of outputs.
         """
         rows: dict[str, Gradients] = {}
         for layer in self._layers:
             own, tensor = _joined(self._parts.pop(layer.name)), layer.weight.tensor
             rows[tensor] = Full(_full(rows[tensor]) + _full(own)) if tensor in rows else own
-        return Curvature(rows, {n: there[n] for n in rows}, self._samples)
+        return Curvature(rows, {n: there[n] for n in rows}, self._samples * unit)
 
 
 def _gradients(a: np.ndarray, g: np.ndarray, samples: int) -> Gradients:

@@ -267,9 +267,6 @@ def searched(
         tried = replace(tried, weights=_removed(network, state, tried))
         return loss(network.observer, network.original, tried, network.fit, network.size)
 
-    unit = 1.0
-    if network.observer.metric == "l2":
-        unit = network.observer.output_energy(network.original, network.fit.batches(network.size))
     for number, group in enumerate(plan.groups):
         if group.masks is not None:
             continue
@@ -282,7 +279,6 @@ def searched(
             elsewhere=gone,
             error=error,
             rng=np.random.default_rng([plan.seed, number]),
-            unit=unit,
             run=group.sparsity.m if isinstance(group.sparsity, NM) else 0,
             orders=group.orders,
         )
@@ -320,7 +316,11 @@ def observe(network: Network, plan: Plan, state: State, progress: Progress = sil
         visit=rows,
         progress=progress,
     )
-    whole = rows.curvature(state.keep)
+    unit = 1.0
+    if network.observer.metric == "l2":
+        batches = network.fit.batches(network.size)
+        unit = network.observer.output_energy(network.original, batches) or 1.0
+    whole = rows.curvature(state.keep, unit)
     return replace(measured, curvature=whole.blocks() if plan.blocks == "layer" else (whole,))
 
 

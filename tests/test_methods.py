@@ -31,6 +31,7 @@ from onnx_ecp.methods import (
 )
 from onnx_ecp.options import Options
 from onnx_ecp.refit import Gram, damped
+from onnx_ecp.sweep import sweep
 
 ROWS, INPUTS, OUT, DAMPING = 200, 12, 5, 1e-2
 
@@ -621,6 +622,20 @@ def test_rows_of_shared_weights_and_positions_are_summed(rng, tmp_path, text):
         np.testing.assert_allclose(gap, 0, atol=1e-8)
 
 
+def test_without_labels_the_scale_of_the_outputs_does_not_matter(rng):
+    model, x = stored_net(rng)
+    del model.graph.node[-1:]  # the softmax
+    model.graph.node[-1].output[0] = "y"
+    large = onnx.ModelProto()
+    large.CopyFrom(model)
+    tensor = next(t for t in large.graph.initializer if t.name == "V")
+    tensor.CopyFrom(numpy_helper.from_array(64 * numpy_helper.to_array(tensor), "V"))
+    for method in ("woodfisher", "cbs"):
+        small = onnx_ecp.optimize(model, x, method=method, exclude="y").masks
+        found = onnx_ecp.optimize(large, x, method=method, exclude="y").masks
+        np.testing.assert_array_equal(found["U"], small["U"])
+
+
 def test_blocks_by_layer_have_a_matrix_each(rng, tmp_path):
     network, plan = network_of(CLASSES, rng, tmp_path, blocks="layer")
     blocks = pruning.observe(network, plan, network.original).curvature
@@ -636,14 +651,45 @@ SWITCHES = {
 
 @pytest.mark.parametrize(("switch", "same"), SWITCHES.values(), ids=SWITCHES)
 def test_parts_of_cbs_can_be_switched_off(rng, switch, same):
-    model = onnx.parser.parse_model(HEADER + CLASSES)
-    for name, shape in STORED[CLASSES].items():
-        model.graph.initializer.append(numpy_helper.from_array(rng.normal(size=shape), name))
-    x = {"x": rng.normal(size=(30, 5))}
+    model, x = stored_net(rng)
     one = onnx_ecp.optimize(model, x, **{"method": "cbs"} | switch)
     other = onnx_ecp.optimize(model, x, **{"method": "cbs"} | same)
     assert one.model == other.model
     assert one.model != onnx_ecp.optimize(model, x, method="cbs").model
+
+
+def stored_net(rng):
+    """The network of classes, and inputs for it."""
+    model = onnx.parser.parse_model(HEADER + CLASSES)
+    for name, shape in STORED[CLASSES].items():
+        model.graph.initializer.append(numpy_helper.from_array(rng.normal(size=shape), name))
+    return model, {"x": rng.normal(size=(30, 5))}
+
+
+@pytest.mark.parametrize("method", ["cbs", "woodfisher", "obd"])
+def test_a_sweep_takes_labels_of_the_calibration_beside_those_of_the_evaluation(
+    rng, tmp_path, method
+):
+    model, x = stored_net(rng)
+    np.save(tmp_path / "y.npy", rng.integers(0, 3, 30))
+    np.save(tmp_path / "test.npy", rng.integers(0, 3, 12))
+    test = {"x": rng.normal(size=(12, 5))}
+    swept = sweep(
+        model, x, methods=method, sparsities="0.5", evaluation=test,
+        labels=tmp_path / "test.npy", calibration_labels=tmp_path / "y.npy",
+    )  # fmt: skip
+    alone = onnx_ecp.optimize(model, x, method=method, labels=tmp_path / "y.npy")
+    expected = onnx_ecp.compare(model, alone.model, test, labels=tmp_path / "test.npy").gap
+    assert swept.points[0].relative_error == expected.relative_error
+    assert swept.points[0].accuracy == expected.scores[0].b
+    looks_at_labels = onnx_ecp.optimize(model, x, method=method).model != alone.model
+    assert looks_at_labels == (method != "obd")
+
+
+def test_labels_of_the_calibration_are_the_labels_where_nothing_else_is_evaluated(rng, tmp_path):
+    model, x = stored_net(rng)
+    with pytest.raises(UsageError, match="--labels are those of the calibration"):
+        sweep(model, x, methods="cbs", calibration_labels=tmp_path / "y.npy")
 
 
 REFUSED = {
@@ -664,10 +710,7 @@ def test_choices_that_make_no_sense_are_usage_errors(choices, words):
 
 
 def test_labels_that_are_no_classes_are_told(rng, tmp_path):
-    model = onnx.parser.parse_model(HEADER + CLASSES)
-    for name, shape in STORED[CLASSES].items():
-        model.graph.initializer.append(numpy_helper.from_array(rng.normal(size=shape), name))
-    x = {"x": rng.normal(size=(30, 5))}
+    model, x = stored_net(rng)
     for labels, words in ((np.full(30, 7), "none of the 3 classes"), (x["x"][:, 0], "one class")):
         np.save(tmp_path / "y.npy", labels)
         with pytest.raises(CalibrationError, match=words):

@@ -19,8 +19,8 @@ worth it is made. A pass ends after TAU weights without one; after every pass th
 lowest true error so far is remembered.
 
 The sign: in the start "large" is large |w|. (A known implementation sorts w itself there and drops
-large negative weights.) Deviations: without a loss, EPSILON is in units of the mean squared output;
-under N:M the candidates are those of the same run, and the start is the one by magnitude.
+large negative weights.) Deviations: without a loss, f and l are in units of the mean squared
+output; under N:M the candidates are those of the same run, and the start is the one by magnitude.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class _Swaps:
         shapes = [problem.weight[n].shape for n in self._names]
         self._ends = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
         self._widths = [shape[1] for shape in shapes]
-        self._run, self._unit = problem.run, problem.unit
+        self._run = problem.run
         self._w = self._flat(problem.weight)
         self._there = self._flat(problem.there)
         self.keep, self.made = self._flat(keep), 0
@@ -119,13 +119,13 @@ class _Swaps:
         self._home = {n: b for b, block in enumerate(self._blocks) for n in block.rows}
         self._residuals = [block.times(gone) for block in self._blocks]
         self.f = sum(
-            float(r @ r) / block.samples
+            float(r @ r) / block.divisor
             for r, block in zip(self._residuals, self._blocks, strict=True)
         )
         product: Arrays = {}
         diagonal: Arrays = {}
         for block, r in zip(self._blocks, self._residuals, strict=True):
-            product |= {n: v / block.samples for n, v in block.back(r).items()}
+            product |= {n: v / block.divisor for n, v in block.back(r).items()}
             diagonal |= block.diagonal()
         cross, square = self._w * self._flat(product), self._w**2 * self._flat(diagonal)
         alpha, beta = 2 * cross - square, 2 * cross + square
@@ -152,19 +152,19 @@ class _Swaps:
         both = np.concatenate([[i], candidates])
         gradients, homes = self._gradients(both)
         w = self._w[both]
-        samples = np.array([self._blocks[b].samples for b in homes])
+        divisors = np.array([self._blocks[b].divisor for b in homes])
         product = np.empty(len(both))
         for b, r in enumerate(self._residuals):
             product[homes == b] = gradients[homes == b] @ r
-        product /= samples
-        square = w**2 * np.square(gradients).sum(axis=1) / samples
+        product /= divisors
+        square = w**2 * np.square(gradients).sum(axis=1) / divisors
         alpha = 2 * w[0] * product[0] - square[0]
         beta = (2 * w * product + square)[1:]
         gamma = np.where(
             homes[1:] == homes[0], 2 * w[0] * w[1:] * (gradients[1:] @ gradients[0]), 0.0
         )
-        change = beta - alpha - gamma / samples[0]
-        worth = np.flatnonzero(change <= -EPSILON * self._unit)
+        change = beta - alpha - gamma / divisors[0]
+        worth = np.flatnonzero(change <= -EPSILON)
         if not len(worth):
             return False
         j = 1 + int(worth[0])
@@ -180,7 +180,7 @@ class _Swaps:
         gradient, home = self._gradients(np.array([i]))
         block = self._blocks[home[0]]
         found = {n: np.zeros_like(self._part(n, self._w)) for n in self._names}
-        found |= {n: v / block.samples for n, v in block.back(gradient[0]).items() if n in found}
+        found |= {n: v / block.divisor for n, v in block.back(gradient[0]).items() if n in found}
         return np.asarray(2 * self._w[i] * self._w * self._flat(found))
 
     def _gradients(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -177,8 +177,6 @@ class MaskProblem:
         elsewhere: by stored tensor of other groups, the weights (out, in) that go there.
         error: the loss of the network, on all samples, with these masks and no compensation.
         rng: seeded generator.
-        unit: what a difference of the objective is compared with: 1 for a loss in nats, else the
-            mean squared output.
         run: M of N:M, or 0: each run of each row keeps its number of zeros.
         orders: by stored tensor, the permutation of columns that makes runs consecutive.
     """
@@ -190,7 +188,6 @@ class MaskProblem:
     elsewhere: Mapping[str, np.ndarray]
     error: Callable[[Mapping[str, np.ndarray]], float]
     rng: np.random.Generator
-    unit: float = 1.0
     run: int = 0
     orders: Mapping[str, np.ndarray | None] = field(default_factory=dict)
 
