@@ -1,4 +1,4 @@
-"""The refit scales: a 4096 x 4096 layer in minutes, a BERT-base-shaped model in one sitting.
+"""Time and memory of the refit: layers up to 4096 x 4096, a BERT-base-shaped model.
 
 Time and peak memory of whole runs of ``ecp-refit``, each in a fresh process: networks with one
 square layer whose width doubles, with one stage, and (with ``--bert``) an encoder of the shape of
