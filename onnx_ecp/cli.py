@@ -263,6 +263,10 @@ OPTIONS = (
         "then take the curvature of the loss.",
     ),
     click.option(
+        "--measure", is_flag=True,
+        help="Measure the latency of both models on the held-out samples, in turns.",
+    ),
+    click.option(
         "--bound", is_flag=True,
         help="Add bounds on the output gap, from the held-out samples, at confidence 0.95.",
     ),

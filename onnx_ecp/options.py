@@ -75,6 +75,7 @@ class Options:
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     labels: str | Path | None = None
     bound: bool = False
+    measure: bool = False
     masks: str | Path | None = None
     apply_masks: str | Path | None = None
     force: bool = False

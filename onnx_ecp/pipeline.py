@@ -191,7 +191,7 @@ def optimize(
         units=made.rows,
         work_before=made.before,
         work_after=made.after,
-        speed=made.speed or UNSTRUCTURED_SPEED,
+        speed=speed_of(made, comparison),
     )
     return Result(result.proto, report, masks)
 
@@ -673,6 +673,19 @@ def compare(
         provider=options.provider,
         threads=options.threads,
         batch_size=options.batch_size,
+        measure=options.measure,
+    )
+
+
+def speed_of(made: Smaller, comparison: Comparison) -> str:
+    """What the result does for latency, in words, and in numbers where they were asked for."""
+    expected, latency = made.speed or UNSTRUCTURED_SPEED, comparison.latency
+    if latency is None:
+        return expected
+    threads = "all threads" if latency.threads is None else f"{latency.threads} threads"
+    return (
+        f"{expected} Measured: x{latency.ratio:.3f} of the latency, batch {latency.batch}, "
+        f"{threads} ({1e3 * latency.median_a:.3g} ms, {1e3 * latency.median_b:.3g} ms)."
     )
     return Comparison(original, evaluate.model_facts(result), gap)
 

@@ -1,5 +1,7 @@
 """Units: what belongs to them is found, they leave without a trace, and nothing else changes."""
 
+import re
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -546,6 +548,17 @@ def test_a_speedup_is_one_of_multiplications(rng):
         model.proto, data, granularity="unit", speedup=1.5, cost="flops"
     ).report
     assert report.work_after.flops <= report.work_before.flops / 1.5
+
+
+def test_the_report_measures_latency_where_it_is_asked_for(rng):
+    model = build(NETWORKS["Gemm chain"], rng)
+    data = inputs(model, rng, 40)
+    choices = {"granularity": "unit", "sparsity": 0.2, "method": "magnitude", "threads": 1}
+    report = onnx_ecp.optimize(model.proto, data, measure=True, **choices).report
+    assert re.search(
+        r"need 0\.\d+ of the multiplications.*Measured: x\d.*, batch 4, 1 threads", report.speed
+    )
+    assert "Measured" not in onnx_ecp.optimize(model.proto, data, **choices).report.speed
 
 
 def test_an_excluded_layer_keeps_its_units_and_loses_inputs(rng):
