@@ -354,7 +354,7 @@ def compare(
     )
     latency = None
     if measure:
-        size = batch_size or min(_fitting(samples), len(samples))
+        size = batch_size or fitting(samples)
         latency = measure_latency(
             first, second, next(samples.batches(size)), provider=provider, threads=threads
         )
@@ -390,7 +390,7 @@ def measure_gap(
         ProviderError: ONNX Runtime cannot run a model.
     """
     check_same_signature(a, b)
-    size = batch_size or _fitting(data)
+    size = batch_size or fitting(data)
     sums: dict[str, Sums] = {}
     target: Target | None = None
     predictions: list[tuple[np.ndarray, ...]] = []
@@ -484,10 +484,10 @@ def expected_rows(data: Calibration) -> int:
     return len(data) if data.stacked or len(fixed) < 2 else len(data) * fixed[0]
 
 
-def _fitting(data: Calibration) -> int:
+def fitting(data: Calibration) -> int:
     """A batch size whose inputs take at most BATCH_BYTES."""
     size = sum(array.nbytes for array in data.arrays.values()) // len(data)
-    return int(np.clip(BATCH_BYTES // max(size, 1), 1, 256))
+    return int(np.clip(BATCH_BYTES // max(size, 1), 1, min(256, len(data))))
 
 
 Outputs = Mapping[str, np.ndarray]

@@ -673,8 +673,14 @@ def compare(
         provider=options.provider,
         threads=options.threads,
         batch_size=options.batch_size,
-        measure=options.measure,
     )
+    latency = None
+    if options.measure:
+        size = options.batch_size or evaluate.fitting(data.held_out)
+        latency = evaluate.measure_latency(
+            source, result, next(data.held_out.batches(size)), **options.session
+        )
+    return Comparison(original, evaluate.model_facts(result), gap, latency)
 
 
 def speed_of(made: Smaller, comparison: Comparison) -> str:
@@ -687,7 +693,6 @@ def speed_of(made: Smaller, comparison: Comparison) -> str:
         f"{expected} Measured: x{latency.ratio:.3f} of the latency, batch {latency.batch}, "
         f"{threads} ({1e3 * latency.median_a:.3g} ms, {1e3 * latency.median_b:.3g} ms)."
     )
-    return Comparison(original, evaluate.model_facts(result), gap)
 
 
 def bound(source: Model, result: Model, data: Data, options: Options) -> bounds.Bounds:
