@@ -129,11 +129,13 @@ def add_reverse(
     for layer in prepared.layers:
         adjoint = result.tensors.get(layer.output)
         if adjoint is not None:
-            # An output must be some node's: the adjoint of an output itself is its seed, an input.
-            own = op.Identity(adjoint)
-            own.dtype = facts[layer.output].dtype
-            graph.outputs.append(own)
-            names[layer.name] = own.name
+            if not adjoint.inputs:
+                # An output must be some node's: that of an output itself is its seed, an input.
+                adjoint = op.Identity(adjoint)
+            adjoint.dtype = facts[layer.output].dtype
+            names[layer.name] = adjoint.name
+            if all(adjoint is not y for y in graph.outputs):
+                graph.outputs.append(adjoint)
     tensors = graph.tensors()
     known = {y.name for y in graph.outputs} | {x.name for x in graph.inputs}
     for name in dict.fromkeys(layer.input for layer in prepared.layers):

@@ -81,22 +81,25 @@ class Conv(Affine):
         return np.arange(self.shape[1]).reshape(self.reduction, -1).T.ravel()
 
     def rows_in(self, a: np.ndarray) -> np.ndarray:
-        """(samples, channels, *spatial) as patches (groups, samples * positions, in)."""
+        """(samples, channels, *spatial) as patches (groups, samples * positions, in).
+
+        In memory every column lies in one piece: so whole lines of an image are copied at a time.
+        """
         patches = self.window.patches(a)
         dims = len(self.window.kernel)
         samples, channels, *rest = patches.shape
         patches = patches.reshape(samples, self.groups, channels // self.groups, *rest)
-        positions = range(3, 3 + dims)
-        patches = patches.transpose(1, 0, *positions, 2, *range(3 + dims, 3 + 2 * dims))
-        return patches.reshape(self.groups, -1, self.shape[1])
+        kernel, positions = range(3 + dims, 3 + 2 * dims), range(3, 3 + dims)
+        patches = patches.transpose(1, 2, *kernel, 0, *positions)
+        return patches.reshape(self.groups, self.shape[1], -1).swapaxes(1, 2)
 
     def rows_out(self, z: np.ndarray) -> np.ndarray:
         """(P, samples, out, *positions) as (P, groups, samples * positions, out // groups)."""
         units = self.shape[0] // self.groups
         probes, samples, _, *positions = z.shape
         z = z.reshape(probes, samples, self.groups, units, *positions)
-        z = z.transpose(0, 2, 1, *range(4, z.ndim), 3)
-        return z.reshape(probes, self.groups, -1, units)
+        z = z.transpose(0, 2, 3, 1, *range(4, z.ndim))
+        return z.reshape(probes, self.groups, units, -1).swapaxes(2, 3)
 
     @property
     def shift_shape(self) -> tuple[int, ...]:
