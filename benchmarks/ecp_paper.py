@@ -13,7 +13,7 @@ The equation is that of PDEBench (Takamoto et al., 2022): R(u) u_t = D u_xx on (
 500, u(0) = 1, u(1) = D u_x, u constant at first. A network learns u from x, t and the initial
 value, from solutions with Gaussian noise; its loss is measured on other solutions, without noise.
 
-The claims are those of the paper's abstract and conclusions. Widths, training, noise levels and
+The claims are those of the abstract and of public summaries. Widths, training, noise levels and
 ratios are our own choice. Without the folder of networks.py the digits are left out.
 """
 
