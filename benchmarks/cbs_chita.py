@@ -40,6 +40,8 @@ from onnx_ecp.sweep import grid_of, prepare
 NAME = "cbs_chita"
 NETWORK = NETWORKS["mlpnet"]
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+# Of the network as it is, on the official test digits.
+DENSE = 93.97
 # Accuracy in percent, from the tables of arXiv:2203.04466.
 PUBLISHED = {
     "magnitude": tuple(KNOWN["magnitude"].values()),
@@ -70,7 +72,33 @@ def main() -> int:
         publish(NAME, rows)
     publish(f"{NAME}_published", list(side_by_side(rows)))
     print(table(pivot(rows, "method", "sparsity", "accuracy")))
+    draw(rows)
     return finish(claims(rows))
+
+
+def draw(rows: list[Row]) -> None:
+    """The curves, ours and the published ones, as ``results/cbs_chita.png``."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no PNG: matplotlib is not installed.")
+        return
+    figure, panel = plt.subplots(figsize=(9, 5), layout="constrained")
+    places = range(len(SPARSITIES))
+    colours = plt.get_cmap("tab20").colors
+    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        y = [float(row["accuracy"]) for row in rows if row["method"] == method]
+        panel.plot(places, y, marker=".", color=colours[i], label=method)
+        if method in PUBLISHED:
+            panel.plot(
+                places, PUBLISHED[method], "x", color=colours[i], label=f"{method}, published"
+            )
+    panel.axhline(DENSE, color="0.6", linestyle=":", label="not pruned")
+    panel.set(title="MLPNet, one shot", xlabel="share of weights gone", ylabel="accuracy %")
+    panel.set_xticks(places, map(str, SPARSITIES))
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(RESULTS / f"{NAME}.png", dpi=80)
 
 
 def side_by_side(rows: list[Row]) -> Iterator[dict[str, Any]]:
