@@ -211,7 +211,6 @@ class Observer:
         self, feeds: dict[str, np.ndarray], seeds: Mapping[str, np.ndarray], samples: int
     ) -> Observation:
         layers = [layer for layer in self.layers if layer.name not in self.blocked]
-        by_name = {x.name: x for x in layers}
         if self._reverse is None:
             values = self._read(self._forward, feeds, (x.input for x in layers))
             found = {x.name: self._differences(x, feeds, seeds, samples) for x in layers}
@@ -221,9 +220,9 @@ class Observer:
             wanted = [*names.values(), *(x.input for x in layers)]
             feeds = feeds | {f"ecp/seed/{name}": seed for name, seed in seeds.items()}
             values = self._read(self._reverse, feeds, wanted)
+            by_name = {x.name: x for x in layers}
             adjoints = Computed(by_name, lambda n: by_name[n].rows_out(values[names[n]]))
-        inputs = Computed(by_name, lambda n: by_name[n].rows_in(values[by_name[n].input]))
-        return Observation(samples, inputs, adjoints)
+        return Observation(samples, _input_rows(layers, values), adjoints)
 
     def rehearse(self, state: State, batch: Batch) -> None:
         """Run a batch for its need of memory alone, backward where there is a reverse graph."""
@@ -257,8 +256,7 @@ class Observer:
         """Input rows (groups, rows, in) of every layer, forward only."""
         feeds = self._feeds(state, batch.feeds)
         values = self._read(self._forward, feeds, (layer.input for layer in self.layers))
-        by_name = {layer.name: layer for layer in self.layers}
-        return Computed(by_name, lambda n: by_name[n].rows_in(values[by_name[n].input]))
+        return _input_rows(self.layers, values)
 
     @property
     def scales(self) -> dict[str, float]:
@@ -454,6 +452,12 @@ def _check_scores(
 def _are_probabilities(y: np.ndarray) -> bool:
     """Whether the last axis holds numbers from 0 to 1 whose sum is 1."""
     return bool((y >= 0).all() and np.allclose(y.sum(axis=-1, dtype=np.float64), 1, atol=1e-3))
+
+
+def _input_rows(layers: Iterable[Layer], values: Mapping[str, np.ndarray]) -> Computed:
+    """Rows (groups, rows, in) by layer name, cut out of the layers' inputs when asked for."""
+    by_name = {layer.name: layer for layer in layers}
+    return Computed(by_name, lambda name: by_name[name].rows_in(values[by_name[name].input]))
 
 
 def _size(fact: Fact) -> int:
