@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from onnx_ecp.curvature import Curvature
-from onnx_ecp.refit import Gram, damped, refit
+from onnx_ecp.refit import Gram, damped, inverse_diagonal, refit
 from onnx_ecp.statistics import Moments
 
 # Each step needs all that the steps before it need, but that curvature goes without gradients.
@@ -49,6 +49,21 @@ class View:
     def per_row(self, x: np.ndarray) -> np.ndarray:
         """(groups, in) values repeated for the rows of W: (out, in)."""
         return np.repeat(x, len(self.weight) // len(x), axis=0)
+
+    def removal_cost(self, hessian: np.ndarray) -> np.ndarray:
+        """``1 / [H^-1]_jj`` (out, in): what a weight of 1 costs when its row makes the best of it.
+
+        Args:
+            hessian: H of every group (groups, in, in); damped here, and for each row cut to the
+                columns that the row still has. Where it has none the cost is 0.
+        """
+        cost = np.zeros_like(self.weight)
+        rows = np.split(np.arange(len(self.weight)), len(hessian))
+        for matrix, group in zip(hessian, rows, strict=True):
+            there = self.weight[group] != 0
+            freedom = inverse_diagonal(damped(matrix, self.damping), there)
+            cost[group] = np.divide(1.0, freedom, out=np.zeros_like(freedom), where=there)
+        return cost
 
 
 Importance = Callable[[View], np.ndarray]

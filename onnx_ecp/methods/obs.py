@@ -13,21 +13,16 @@ from __future__ import annotations
 import numpy as np
 
 from onnx_ecp.methods.method import Method, View
-from onnx_ecp.refit import damped, inverse_diagonal
 
 
 def importance(view: View) -> np.ndarray:
     """(out, in): the output error that the best change of the rest of the row leaves."""
     assert view.gram is not None, "needs_gram has it measured"
     sensitivity = view.seen.bb / view.seen.count
-    cost = np.zeros_like(view.weight)
-    rows = np.split(np.arange(len(view.weight)), len(view.gram.weight))
-    for covariance, group in zip(view.gram.covariance, rows, strict=True):
-        there = view.weight[group] != 0
-        freedom = inverse_diagonal(damped(covariance, view.damping), there)
-        refitted = np.divide(1.0, freedom, out=np.zeros_like(freedom), where=there)
-        # The bias alone leaves the variance; the damping must not make a refit look worse.
-        cost[group] = np.minimum(refitted, np.diagonal(covariance))
+    covariance = view.gram.covariance
+    # The bias alone leaves the variance; the damping must not make a refit look worse.
+    variance = view.per_row(np.diagonal(covariance, axis1=1, axis2=2))
+    cost = np.minimum(view.removal_cost(covariance), variance)
     return np.asarray(sensitivity[:, None] * view.weight**2 * np.maximum(cost, 0))
 
 

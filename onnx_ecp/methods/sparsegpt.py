@@ -26,7 +26,6 @@ from onnx_ecp.methods.method import (
     Solved,
     View,
 )
-from onnx_ecp.refit import damped, inverse_diagonal
 
 # Columns whose mask is chosen together, and within which every step is taken at once (the paper's).
 BLOCK = 128
@@ -38,13 +37,7 @@ def importance(view: View) -> np.ndarray:
     It decides how many weights of a layer go only where layers are ranked together.
     """
     assert view.gram is not None, "needs_gram has it measured"
-    cost = np.zeros_like(view.weight)
-    rows = np.split(np.arange(len(view.weight)), len(view.gram.weight))
-    for moments, group in zip(view.gram.second_moments, rows, strict=True):
-        there = view.weight[group] != 0
-        freedom = inverse_diagonal(damped(moments, view.damping), there)
-        cost[group] = np.divide(1.0, freedom, out=np.zeros_like(freedom), where=there)
-    return np.asarray(view.weight**2 * cost)
+    return np.asarray(view.weight**2 * view.removal_cost(view.gram.second_moments))
 
 
 def solve(problem: LayerProblem) -> Solved:
