@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 import sys
-import time
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 from outcome import Claim, finish, publish, table
+from timing import ratio_in_turns
 
 from onnx_ecp.structure.cleanup import pays
 
@@ -63,13 +63,7 @@ def ratio(inputs: int, read: int, outputs: int, batch: int) -> float:
         ),
     ]
     feeds = {"x": rng.standard_normal((batch, inputs)).astype(np.float32)}
-    times = np.zeros((REPEATS, 2))
-    for turn in times:
-        for i, one in enumerate(sessions):
-            began = time.perf_counter()
-            one.run(None, feeds)
-            turn[i] = time.perf_counter() - began
-    return float(np.median(times[WARM_UP:, 1] / times[WARM_UP:, 0]))
+    return ratio_in_turns(sessions, feeds, REPEATS, WARM_UP)
 
 
 def session(body: str, inputs: int, stored: dict[str, np.ndarray]) -> onnxruntime.InferenceSession:

@@ -27,6 +27,7 @@ import transformer
 from contest import Feeds, onnxsim_pruning
 from networks import NETWORKS, accuracy, outputs
 from outcome import RESULTS, Claim, above, finish, publish, table
+from timing import ratio_in_turns
 
 import onnx_ecp
 from onnx_ecp.model import Model
@@ -92,13 +93,7 @@ def latency_ratio(before: onnx.ModelProto, after: onnx.ModelProto, feeds: Feeds)
         for m in (before, after)
     ]
     batch = {n: np.ascontiguousarray(x[:BATCH]) for n, x in feeds.items()}
-    times = np.zeros((REPEATS, 2))
-    for turn in times:
-        for i, session in enumerate(sessions):
-            began = time.perf_counter()
-            session.run(None, batch)
-            turn[i] = time.perf_counter() - began
-    return float(np.median(times[WARM_UP:, 1] / times[WARM_UP:, 0]))
+    return ratio_in_turns(sessions, batch, REPEATS, WARM_UP)
 
 
 def is_valid(model: onnx.ModelProto) -> bool:
