@@ -297,21 +297,22 @@ class CurvatureObserver:
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = layers
         self._parts: dict[str, list[Gradients]] = {layer.name: [] for layer in layers}
-        self._samples = 0
 
     def __call__(self, seen: Observation, moments: Mapping[str, object]) -> None:
-        """Take the rows of one batch."""
-        self._samples += seen.samples
-        for layer in self._layers:
-            self._parts[layer.name].append(
-                _gradients(seen.inputs[layer.name], seen.adjoints[layer.name], seen.samples)
+        """Take the rows of one batch, of the layers in turn."""
+        for name in moments:
+            self._parts[name].append(
+                _gradients(seen.inputs[name], seen.adjoints[name], seen.samples)
             )
 
-    def curvature(self, there: Mapping[str, np.ndarray], unit: float = 1.0) -> Curvature:
+    def curvature(
+        self, there: Mapping[str, np.ndarray], samples: int, unit: float = 1.0
+    ) -> Curvature:
         """H of all layers together.
 
         Args:
             there: by stored tensor, (out, in), what the network still has.
+            samples: how many the rows are of.
             unit: that H is divided by, so that a damping means the same whatever the outputs: 1
                 for a loss in nats, the mean squared output where rows are gradients of outputs.
         """
@@ -319,7 +320,7 @@ class CurvatureObserver:
         for layer in self._layers:
             own, tensor = _joined(self._parts.pop(layer.name)), layer.weight.tensor
             rows[tensor] = Full(_full(rows[tensor]) + _full(own)) if tensor in rows else own
-        return Curvature(rows, {n: there[n] for n in rows}, self._samples * unit)
+        return Curvature(rows, {n: there[n] for n in rows}, samples * unit)
 
 
 def _gradients(a: np.ndarray, g: np.ndarray, samples: int) -> Gradients:

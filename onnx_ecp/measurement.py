@@ -34,12 +34,12 @@ class Measured:
     Args:
         moments: by layer name; read from a temporary file where they do not fit in memory.
         weights: by layer name, the sensitivity of every row, averaged over the units:
-            (groups, rows), in the order of the samples.
+            (groups, rows), in the order of the samples; read from a temporary file likewise.
         curvature: in the weights, block by block, where it was asked for.
     """
 
     moments: Mapping[str, Moments] = field(default_factory=dict)
-    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    weights: Mapping[str, np.ndarray] = field(default_factory=dict)
     curvature: tuple[Curvature, ...] = ()
 
 
@@ -74,6 +74,36 @@ class ShelvedMoments(Mapping[str, Moments]):
     def __len__(self) -> int:
         """How many layers there are."""
         return len(self._small)
+
+
+class RowWeights(Mapping[str, np.ndarray]):
+    """Sensitivities of rows by layer name, (groups, rows), put together from those of batches.
+
+    Args:
+        limit: bytes that may stay in memory, None for any number.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self._parts: dict[str, int] = {}
+        self._shelf = Shelf(limit)  # by layer name and number of the batch
+
+    def add(self, name: str, weights: np.ndarray) -> None:
+        """Add those of the next batch."""
+        number = self._parts.get(name, 0)
+        self._shelf[name, number] = weights
+        self._parts[name] = number + 1
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Those of all batches."""
+        return np.concatenate([self._shelf[name, i] for i in range(self._parts[name])], axis=1)
+
+    def __iter__(self) -> Iterator[str]:
+        """The layers in order."""
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        """How many layers there are."""
+        return len(self._parts)
 
 
 def effective_sample_size(weights: np.ndarray) -> float:
@@ -176,8 +206,10 @@ def measure(
         positions: "expand" (every position is a sample) or "reduce" (exact per sample).
         with_gradient: also sum the gradients that gradient-magnitude ranks by; all samples are
             then probed in the same random directions, or their gradients would cancel.
-        visit: called with every observation and the moments so far; all layers are then one group.
-        memory: bytes that the moments may take, None for any number.
+        visit: called with every observation and the moments so far of the layers in turn: once a
+            batch for each group of layers.
+        memory: bytes that moments (three quarters of it) and row sensitivities may take, None for
+            any number.
         progress: called after every batch.
 
     Raises:
@@ -189,9 +221,10 @@ def measure(
         )
     if _one_by_one(observer, positions):
         size = 1
-    groups = layer_groups(observer, None if visit else memory, with_gradient=with_gradient)
-    shelved = ShelvedMoments()
-    weights: dict[str, list[np.ndarray]] = {}
+    for_rows = None if memory is None else memory // 4
+    for_moments = None if memory is None else memory - memory // 4
+    groups = layer_groups(observer, for_moments, with_gradient=with_gradient)
+    shelved, weights = ShelvedMoments(), RowWeights(for_rows)
     for turn, group in enumerate(groups):
         moments: dict[str, Moments] = {}
 
@@ -199,15 +232,14 @@ def measure(
             progress(what, turn * of + done, len(groups) * of)
 
         for seen in observations(observer, state, data, size, advance, common=with_gradient):
-            for name, a in seen.inputs.items():
-                if turn and name not in group:
-                    continue
+            for name in group if turn else seen.adjoints:
                 g = seen.adjoints[name]
                 s = sensitivities(g)
                 if not turn:
-                    weights.setdefault(name, []).append(s.mean(axis=2))
+                    weights.add(name, s.mean(axis=2))
                 if name not in group:
                     continue
+                a = seen.inputs[name]
                 before = moments.get(name)
                 centre = a.mean(axis=1, dtype=np.float64) if before is None else before.centre
                 if positions == "expand":
@@ -222,7 +254,7 @@ def measure(
         if len(groups) > 1:
             shelved.put(moments)
     found = shelved if len(groups) > 1 else moments
-    return Measured(found, {n: np.concatenate(w, axis=1) for n, w in weights.items()})
+    return Measured(found, weights)
 
 
 def layer_groups(
@@ -262,11 +294,11 @@ def measure_activations(
 
 
 def row_sensitivities(
-    observer: Observer, state: State, data: Calibration, *, size: int
-) -> dict[str, np.ndarray]:
+    observer: Observer, state: State, data: Calibration, *, size: int, memory: int | None = None
+) -> RowWeights:
     """By layer name, the sensitivity of every row, averaged over the units: (groups, rows)."""
-    weights: dict[str, list[np.ndarray]] = {}
+    weights = RowWeights(memory)
     for seen in observations(observer, state, data, size):
         for name, g in seen.adjoints.items():
-            weights.setdefault(name, []).append(sensitivities(g).mean(axis=2))
-    return {name: np.concatenate(parts, axis=1) for name, parts in weights.items()}
+            weights.add(name, sensitivities(g).mean(axis=2))
+    return weights

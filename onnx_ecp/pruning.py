@@ -60,8 +60,8 @@ class Network:
         guard: other calibration samples, on which a refit must not be worse than a bias shift.
         size: batch size.
         memory: bytes that statistics and activations may take, None for any number: half of it
-            goes to moments, a quarter to scores and a quarter to the activations of a walk. What
-            does not fit lies in temporary files.
+            goes to moments and the sensitivities of rows, a quarter to scores and a quarter to the
+            activations of a walk. What does not fit lies in temporary files.
     """
 
     observer: Observer
@@ -314,13 +314,14 @@ def observe(network: Network, plan: Plan, state: State, progress: Progress = sil
         size=network.size if network.observer.one_position else 1,
         positions=plan.positions,
         visit=rows,
+        memory=network.share(2),
         progress=progress,
     )
     unit = 1.0
     if network.observer.metric == "l2":
         batches = network.fit.batches(network.size)
         unit = network.observer.output_energy(network.original, batches) or 1.0
-    whole = rows.curvature(state.keep, unit)
+    whole = rows.curvature(state.keep, len(network.fit), unit)
     return replace(measured, curvature=whole.blocks() if plan.blocks == "layer" else (whole,))
 
 
@@ -528,7 +529,9 @@ class _Guard:
     def __init__(self, network: Network, plan: Plan, state: State) -> None:
         self._network, self._shrink = network, plan.method.shrinkage
         self._run = _Run(network, network.guard)
-        self._weights = row_sensitivities(network.observer, state, network.guard, size=network.size)
+        self._weights = row_sensitivities(
+            network.observer, state, network.guard, size=network.size, memory=network.share(8)
+        )
 
     def allows(self, segment: Segment, state: State, solved: Solved) -> bool:
         """Whether the weighted error of the segment's layer does not rise."""

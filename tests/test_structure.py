@@ -339,6 +339,19 @@ def test_optimize_reaches_the_share_of_weights_and_what_it_writes_checks(
     )
 
 
+@pytest.mark.parametrize("method", ["ecp-refit", "ecp"])
+@pytest.mark.parametrize("name", ["Gemm chain", "attention: heads"])
+def test_the_result_does_not_depend_on_the_memory(name, method, rng):
+    """With one byte every layer has its own pass over the data, and sums lie in temporary files."""
+    model = build(NETWORKS[name], rng)
+    choices = {"granularity": "unit", "sparsity": 0.3, "stages": 2, "method": method}
+    data = inputs(model, rng, 40)
+    little, much = (
+        onnx_ecp.optimize(model.proto, data, max_memory=memory, **choices) for memory in (1, "1G")
+    )
+    assert little.model == much.model
+
+
 def on_reference(path, feeds):
     if any(node.domain for node in onnx.load(path).graph.node):
         pytest.skip("onnx.reference has no operators of com.microsoft")

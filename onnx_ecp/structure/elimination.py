@@ -47,8 +47,8 @@ class OutputMetric:
         return OutputMetric(frozenset(readers))
 
     def __call__(self, seen: Observation, moments: Mapping[str, Moments]) -> None:
-        """Take in one batch."""
-        for name in self.readers:
+        """Take in one batch, of the layers in turn."""
+        for name in self.readers & moments.keys():
             g = seen.adjoints[name][:, 0].reshape(-1, seen.adjoints[name].shape[-1])
             part = (g.T @ g).astype(np.float64)
             self.sums[name] = self.sums[name] + part if name in self.sums else part

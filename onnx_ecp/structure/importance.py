@@ -111,6 +111,8 @@ class UnitObserver:
         """Take in one batch, in which the activations are centred as the moments are."""
         for readers in self._readers():
             name = readers[0].name
+            if name not in moments:  # another turn's
+                continue
             a = seen.inputs[name][0] - moments[name].centre[0].astype(np.float32)
             for gradient in self._gradients(readers, seen):
                 part = Sums.of(self.structure.columns[name], self.structure.units, a, gradient)

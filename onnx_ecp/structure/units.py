@@ -177,6 +177,7 @@ def _scores(
             size=network.size,
             positions=plan.positions,
             visit=visit,
+            memory=network.share(2),
             progress=progress,
         )
 
