@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from onnx_ecp.curvature import Curvature
 from onnx_ecp.errors import UsageError, did_you_mean
 from onnx_ecp.gradients.observer import Observation, Observer, State
 from onnx_ecp.runtime import OutOfMemory
-from onnx_ecp.shelf import Shelf
+from onnx_ecp.shelf import Computed, Shelf
 from onnx_ecp.statistics import POSITIONS, Moments, expand, reduce_positions, sensitivities
 
 Progress = Callable[[str, int, int], None]
@@ -74,6 +74,30 @@ class ShelvedMoments(Mapping[str, Moments]):
     def __len__(self) -> int:
         """How many layers there are."""
         return len(self._small)
+
+
+class Recording:
+    """Observations whose tensors lie in a temporary file, to be looked at again."""
+
+    def __init__(self) -> None:
+        self._seen: list[Observation] = []
+        self._shelf = Shelf(0)  # by number of the batch and name
+
+    def add(self, seen: Observation) -> None:
+        """Record one batch."""
+        number = len(self._seen)
+        for name, tensor in seen.tensors.items():
+            self._shelf[number, name] = tensor
+        tensors = Computed(seen.tensors, lambda name: self._shelf[number, name])
+        self._seen.append(replace(seen, tensors=tensors))
+
+    def __iter__(self) -> Iterator[Observation]:
+        """The batches in order."""
+        return iter(self._seen)
+
+    def __len__(self) -> int:
+        """How many batches there are."""
+        return len(self._seen)
 
 
 class RowWeights(Mapping[str, np.ndarray]):
@@ -195,8 +219,9 @@ def measure(
 ) -> Measured:
     """Moments and row sensitivities of all layers in one state of the network.
 
-    Moments that do not fit in memory together are summed in groups of layers, with one pass over
-    the data for each group. The result is the same, bit by bit.
+    Moments that do not fit in memory together are summed in groups of layers. Each group takes its
+    own pass over the data, unless what one pass sees takes less space in a temporary file than the
+    moments do: then the other groups look at that. The result is the same, bit by bit.
 
     Args:
         observer: of the network.
@@ -224,15 +249,18 @@ def measure(
     for_rows = None if memory is None else memory // 4
     for_moments = None if memory is None else memory - memory // 4
     groups = layer_groups(observer, for_moments, with_gradient=with_gradient)
+    fits = observer.tensor_bytes_per_sample * len(data) <= sum(sum(g.values()) for g in groups)
+    passes = _Passes(
+        lambda advance: observations(observer, state, data, size, advance, common=with_gradient),
+        len(groups),
+        Recording() if len(groups) > 1 and fits else None,
+        progress,
+    )
     shelved, weights = ShelvedMoments(), RowWeights(for_rows)
-    for turn, group in enumerate(groups):
+    for turn, (group, observed) in enumerate(zip(groups, passes, strict=True)):
         moments: dict[str, Moments] = {}
-
-        def advance(what: str, done: int, of: int, turn: int = turn) -> None:
-            progress(what, turn * of + done, len(groups) * of)
-
-        for seen in observations(observer, state, data, size, advance, common=with_gradient):
-            for name in group if turn else seen.adjoints:
+        for seen in observed:
+            for name in group if turn else seen.layers:
                 g = seen.adjoints[name]
                 s = sensitivities(g)
                 if not turn:
@@ -257,15 +285,60 @@ def measure(
     return Measured(found, weights)
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """All observations, once for each group of layers.
+
+    Args:
+        observe: one pass over the data.
+        turns: number of groups.
+        recording: where the first pass is recorded for the other groups; None: each has its own.
+        progress: called after every batch.
+    """
+
+    observe: Callable[[Progress], Iterator[Observation]]
+    turns: int
+    recording: Recording | None
+    progress: Progress
+
+    def __iter__(self) -> Iterator[Iterator[Observation]]:
+        """The observations of one group after the other, to be used up in this order."""
+        if self.recording is None:
+            yield from (self._observed(turn) for turn in range(self.turns))
+        else:
+            yield self._recorded(self.recording)
+            yield from (self._replayed(self.recording, turn) for turn in range(1, self.turns))
+
+    def _observed(self, turn: int) -> Iterator[Observation]:
+        def advance(what: str, done: int, of: int) -> None:
+            self.progress(what, turn * of + done, self.turns * of)
+
+        return self.observe(advance)
+
+    def _recorded(self, recording: Recording) -> Iterator[Observation]:
+        for seen in self.observe(self.progress):
+            recording.add(seen)
+            yield seen
+
+    def _replayed(self, recording: Recording, turn: int) -> Iterator[Observation]:
+        of = (self.turns - 1) * len(recording)
+        for done, seen in enumerate(recording, (turn - 1) * len(recording) + 1):
+            yield seen
+            self.progress("sums", done, of)
+
+
 def layer_groups(
     observer: Observer, memory: int | None, *, with_gradient: bool = False
-) -> list[Collection[str]]:
-    """Names of the layers with a sensitivity, in groups whose moments take ``memory`` at most.
+) -> list[dict[str, int]]:
+    """Layers with a sensitivity, in groups whose moments take ``memory`` at most.
 
     A group has at least one layer. The order is that of the layers.
+
+    Returns:
+        For each group, the bytes of the moments by layer name.
     """
     products = 2 + (observer.probes if with_gradient else 0)
-    groups: list[Collection[str]] = []
+    groups: list[dict[str, int]] = []
     group: dict[str, int] = {}
     for layer in observer.layers:
         if layer.name in observer.blocked:

@@ -151,6 +151,8 @@ def optimize(
         step = unit_step(source, network, options) if options.granularity == "unit" else None
         pruned, curve = prune_within(network, plan, data, options, step, progress)
         made = finished(source, network, step, pruned, options)
+        predicted = predicted_error(network, plan, pruned)
+        network.observer.close()
         result, created = made.model, made.created
         original = evaluate.model_facts(given)  # now: the output may be the same file
         if output is not None and not options.dry_run:
@@ -178,7 +180,7 @@ def optimize(
         calibration=data.facts,
         layers=tuple(layer_rows(network, pruned, created, remarks)),
         skips=(*skips, *blocked, *(() if step is None else step.structure.refusals)),
-        predicted_error=predicted_error(network, plan, pruned),
+        predicted_error=predicted,
         gap=comparison.gap,
         curve=curve,
         bounds=bounded,

@@ -26,6 +26,7 @@ import onnx_ecp
 from onnx_ecp import pipeline
 from onnx_ecp.errors import ModelError, OnnxEcpError, ProviderError, UsageError
 from onnx_ecp.layers import edit, find_layers
+from onnx_ecp.measurement import measure
 from onnx_ecp.methods import METHODS
 from onnx_ecp.model import constants, decode_sparse, read_tensor, signature
 from onnx_ecp.model import load as load_model
@@ -940,6 +941,31 @@ def test_the_result_does_not_depend_on_the_memory(net, method):
     assert [row.importance_removed for row in little.report.layers] == [
         row.importance_removed for row in much.report.layers
     ]
+
+
+@pytest.mark.parametrize(("samples", "passes"), [(8, 1), (28, 2)])
+def test_layers_in_turn_share_one_pass_where_it_takes_less_space_than_their_sums(
+    samples, passes, monkeypatch
+):
+    source, options = load(original("gemm")), Options.of()
+    layers, _ = choose_layers(source, options)
+    data = gather(source, inputs("gemm"), options)
+    network, _ = observe_network(source, layers, data, options)
+    few, observe, seen = network.fit.limit(samples, 0), network.observer.observe, []
+
+    def counted(state, batch, *, common):
+        seen.append(batch.samples)
+        return observe(state, batch, common=common)
+
+    monkeypatch.setattr(network.observer, "observe", counted)
+    much, little = (
+        measure(network.observer, network.original, few, size=4, memory=memory).moments
+        for memory in (None, 1)
+    )
+    assert sum(seen) == samples + passes * samples
+    for name, moments in much.items():
+        for part in ("bb", "wb", "ww", "a", "aa"):
+            assert np.array_equal(getattr(little[name], part), getattr(moments, part))
 
 
 @pytest.mark.parametrize("net", ["convolution", "attention"])

@@ -62,14 +62,30 @@ class Observation:
 
     Args:
         samples: number of samples in the batch.
-        inputs: by layer name, rows (groups, rows, in), cut out when they are asked for: the patches
-            of a convolution take many times what its input takes.
-        adjoints: by layer name, rows (P, groups, rows, out per group).
+        layers: by name.
+        tensors: by name, the inputs of the layers and their adjoints (P, *shape of z).
+        carriers: by layer name, the tensor that is its adjoint.
     """
 
     samples: int
-    inputs: Mapping[str, np.ndarray]
-    adjoints: Mapping[str, np.ndarray]
+    layers: Mapping[str, Layer]
+    tensors: Mapping[str, np.ndarray]
+    carriers: Mapping[str, str]
+
+    @property
+    def inputs(self) -> Mapping[str, np.ndarray]:
+        """By layer name, rows (groups, rows, in), cut out when they are asked for.
+
+        The patches of a convolution take many times what its input takes.
+        """
+        return _input_rows(self.layers, self.tensors)
+
+    @property
+    def adjoints(self) -> Mapping[str, np.ndarray]:
+        """By layer name, rows (P, groups, rows, out per group)."""
+        return Computed(
+            self.layers, lambda n: self.layers[n].rows_out(self.tensors[self.carriers[n]])
+        )
 
 
 def original_state(model: Model, layers: Sequence[Layer]) -> State:
@@ -189,6 +205,10 @@ class Observer:
         feeds = self._feeds(state, batch.feeds)
         return self._pulled(feeds, self._seeds(feeds, batch, common), batch.samples)
 
+    def close(self) -> None:
+        """Give back the memory of the sessions; nothing can be observed any more."""
+        del self._forward, self._reverse
+
     def heads(self, state: State, batch: Batch) -> dict[str, np.ndarray]:
         """The tensors that seeds meet, by name: the float outputs, but under l2 their logits."""
         return self._forward.run(self._feeds(state, batch.feeds), self._seeded)
@@ -210,19 +230,18 @@ class Observer:
     def _pulled(
         self, feeds: dict[str, np.ndarray], seeds: Mapping[str, np.ndarray], samples: int
     ) -> Observation:
-        layers = [layer for layer in self.layers if layer.name not in self.blocked]
+        layers = {x.name: x for x in self.layers if x.name not in self.blocked}
+        inputs = [x.input for x in layers.values()]
         if self._reverse is None:
-            values = self._read(self._forward, feeds, (x.input for x in layers))
-            found = {x.name: self._differences(x, feeds, seeds, samples) for x in layers}
-            adjoints: Mapping[str, np.ndarray] = found
+            carriers = {name: f"ecp/adjoint/{name}" for name in layers}
+            values = self._read(self._forward, feeds, inputs)
+            for name, x in layers.items():
+                values[carriers[name]] = self._differences(x, feeds, seeds, samples)
         else:
-            names = {x.name: self._adjoints[x.name] for x in layers}
-            wanted = [*names.values(), *(x.input for x in layers)]
+            carriers = {name: self._adjoints[name] for name in layers}
             feeds = feeds | {f"ecp/seed/{name}": seed for name, seed in seeds.items()}
-            values = self._read(self._reverse, feeds, wanted)
-            by_name = {x.name: x for x in layers}
-            adjoints = Computed(by_name, lambda n: by_name[n].rows_out(values[names[n]]))
-        return Observation(samples, _input_rows(layers, values), adjoints)
+            values = self._read(self._reverse, feeds, [*carriers.values(), *inputs])
+        return Observation(samples, layers, values, carriers)
 
     def rehearse(self, state: State, batch: Batch) -> None:
         """Run a batch for its need of memory alone, backward where there is a reverse graph."""
@@ -255,8 +274,8 @@ class Observer:
     def activations(self, state: State, batch: Batch) -> Mapping[str, np.ndarray]:
         """Input rows (groups, rows, in) of every layer, forward only."""
         feeds = self._feeds(state, batch.feeds)
-        values = self._read(self._forward, feeds, (layer.input for layer in self.layers))
-        return _input_rows(self.layers, values)
+        layers = {layer.name: layer for layer in self.layers}
+        return _input_rows(layers, self._read(self._forward, feeds, (x.input for x in self.layers)))
 
     @property
     def scales(self) -> dict[str, float]:
@@ -272,11 +291,15 @@ class Observer:
     @property
     def bytes_per_sample(self) -> int:
         """What ``observe`` gives for one sample, in bytes, with the rows of one layer cut out."""
-        inputs = {layer.input for layer in self.layers}
+        rows = max((self._rows(layer) for layer in self.layers), default=0)
+        return self.tensor_bytes_per_sample + 4 * rows // self._first
+
+    @property
+    def tensor_bytes_per_sample(self) -> int:
+        """What the tensors of an observation take for one sample, in bytes."""
+        values = sum(_size(self.facts[n]) for n in {layer.input for layer in self.layers})
         adjoints = {layer.output for layer in self.layers}
-        values = sum(_size(self.facts[n]) for n in inputs)
         values += self.probes * sum(_size(self.facts[n]) for n in adjoints)
-        values += max((self._rows(layer) for layer in self.layers), default=0)
         return 4 * values // self._first
 
     def _rows(self, layer: Layer) -> int:
@@ -306,10 +329,9 @@ class Observer:
         kinds = {node.op_type for node in self._prepared.proto.graph.node}
         step = 1e-3 if kinds & PIECEWISE else 1e-2
         shift = self._prepared.shifts[layer.name]
-        adjoint = numeric_adjoint(
+        return numeric_adjoint(
             self._forward, feeds, shift, layer.output, seeds, samples=n, step=step
         )
-        return layer.rows_out(adjoint)
 
     def _seeds(
         self, feeds: dict[str, np.ndarray], batch: Batch, common: bool
@@ -454,10 +476,9 @@ def _are_probabilities(y: np.ndarray) -> bool:
     return bool((y >= 0).all() and np.allclose(y.sum(axis=-1, dtype=np.float64), 1, atol=1e-3))
 
 
-def _input_rows(layers: Iterable[Layer], values: Mapping[str, np.ndarray]) -> Computed:
+def _input_rows(layers: Mapping[str, Layer], values: Mapping[str, np.ndarray]) -> Computed:
     """Rows (groups, rows, in) by layer name, cut out of the layers' inputs when asked for."""
-    by_name = {layer.name: layer for layer in layers}
-    return Computed(by_name, lambda name: by_name[name].rows_in(values[by_name[name].input]))
+    return Computed(layers, lambda name: layers[name].rows_in(values[layers[name].input]))
 
 
 def _size(fact: Fact) -> int:
