@@ -784,6 +784,7 @@ def warnings(data: Data, network: Network, pruned: Pruned, comparison: Compariso
             f"{modelling.printable(name)!r} look like probabilities: give the model before "
             "its softmax, or use --metric l2."
         )
+    yield from pruned.warnings
     yield from comparison.gap.warnings
 
 

@@ -17,8 +17,9 @@ import numpy as np
 from onnx_ecp.calibration import Calibration
 from onnx_ecp.curvature import CurvatureObserver
 from onnx_ecp.errors import ModelError
-from onnx_ecp.finetune import BATCH, finetune, loss
+from onnx_ecp.finetune import finetune
 from onnx_ecp.gradients.observer import Observer, State
+from onnx_ecp.joint import VECTORS, refit_jointly
 from onnx_ecp.layers import Layer
 from onnx_ecp.measurement import (
     Measured,
@@ -39,6 +40,7 @@ from onnx_ecp.methods import (
     bias_shift,
 )
 from onnx_ecp.model import printable
+from onnx_ecp.objective import BATCH, Objective, Parameters
 from onnx_ecp.refit import Gram, excess, mean_shift
 from onnx_ecp.runtime import check_deadline
 from onnx_ecp.selection import NM, Group, select
@@ -80,6 +82,11 @@ class Network:
         """The layers that are pruned."""
         return self.observer.layers
 
+    @property
+    def objective(self) -> Objective:
+        """What pruning should leave as it was."""
+        return Objective(self.observer, self.original)
+
     @cached_property
     def segments(self) -> list[Segment]:
         """The cuts of the graph that a refit walks along."""
@@ -118,12 +125,14 @@ class Pruned:
         removed: by layer name, the sum of the importances of the weights at their removal.
         ess: by layer name, effective sample size in the last stage.
         notes: by layer name, remarks such as a refit that was not kept.
+        warnings: about the network as a whole.
     """
 
     state: State
     removed: dict[str, float] = field(default_factory=dict)
     ess: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 class Step(Protocol):
@@ -166,6 +175,8 @@ def prune(
         check_deadline()
         result = step(network, plan, result, share, progress, measured=measured)
         measured = None  # it is of the original: later stages look at what they have made
+        if share == 1.0:
+            result = jointly_refitted(network, plan, result, progress)
         result = tuned(network, plan, result, last=share == 1.0, progress=progress)
     progress("stages", plan.method.stages, plan.method.stages)
     return result
@@ -179,14 +190,43 @@ def tuned(
     if not steps:
         return result
     found = finetune(
-        network.observer,
-        network.original,
+        network.objective,
         result.state,
         network.fit,
         network.guard,
         steps=steps,
         batch=min(BATCH, network.size),
         seed=plan.seed,
+        progress=progress,
+    )
+    return replace(result, state=found.state)
+
+
+def jointly_refitted(
+    network: Network, plan: Plan, result: Pruned, progress: Progress = silent
+) -> Pruned:
+    """The joint refit of all layers, where the method wants it and its vectors fit in memory.
+
+    Finite differences at every layer would take too long for it: with them it is left out.
+    """
+    if not (plan.method.repair.joint and network.observer.reverses):
+        return result
+    needed = 8 * VECTORS * Parameters.count(network.layers, result.state.keep)
+    share = network.share(2)
+    if share is not None and needed > share:
+        text = (
+            f"the joint refit was left out: it takes {needed / 2**20:.3g} MiB, and half of "
+            f"--max-memory is {share / 2**20:.3g} MiB."
+        )
+        return replace(result, warnings=(text,))
+    found = refit_jointly(
+        network.objective,
+        result.state,
+        network.fit,
+        network.guard,
+        size=network.size,
+        damping=plan.damping or plan.method.repair.damping,
+        memory=network.share(4),
         progress=progress,
     )
     return replace(result, state=found.state)
@@ -265,7 +305,7 @@ def searched(
     def error(masks: Mapping[str, np.ndarray]) -> float:
         tried = replace(state, keep={**keep, **masks})
         tried = replace(tried, weights=_removed(network, state, tried))
-        return loss(network.observer, network.original, tried, network.fit, network.size)
+        return network.objective.loss(tried, network.fit, network.size)
 
     for number, group in enumerate(plan.groups):
         if group.masks is not None:

@@ -16,7 +16,7 @@ from onnx_ecp.errors import CalibrationError, TargetError
 from onnx_ecp.evaluate import Target, deviation_sums, overall, target_of
 from onnx_ecp.gradients.observer import Observer, State
 from onnx_ecp.measurement import Progress, silent
-from onnx_ecp.pruning import Network, Plan, Pruned, Step, observe, stage, tuned
+from onnx_ecp.pruning import Network, Plan, Pruned, Step, jointly_refitted, observe, stage, tuned
 from onnx_ecp.runtime import check_deadline
 
 # Share of the remaining weights that stay after one step of the walk. 0.7 is about the step of an
@@ -211,6 +211,7 @@ class _Walk:
         network, plan = self._network, self._plan
         start = before if self._first is None else Pruned(network.original)
         found = self._step(network, plan, start, share, self._progress, measured=self._first)
+        found = jointly_refitted(network, plan, found, self._progress)
         found = tuned(network, plan, found, last=False, progress=self._progress)
         point = self._judge.point(found.state)
         within = self._limit.allows(point)

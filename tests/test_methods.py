@@ -17,7 +17,6 @@ import onnx_ecp
 from onnx_ecp import curvature, pipeline, pruning
 from onnx_ecp.curvature import Curvature, Full, Outer
 from onnx_ecp.errors import CalibrationError, UsageError
-from onnx_ecp.finetune import loss
 from onnx_ecp.methods import (
     METHODS,
     BlockProblem,
@@ -524,7 +523,8 @@ def test_the_page_says_what_there_is_to_say(name):
     assert text.startswith(f"# {name}")
     for part in ("**Defaults.**", "**Source.**", "**Cost.**", "**When to use it.**"):
         assert part in text
-    own = method.compensation if method.compensation in ("none", "bias", "refit") else "its own"
+    choices = ("none", "bias", "refit", "joint")
+    own = method.compensation if method.compensation in choices else "its own"
     assert f"Compensation {own}" in text
     assert f"scope {method.scope}" in text
 
@@ -600,7 +600,7 @@ def test_the_loss_of_cbs_is_the_cross_entropy_of_the_labels(rng, tmp_path):
     batch = next(network.fit.batches(100))
     y = network.observer.predict(network.original, batch)["y"]
     expected = -np.log(y[np.arange(len(y)), batch.labels]).mean()
-    found = loss(network.observer, network.original, network.original, network.fit, 7)
+    found = network.objective.loss(network.original, network.fit, 7)
     assert found == pytest.approx(expected)
 
 

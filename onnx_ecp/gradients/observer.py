@@ -309,6 +309,11 @@ class Observer:
         return elements if elements > _size(self.facts[layer.input]) else 0
 
     @property
+    def reverses(self) -> bool:
+        """Whether there is a reverse graph: ``pull`` then costs one run."""
+        return self._reverse is not None
+
+    @property
     def one_position(self) -> bool:
         """Whether every layer sees one position per sample, so that rows are samples."""
         shapes = (self.facts[layer.output].shape for layer in self.layers)

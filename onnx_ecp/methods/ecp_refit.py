@@ -2,7 +2,8 @@
 
 In each of several stages the network is observed anew, weights are ranked by what their removal
 costs after the refit of their row (``obs.importance``), biases are shifted as ECP does, and every
-layer is refitted in turn (docs/method.md, section 3).
+layer is refitted in turn; after the last stage all layers are refitted together (docs/method.md,
+section 3).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from onnx_ecp.methods.obs import importance
 # 0.1 to 0.5 are alike. The floor matters only where a global ranking would empty a layer.
 ECP_REFIT = Method(
     importance,
-    compensation="refit",
+    compensation="joint",
     needs="sensitivities",
     needs_gram=True,
     stages=16,

@@ -220,6 +220,7 @@ class Compensation:
         weighted: whether a LayerProblem's Gram matrix looks at the original network too, and its
             rows count by their sensitivities.
         guarded: whether a solution must not have a larger error on held-out samples than none.
+        joint: whether all layers are refitted together after the last stage.
         damping: of the problem, unless ``--damping`` is given.
     """
 
@@ -229,6 +230,7 @@ class Compensation:
     update: Callable[[BlockProblem], dict[str, np.ndarray]] | None = None
     weighted: bool = False
     guarded: bool = False
+    joint: bool = False
     damping: float = 1e-2
 
 
@@ -237,12 +239,13 @@ def _refitted(problem: LayerProblem) -> Solved:
     return Solved(weight, problem.keep, shift)
 
 
+_REFIT = Compensation("sensitivities", shifts=True, solve=_refitted, weighted=True, guarded=True)
+
 COMPENSATIONS: dict[str, Compensation] = {
     "none": Compensation(),
     "bias": Compensation("sensitivities", shifts=True),
-    "refit": Compensation(
-        "sensitivities", shifts=True, solve=_refitted, weighted=True, guarded=True
-    ),
+    "refit": _REFIT,
+    "joint": replace(_REFIT, joint=True),
 }
 
 

@@ -117,7 +117,7 @@ class UnitStep:
             + float(scores[group.units][(keep & ~rest)[group.units]].sum())
             for group in self.structure.groups
         }
-        return PrunedUnits(state, gone, ess, notes, rest)
+        return PrunedUnits(state, gone, ess, notes, keep=rest)
 
     def check_reached(self, keep: np.ndarray) -> None:
         """TargetError where the floors kept more than the goal allows."""

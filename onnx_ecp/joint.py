@@ -1,0 +1,197 @@
+"""All weights that stay, and all biases, at once: Gauss-Newton steps on the outputs themselves.
+
+The refit brings every layer close to the original layer; what the layers make together is nobody's
+concern there. Here the kept weights and shifts of all layers, theta, are moved so that the outputs
+y come close to the original ones:
+
+    min over d of  E[ |J d|_H^2 / 2 + slope(y)^T J d ] + ridge |d|^2 / 2
+
+with J = dy/dtheta and H the curvature of the loss in y (docs/method.md, section 3). Conjugate
+gradients need products with J and J^T alone: J d is a difference of two forward runs, J^T u one run
+of the reverse graph (Schraudolph 2002; Martens 2010, "Hessian-free optimization"). The squared
+sensitivities that ECP measures are the diagonal of the system, and precondition it. Samples that no
+step has seen say where to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from onnx_ecp.calibration import Batch, Calibration
+from onnx_ecp.finetune import Tuned
+from onnx_ecp.gradients.observer import State
+from onnx_ecp.measurement import Progress, measure, silent
+from onnx_ecp.objective import Objective, Parameters
+from onnx_ecp.runtime import check_deadline
+from onnx_ecp.shelf import Shelf
+
+# The network is linearised so many times, with so many steps of conjugate gradients each.
+ROUNDS = 3
+STEPS = 16
+# A round ends after so many steps without a better state; the last round is one that lowers the
+# loss by less than this share of it.
+PATIENCE = 4
+LEAST_GAIN = 0.01
+# The loss on held-out samples is looked at every so many steps.
+CHECK = 2
+# Size of the disturbance that J d is measured with, as a share of theta, both in units of the
+# outputs: float32 outputs have seven digits, of which a difference this small keeps four.
+DISTURBANCE = 3e-3
+# Vectors as long as theta that are in memory at a time, sums of a batch included.
+VECTORS = 12
+
+
+def refit_jointly(
+    objective: Objective,
+    state: State,
+    fit: Calibration,
+    guard: Calibration,
+    *,
+    size: int,
+    damping: float,
+    memory: int | None = None,
+    progress: Progress = silent,
+) -> Tuned:
+    """Move kept weights and shifts of all layers towards the original outputs; masks stay.
+
+    Args:
+        objective: whose loss is lowered.
+        state: where to begin.
+        fit: samples to learn from.
+        guard: other samples: the best state on them is what comes back.
+        size: batch size.
+        damping: ridge as a share of the mean diagonal of the system.
+        memory: bytes that outputs of all samples may take; beyond, they lie in a temporary file.
+        progress: called after every step.
+    """
+    theta = Parameters(objective.observer.layers, state.keep)
+    diagonal = _diagonal(objective, state, fit, size, memory, theta)
+    best, best_loss = state, objective.loss(state, guard, size)
+    before = best_loss
+    for turn in range(ROUNDS):
+        around = best_loss
+        system = _System(objective, best, list(fit.batches(size)), theta, diagonal, damping, memory)
+        found = 0
+        for step, d in enumerate(system.steps(), 1):
+            progress("joint refit", turn * STEPS + step, ROUNDS * STEPS)
+            if step % CHECK:
+                continue
+            tried = theta.state(system.state, system.point + d)
+            loss = objective.loss(tried, guard, size)
+            if loss < best_loss:
+                best, best_loss, found = tried, loss, step
+            if step == STEPS or step - found >= PATIENCE:
+                break
+        if best_loss > (1 - LEAST_GAIN) * around:
+            break
+    progress("joint refit", ROUNDS * STEPS, ROUNDS * STEPS)
+    return Tuned(best, before, best_loss)
+
+
+def _diagonal(
+    objective: Objective,
+    state: State,
+    fit: Calibration,
+    size: int,
+    memory: int | None,
+    theta: Parameters,
+) -> np.ndarray:
+    """(theta.size,): E[(dy/dtheta)^2], in the metric and summed over the outputs."""
+    observer = objective.observer
+    measured = measure(observer, state, fit, size=size, memory=memory)
+    weights: dict[str, np.ndarray] = {}
+    shifts = {}
+    for layer in observer.layers:
+        moments = measured.moments[layer.name]
+        moments = moments.recentred(np.zeros_like(moments.centre))
+        stored = layer.weight.layout(moments.ww) * layer.weight.scale**2 / moments.count
+        tensor = layer.weight.tensor
+        weights[tensor] = weights[tensor] + stored if tensor in weights else stored
+        shifts[layer.name] = moments.bb / moments.count
+    return theta.vector(weights, shifts)
+
+
+class _System:
+    """The linearised problem around one state: ``(E[J^T H J] + ridge) d = -E[J^T slope]``.
+
+    Args:
+        objective: whose loss it is.
+        state: the point.
+        batches: all samples.
+        theta: what may move.
+        diagonal: of E[J^T H J], about.
+        damping: ridge as a share of its mean.
+        memory: bytes that the outputs may take.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        state: State,
+        batches: list[Batch],
+        theta: Parameters,
+        diagonal: np.ndarray,
+        damping: float,
+        memory: int | None,
+    ) -> None:
+        self.state, self.point = state, theta.of(state)
+        self._objective, self._theta, self._batches = objective, theta, batches
+        self._count = sum(batch.samples for batch in batches)
+        self._diagonal = diagonal
+        self._ridge = damping * float(diagonal.mean())
+        self._outputs = Shelf(memory)
+        for number, batch in enumerate(batches):
+            for name, y in objective.observer.heads(state, batch).items():
+                self._outputs[number, name] = y
+
+    def steps(self) -> Iterator[np.ndarray]:
+        """Better and better solutions d: preconditioned conjugate gradients from d = 0."""
+        d = np.zeros_like(self.point)
+        residual = -self._slope()
+        scale = self._diagonal + self._ridge
+        direction = np.zeros_like(d)
+        before = np.inf
+        while True:
+            check_deadline()
+            z = np.divide(residual, scale, out=np.zeros_like(d), where=scale > 0)
+            now = float(residual @ z)
+            direction = z + now / before * direction
+            image = self._times(direction)
+            curvature = float(direction @ image)
+            if not curvature > 0:  # rounding, or nothing left to gain
+                return
+            d = d + now / curvature * direction
+            residual = residual - now / curvature * image
+            before = now
+            yield d
+
+    def _slope(self) -> np.ndarray:
+        """E[J^T slope]."""
+        total = np.zeros_like(self.point)
+        for batch, y in self._seen():
+            slopes = self._objective.slopes(y, self._objective.targets(batch))
+            total += self._objective.gradient(self.state, batch, slopes, self._theta)
+        return total / self._count
+
+    def _times(self, d: np.ndarray) -> np.ndarray:
+        """(E[J^T H J] + ridge) d."""
+        size = np.sqrt(d**2 @ self._diagonal)
+        if not size > 0:
+            return np.zeros_like(d)
+        step = DISTURBANCE * np.sqrt(self.point**2 @ self._diagonal) / size
+        moved = self._theta.state(self.state, self.point + step * d)
+        total = np.zeros_like(d)
+        for batch, y in self._seen():
+            there = self._objective.observer.heads(moved, batch)
+            change = {n: (there[n].astype(np.float64) - y[n]) / step for n in y}
+            bends = self._objective.bends(y, change)
+            total += self._objective.gradient(self.state, batch, bends, self._theta)
+        return total / self._count + self._ridge * d
+
+    def _seen(self) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+        """Every batch with the outputs that the state makes of it."""
+        heads = self._objective.observer.scales
+        for number, batch in enumerate(self._batches):
+            yield batch, {name: self._outputs[number, name] for name in heads}

@@ -1,0 +1,148 @@
+"""The loss in the outputs, its slope and its curvature in what may change, and the joint refit."""
+
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import onnx
+import pytest
+
+import onnx_ecp
+from onnx_ecp import joint
+from onnx_ecp import model as modelling
+from onnx_ecp.calibration import Calibration
+from onnx_ecp.gradients.observer import Observer, original_state
+from onnx_ecp.layers import find_layers
+from onnx_ecp.methods import COMPENSATIONS, METHODS
+from onnx_ecp.objective import Objective, Parameters
+
+HEADER = '<ir_version: 8, opset_import: ["" : 17]> g '
+MLP = """(double[batch, 6] x) => (double[batch, 4] y) {
+    h = Gemm<transB = 1>(x, W1, b1)  r = Tanh(h)  y = Gemm(r, W2, b2)
+}"""
+LINEAR = "(double[batch, 6] x) => (double[batch, 4] y) { y = Gemm<alpha = 2.0>(x, W, b) }"
+STORED = {
+    MLP: {"W1": (5, 6), "b1": (5,), "W2": (5, 4), "b2": (4,)},
+    LINEAR: {"W": (6, 4), "b": (4,)},
+}
+
+
+def network(text, rng, metric="l2", count=50):
+    """A model with random weights, samples, its objective, and a state with weights removed."""
+    model = onnx.parser.parse_model(HEADER + text)
+    for name, shape in STORED[text].items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(rng.normal(size=shape), name))
+    samples = Calibration({"x": rng.normal(size=(count, 6))}, True, "", False, 0)
+    layers = find_layers(model).layers
+    loaded = modelling.load(model)
+    observer = Observer(loaded, layers, next(samples.batches(2)), metric=metric)
+    original = original_state(loaded, layers)
+    keep = {n: rng.random(k.shape) < 0.6 for n, k in original.keep.items()}
+    views = {x.weight.tensor: x.weight for x in layers}
+    weights = {n: np.where(views[n].layout(k), original.weights[n], 0) for n, k in keep.items()}
+    weights = original_state(loaded, layers).weights.of(weights)
+    pruned = replace(original, weights=weights, keep=keep)
+    return model, samples, Objective(observer, original), pruned
+
+
+def central(function, point, direction, step=1e-5):
+    return (function(point + step * direction) - function(point - step * direction)) / (2 * step)
+
+
+@pytest.mark.parametrize("metric", ["l2", "kl"])
+def test_the_gradient_is_that_of_the_loss(rng, metric):
+    _, samples, objective, state = network(MLP, rng, metric)
+    theta = Parameters(objective.observer.layers, state.keep)
+    point = theta.of(state)
+    assert point.size == Parameters.count(objective.observer.layers, state.keep)
+    batch = next(samples.batches(50))
+    slopes = objective.slopes(objective.observer.heads(state, batch), objective.targets(batch))
+    gradient = objective.gradient(state, batch, slopes, theta) / 50
+    for direction in np.eye(point.size)[:: point.size // 8]:
+        slope = central(lambda p: objective.loss(theta.state(state, p), samples), point, direction)
+        assert gradient @ direction == pytest.approx(slope, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("metric", ["l2", "kl"])
+def test_bends_are_the_change_of_the_slopes(rng, metric):
+    _, samples, objective, _ = network(MLP, rng, metric)
+    batch = next(samples.batches(50))
+    targets = objective.targets(batch)
+    y, u = rng.normal(size=(2, 50, 4))
+    ((name, bends),) = objective.bends({"y": y}, {"y": u}).items()
+    change = central(lambda p: objective.slopes({name: p}, targets)[name], y, u)
+    np.testing.assert_allclose(bends, change, rtol=1e-6, atol=1e-8)
+
+
+def test_a_state_made_from_its_own_vector_is_the_same(rng):
+    _, _, objective, state = network(MLP, rng)
+    theta = Parameters(objective.observer.layers, state.keep)
+    again = theta.state(state, theta.of(state))
+    for name in state.weights:
+        np.testing.assert_array_equal(again.weights[name], state.weights[name])
+    for name in state.shifts:
+        np.testing.assert_array_equal(again.shifts[name], state.shifts[name])
+
+
+def test_on_a_linear_network_the_steps_end_at_the_ridge_regression(rng):
+    _, samples, objective, state = network(LINEAR, rng)
+    theta = Parameters(objective.observer.layers, state.keep)
+    damping = 0.05
+    diagonal = joint._diagonal(objective, state, samples, 50, None, theta)
+    batches = list(samples.batches(20))
+    system = joint._System(objective, state, batches, theta, diagonal, damping, None)
+    *_, found = islice(system.steps(), theta.of(state).size)
+    x = samples.arrays["x"]
+    kept = np.argwhere(objective.observer.layers[0].weight.layout(state.keep["W"]))
+    jacobian = np.zeros((50, 4, len(kept) + 4))
+    for column, (i, o) in enumerate(kept):
+        jacobian[:, o, column] = 2 * x[:, i]
+    jacobian[:, :, len(kept) :] = np.eye(4)
+    flat = jacobian.reshape(200, -1)
+    gap = 2 * x @ (state.weights["W"] - objective.original.weights["W"])
+    np.testing.assert_allclose(diagonal, (flat**2).sum(axis=0) / 50, rtol=1e-9)
+    ridge = damping * diagonal.mean()
+    matrix = flat.T @ flat / 50 + ridge * np.eye(flat.shape[1])
+    expected = np.linalg.solve(matrix, -flat.T @ gap.reshape(-1) / 50)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("metric", ["l2", "kl"])
+def test_it_lowers_the_loss_that_it_was_not_shown_and_leaves_the_mask(rng, metric):
+    _, samples, objective, state = network(MLP, rng, metric)
+    fit = samples.take(np.arange(40))
+    guard = samples.take(np.arange(40, 50))
+    found = joint.refit_jointly(objective, state, fit, guard, size=16, damping=1e-2)
+    assert found.before == pytest.approx(objective.loss(state, guard))
+    assert found.after == pytest.approx(objective.loss(found.state, guard))
+    assert found.after < 0.8 * found.before
+    for layer in objective.observer.layers:
+        tensor = layer.weight.tensor
+        removed = ~layer.weight.layout(state.keep[tensor])
+        assert removed.any()
+        assert np.all(found.state.weights[tensor][removed] == 0)
+    assert found.state.keep is state.keep
+
+
+def test_nothing_is_moved_where_nothing_is_wrong(rng):
+    _, samples, objective, _ = network(MLP, rng)
+    found = joint.refit_jointly(
+        objective, objective.original, samples, samples, size=50, damping=1e-2
+    )
+    assert found.state is objective.original
+    assert found.after == 0
+
+
+def test_joint_is_the_refit_with_one_step_more_and_needs_memory(rng):
+    model, samples, *_ = network(MLP, rng, count=300)
+    assert COMPENSATIONS[METHODS["ecp-refit"].compensation].joint
+    assert not COMPENSATIONS["refit"].joint
+    data, choices = samples.arrays, {"sparsity": 0.5, "stages": 2, "cleanup": False}
+    whole = onnx_ecp.optimize(model, data, **choices)
+    by_layer = onnx_ecp.optimize(model, data, compensation="refit", **choices)
+    squeezed = onnx_ecp.optimize(model, data, max_memory="4K", **choices)
+    for name, mask in whole.masks.items():
+        np.testing.assert_array_equal(mask, by_layer.masks[name])
+    assert whole.report.gap.relative_error < by_layer.report.gap.relative_error
+    assert squeezed.report.gap.relative_error == by_layer.report.gap.relative_error
+    assert any("joint refit was left out" in text for text in squeezed.report.warnings)
