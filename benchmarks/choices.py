@@ -44,6 +44,7 @@ ALTERNATIVES: dict[str, tuple[Any, dict[str, Any]]] = {
     "4 stages": (DEFAULT, {"stages": 4}),
     "8 stages": (DEFAULT, {"stages": 8}),
     "32 stages": (DEFAULT, {"stages": 32}),
+    "layer by layer": (DEFAULT, {"compensation": "refit"}),
     "importance ecp": (DEFAULT, {"importance": "ecp"}),
     "importance magnitude": (DEFAULT, {"importance": "magnitude"}),
     "importance wanda": (DEFAULT, {"importance": "wanda"}),
