@@ -1,7 +1,7 @@
 """Clean-up puts a Gather in front of a layer where that makes the layer faster, and only there.
 
 A Gather along the last axis copies single elements. Against a product with ``out`` columns that
-pays only where many inputs are dead, or many outputs read them: ``structure.cleanup.pays`` says so
+pays only where many inputs are dead, or many outputs read them: ``structure.cleanup.is_faster`` says so
 from sizes alone. Here both ways are timed in turns, one thread, and the verdict is compared.
 """
 
@@ -17,7 +17,7 @@ import onnxruntime
 from outcome import Claim, finish, publish, table
 from timing import ratio_in_turns
 
-from onnx_ecp.structure.cleanup import pays
+from onnx_ecp.structure.cleanup import is_faster
 
 INPUTS = (256, 784, 3072)
 OUTPUTS = (32, 128, 512, 2048)
@@ -47,7 +47,7 @@ def row(inputs: int, outputs: int, share: float) -> dict[str, Any]:
     found: dict[str, Any] = {"inputs": inputs, "read": read, "outputs": outputs}
     for batch in BATCHES:
         found[f"batch {batch}"] = ratio(inputs, read, outputs, batch)
-    found["gathered"] = pays(inputs, read, outputs)
+    found["gathered"] = is_faster(inputs, read, outputs)
     return found
 
 

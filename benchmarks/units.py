@@ -84,7 +84,9 @@ def measured(model: onnx.ModelProto, feeds: Feeds) -> Work:
     return work(Model(model, None, None), {n: x[:2] for n, x in feeds.items()}, {})
 
 
-def latency_ratio(before: onnx.ModelProto, after: onnx.ModelProto, feeds: Feeds) -> float:
+def latency_ratio(
+    before: onnx.ModelProto, after: onnx.ModelProto, feeds: Feeds, size: int = BATCH
+) -> float:
     """Time of one batch, models in turns; the median of the ratios of neighbours."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
@@ -92,7 +94,7 @@ def latency_ratio(before: onnx.ModelProto, after: onnx.ModelProto, feeds: Feeds)
         onnxruntime.InferenceSession(m.SerializeToString(), options, ["CPUExecutionProvider"])
         for m in (before, after)
     ]
-    batch = {n: np.ascontiguousarray(x[:BATCH]) for n, x in feeds.items()}
+    batch = {n: np.ascontiguousarray(x[:size]) for n, x in feeds.items()}
     return ratio_in_turns(sessions, batch, REPEATS, WARM_UP)
 
 

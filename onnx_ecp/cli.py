@@ -240,6 +240,11 @@ OPTIONS = (
         help="Delete units that have no weights left; exact but for rounding.  [default: on, but "
         "off with N:M and --apply-masks]",
     ),
+    _choice(
+        "--unread-inputs", "faster|smaller", "faster",
+        "Clean-up drops inputs that a layer no longer reads where that makes it faster, or wherever "
+        "it makes the file smaller.",
+    ),
     click.option(
         "--permute", is_flag=True,
         help="With N:M: reorder the inputs of layers, where another layer in the file makes them, "

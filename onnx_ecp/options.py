@@ -23,6 +23,7 @@ from onnx_ecp.pruning import BLOCKS
 from onnx_ecp.selection import NM, SCOPES, Sparsity, parse_sparsity
 from onnx_ecp.shelf import parse_size
 from onnx_ecp.statistics import POSITIONS
+from onnx_ecp.structure.cleanup import UNREAD
 from onnx_ecp.structure.selection import COSTS
 from onnx_ecp.targets import Limit
 
@@ -55,6 +56,7 @@ class Options:
     cost: str = "params"
     unit_multiple: int = 1
     cleanup: bool | None = None
+    unread_inputs: str = "faster"
     permute: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -113,6 +115,7 @@ class Options:
         one_of("scope", self.resolved_scope, SCOPES)
         one_of("granularity", self.granularity, GRANULARITIES)
         one_of("cost", self.cost, COSTS)
+        one_of("unread-inputs", self.unread_inputs, UNREAD)
         one_of("format", self.format, ENCODINGS)
         for name in ("samples", "batch_size", "threads", "stages", "probes", "unit_multiple"):
             value = getattr(self, name)

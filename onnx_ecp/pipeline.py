@@ -529,7 +529,7 @@ def finished(
         return Smaller(masked, created, warnings=why)
     if not cleans:
         return Smaller(masked, created)
-    return cleaned(source, masked, created, network, options.session)
+    return cleaned(source, masked, created, network, options.unread_inputs, options.session)
 
 
 def _any_dead(network: Network, state: State) -> bool:

@@ -2,14 +2,15 @@
 
 A unit whose outgoing weights are all zero goes. One whose incoming weights are all zero is a
 constant, whatever stands between it and its readers: ONNX Runtime says which, and it is folded into
-their biases. Inputs that nothing reads go where a Gather and a smaller product are faster. Layers
+their biases. Inputs that nothing reads go where a Gather and a smaller product are faster, or, if
+that is wished, wherever both are smaller. Layers
 that were not pruned keep their shape. Both models are run on calibration samples, and where they
 differ nothing is cleaned up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,6 +40,8 @@ ROUNDING = 1e-5
 # A Gather copies an element in the time of so many multiplications of a matrix product, or a little
 # less (ONNX Runtime on the CPU, batch 64; benchmarks/dead_inputs.py).
 COPY = 400
+# What a Gather adds to a file, in bytes: eight for each index, and about so many for the node.
+INDEX, NODE = 8, 200
 # Gather counts axes from the end from this opset on.
 _NEGATIVE_AXES = 11
 
@@ -71,7 +74,11 @@ class _Alive:
 
 
 def clean_up(
-    model: Model, pruned: Collection[str], batches: Sequence[Feeds], **settings: object
+    model: Model,
+    pruned: Collection[str],
+    batches: Sequence[Feeds],
+    unread: str = "faster",
+    **settings: object,
 ) -> CleanUp:
     """Remove dead units and dead inputs of a model, exact but for rounding.
 
@@ -79,6 +86,7 @@ def clean_up(
         model: a pruned model; it is not changed.
         pruned: names of the layers that may lose rows and columns.
         batches: calibration samples, on which equality is checked; the first of them tells shapes.
+        unread: where inputs that nothing reads go: a name in UNREAD.
         settings: of the ``Session``.
     """
     current, rows = model, list[UnitRow]()
@@ -89,7 +97,7 @@ def clean_up(
             break
         found = _without_dead(current, layers, alive, batches[0], settings)
         if found is None:
-            current, gathered = _without_dead_inputs(current, layers, alive)
+            current, gathered = _without_dead_inputs(current, layers, alive, UNREAD[unread])
             rows += gathered
             break
         current = found[0]
@@ -240,7 +248,10 @@ def _at_least_one(structure: Structure, keep: np.ndarray) -> np.ndarray:
 
 
 def _without_dead_inputs(
-    model: Model, layers: Sequence[Layer], alive: Mapping[str, _Alive]
+    model: Model,
+    layers: Sequence[Layer],
+    alive: Mapping[str, _Alive],
+    pays: Callable[[int, int, int], bool],
 ) -> tuple[Model, list[UnitRow]]:
     """The model with a Gather in front of the Gemm and MatMul layers where that pays."""
     opset = next(o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx"))
@@ -262,9 +273,18 @@ def _without_dead_inputs(
     return (Model(proto, None, model.base), rows) if rows else (model, [])
 
 
-def pays(inputs: int, read: int, outputs: int) -> bool:
+def is_faster(inputs: int, read: int, outputs: int) -> bool:
     """Whether a layer is faster if it is given only the inputs that it reads."""
     return (inputs - read) * outputs >= COPY * read
+
+
+def is_smaller(inputs: int, read: int, outputs: int) -> bool:
+    """Whether the file is smaller if a layer of float32 is given only the inputs that it reads."""
+    return (inputs - read) * outputs * 4 > INDEX * read + NODE
+
+
+# Where inputs that nothing reads go; asked with the numbers of inputs, of those read, of outputs.
+UNREAD: dict[str, Callable[[int, int, int], bool]] = {"faster": is_faster, "smaller": is_smaller}
 
 
 def _gather(proto: onnx.ModelProto, output: str, index: int, chosen: np.ndarray) -> None:

@@ -123,13 +123,18 @@ def smaller(
 
 
 def cleaned(
-    source: Model, pruned: Model, created: frozenset[str], network: Network, settings: Settings
+    source: Model,
+    pruned: Model,
+    created: frozenset[str],
+    network: Network,
+    unread: str,
+    settings: Settings,
 ) -> Smaller:
     """Take out of a pruned model what does nothing any longer; see ``cleanup``."""
     names = {layer.name for layer in network.layers}
     few = next(network.fit.batches(2)).feeds
     judged = (batch.feeds for batch in network.guard.batches(network.size))
-    done = clean_up(pruned, names, [few, *judged], **settings)
+    done = clean_up(pruned, names, [few, *judged], unread, **settings)
     if done.refused:
         return Smaller(pruned, created, warnings=(f"nothing was cleaned up: {done.refused}.",))
     if not done.rows:
