@@ -228,9 +228,13 @@ OPTIONS = (
     ),
     click.option(
         "--speedup", type=float, metavar="X",
-        help="Instead of --sparsity, with units: 1/X of the multiplications stay.",
+        help="Instead of --sparsity, with units: 1/X of the multiplications stay; with --cost "
+        "latency the model is X times as fast on this machine, measured.",
     ),
-    _choice("--cost", "params|flops", "params", "What a unit's importance is divided by."),
+    _choice(
+        "--cost", "params|flops|latency", "params",
+        "What a unit's importance is divided by; latency is timed on this machine.",
+    ),
     click.option(
         "--unit-multiple", type=int, metavar="N", default=1, show_default=True,
         help="Keep units in multiples of N, such as 8 or 16.",

@@ -42,6 +42,9 @@ from onnx_ecp.runtime import OutOfMemory, Session
 
 # What the inputs of a batch may take together, unless the user chooses the batch size.
 BATCH_BYTES = 16 * 2**20
+# Which of the times of many runs stands for all. On an idle machine the first decile is the median;
+# on a busy one it is what other work moves least (benchmarks/timing.py).
+DECILE = 0.1
 
 _FLOATS = (
     onnx.TensorProto.FLOAT,
@@ -156,18 +159,18 @@ class Gap:
 
 @dataclass(frozen=True)
 class Latency:
-    """Median seconds of one run of both models, measured in turns.
+    """Seconds of one run of both models, measured in turns.
 
     Args:
-        median_a: of model a.
-        median_b: of model b.
-        ratio: median_b / median_a; below 1 when b is faster.
+        seconds_a: of model a, the first decile of its runs; see ``DECILE``.
+        seconds_b: of model b.
+        ratio: seconds_b / seconds_a; below 1 when b is faster.
         threads: threads within an operator; None is ONNX Runtime's choice.
         batch: samples a run.
     """
 
-    median_a: float
-    median_b: float
+    seconds_a: float
+    seconds_b: float
     ratio: float
     threads: int | None
     batch: int
@@ -423,22 +426,34 @@ def measure_latency(
     *,
     provider: str = "cpu",
     threads: int | None = None,
-    repeats: int = 50,
+    turns: int = 50,
+    seconds: float = 1.0,
 ) -> Latency:
-    """Median time of one run of both models, in turns, so that a busy machine slows both alike."""
+    """Time of one run of both models, in turns, so that a busy machine slows both alike.
+
+    Args:
+        a: the original model.
+        b: a model with the same inputs.
+        batch: what both are fed.
+        provider: execution provider.
+        threads: threads within an operator.
+        turns: so many at least.
+        seconds: for so long at least.
+    """
     sessions = [
         Session(m.proto, provider=provider, threads=threads, base=m.base, packed=True)
         for m in (a, b)
     ]
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(repeats + 3):
-        for session, times in zip(sessions, seconds, strict=True):
-            began = time.perf_counter()
-            session.run(batch.feeds)
-            if repeat >= 3:  # the first runs allocate
-                times.append(time.perf_counter() - began)
-    median_a, median_b = (statistics.median(times) for times in seconds)
-    return Latency(median_a, median_b, median_b / median_a, threads, batch.samples)
+    for _ in range(3):  # the first runs allocate
+        for session in sessions:
+            session.seconds(batch.feeds)
+    times: tuple[list[float], list[float]] = ([], [])
+    began = time.monotonic()
+    while len(times[0]) < turns or time.monotonic() - began < seconds:
+        for session, taken in zip(sessions, times, strict=True):
+            taken.append(session.seconds(batch.feeds))
+    seconds_a, seconds_b = np.quantile(times, DECILE, axis=1).tolist()
+    return Latency(seconds_a, seconds_b, seconds_b / seconds_a, threads, batch.samples)
 
 
 def model_facts(model: Model) -> ModelFacts:

@@ -188,6 +188,8 @@ class Options:
                 raise UsageError(f"--granularity unit does not go with {what}.")
         if self.speedup is not None and not self.speedup >= 1:
             raise UsageError(f"--speedup is {self.speedup}; it must be at least 1.")
+        if self.speedup == 1 and self.cost == "latency":
+            raise UsageError("--speedup is 1: with --cost latency it must be greater.")
         if self.speedup is not None and self.sparsity is not None:
             raise UsageError("--speedup and --sparsity are two targets; give one of them.")
 

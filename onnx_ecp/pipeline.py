@@ -19,7 +19,7 @@ from onnx_ecp import bounds, doctor, evaluate
 from onnx_ecp import calibration as calibrating
 from onnx_ecp import model as modelling
 from onnx_ecp.arrays import npz_names, read_npz
-from onnx_ecp.calibration import Calibration
+from onnx_ecp.calibration import Batch, Calibration
 from onnx_ecp.errors import (
     CalibrationError,
     ModelError,
@@ -34,7 +34,7 @@ from onnx_ecp.layers import Layer, Skip, find_layers
 from onnx_ecp.measurement import Progress, batch_size, silent
 from onnx_ecp.model import Model
 from onnx_ecp.options import Options
-from onnx_ecp.pruning import Network, Plan, Pruned, importances, observe, prune, stage
+from onnx_ecp.pruning import Network, Plan, Pruned, importances, observe, prune, stage, tuned
 from onnx_ecp.report import (
     SYNTHETIC_WARNING,
     UNSTRUCTURED_SPEED,
@@ -46,13 +46,19 @@ from onnx_ecp.report import (
 from onnx_ecp.runtime import deadline, free_memory, threads_of
 from onnx_ecp.selection import NM, Group, Sparsity
 from onnx_ecp.shelf import Computed
+from onnx_ecp.structure.latency import Watch
+from onnx_ecp.structure.outcome import Speedup
 from onnx_ecp.structure.smaller import Smaller, cleaned, smaller, units_of, with_order
-from onnx_ecp.structure.units import Goal, PrunedUnits, UnitStep
+from onnx_ecp.structure.units import Goal, PrunedUnits, UnitStep, too_slow
 from onnx_ecp.targets import Judge, Point, seek
 
 # Shares of the calibration samples that are set aside, and how many at most: to judge refits, and
 # to measure the error that the report states. Neither is used for anything else.
 HELD_OUT, HELD_OUT_MOST = 0.1, 512
+# How often a model that is not fast enough yet is pruned further.
+ATTEMPTS = 5
+# Seconds for which a model that seems to miss its target is measured once more.
+LONGER = 3.0
 # Below this effective sample size the user is warned that few samples carry all the weight.
 FEW_SAMPLES = 32
 
@@ -148,9 +154,16 @@ def optimize(
             layers, skips = choose_layers(source, options)
         network, blocked = observe_network(source, layers, data, options)
         plan = make_plan(network.layers, options)
-        step = unit_step(source, network, options) if options.granularity == "unit" else None
+        step = None
+        if options.granularity == "unit":
+            step = unit_step(source, network, data, options, progress)
         pruned, curve = prune_within(network, plan, data, options, step, progress)
         made = finished(source, network, step, pruned, options)
+        speedup = None
+        if step is not None and step.goal.target == "latency":
+            pruned, made, speedup = fast_enough(
+                source, network, plan, step, pruned, made, data, options, progress
+            )
         predicted = predicted_error(network, plan, pruned)
         network.observer.close()
         result, created = made.model, made.created
@@ -193,7 +206,8 @@ def optimize(
         units=made.rows,
         work_before=made.before,
         work_after=made.after,
-        speed=speed_of(made, comparison),
+        speed=speed_of(made, comparison, speedup),
+        speedup=speedup,
     )
     return Result(result.proto, report, masks)
 
@@ -491,7 +505,9 @@ def reordered(
     return with_order(given, network, patterns, scores, options.session)
 
 
-def unit_step(source: Model, network: Network, options: Options) -> UnitStep:
+def unit_step(
+    source: Model, network: Network, data: Data, options: Options, progress: Progress
+) -> UnitStep:
     """What a stage does when whole units go; a layer that is not wanted keeps its own units.
 
     Raises:
@@ -501,10 +517,65 @@ def unit_step(source: Model, network: Network, options: Options) -> UnitStep:
     structure = units_of(source, network, frozen, options.session)
     share, target = options.end, "params"
     if options.speedup is not None:
-        share, target = 1 - 1 / options.speedup, "flops"
+        share = 1 - 1 / options.speedup
+        target = "latency" if options.cost == "latency" else "flops"
     assert not isinstance(share, NM), "Options refuses N:M of units"
     goal = Goal(share, target, options.cost, options.unit_multiple)
-    return UnitStep(network, structure, goal)
+    watch = None
+    if options.cost == "latency":
+        watch = Watch(
+            replace(source, proto=modelling.decode_sparse(source.proto)),
+            structure,
+            network.layers,
+            timed_batch(data, options),
+            (next(data.fit.batches(1)), next(data.fit.batches(2))),
+            options.session,
+            progress=progress,
+        )
+    return UnitStep(network, structure, goal, watch)
+
+
+def timed_batch(data: Data, options: Options) -> Batch:
+    """What models are fed when their latency is measured."""
+    return next(data.held_out.batches(options.batch_size or evaluate.fitting(data.held_out)))
+
+
+def fast_enough(
+    source: Model,
+    network: Network,
+    plan: Plan,
+    step: UnitStep,
+    pruned: Pruned,
+    made: Smaller,
+    data: Data,
+    options: Options,
+    progress: Progress,
+) -> tuple[Pruned, Smaller, Speedup]:
+    """Measure what was made, and prune on until it is as fast as was asked for.
+
+    What an error target ended earlier is measured only.
+
+    Raises:
+        TargetError: it is not, after ATTEMPTS.
+    """
+    assert options.speedup is not None, "the target of the step"
+    wanted, closest = 1 / options.speedup, 1.0
+    for _ in range(ATTEMPTS):
+        assert isinstance(pruned, PrunedUnits), "a UnitStep gives them"
+        batch = timed_batch(data, options)
+        latency = evaluate.measure_latency(source, made.model, batch, **options.session)
+        if latency.ratio > wanted:  # before more goes: was it other work on the machine?
+            latency = evaluate.measure_latency(
+                source, made.model, batch, seconds=LONGER, **options.session
+            )
+        if latency.ratio <= wanted or options.limit is not None:
+            return pruned, made, Speedup(options.speedup, step.predicted(pruned.keep), latency)
+        closest = min(closest, latency.ratio)
+        step = step.with_more(latency.ratio)
+        again = step(network, plan, pruned, 1.0, progress)
+        pruned = tuned(network, plan, again, last=True, progress=progress)
+        made = finished(source, network, step, pruned, options)
+    raise too_slow(options.speedup, closest)
 
 
 def finished(
@@ -678,22 +749,29 @@ def compare(
     )
     latency = None
     if options.measure:
-        size = options.batch_size or evaluate.fitting(data.held_out)
         latency = evaluate.measure_latency(
-            source, result, next(data.held_out.batches(size)), **options.session
+            source, result, timed_batch(data, options), **options.session
         )
     return Comparison(original, evaluate.model_facts(result), gap, latency)
 
 
-def speed_of(made: Smaller, comparison: Comparison) -> str:
+def speed_of(made: Smaller, comparison: Comparison, speedup: Speedup | None) -> str:
     """What the result does for latency, in words, and in numbers where they were asked for."""
-    expected, latency = made.speed or UNSTRUCTURED_SPEED, comparison.latency
+    expected = made.speed or UNSTRUCTURED_SPEED
+    latency = comparison.latency if speedup is None else speedup.measured
     if latency is None:
         return expected
     threads = "all threads" if latency.threads is None else f"{latency.threads} threads"
+    runs = (
+        f"batch {latency.batch}, {threads} "
+        f"({1e3 * latency.seconds_a:.3g} ms, {1e3 * latency.seconds_b:.3g} ms)."
+    )
+    if speedup is None:
+        return f"{expected} Measured: x{latency.ratio:.3f} of the latency, {runs}"
     return (
-        f"{expected} Measured: x{latency.ratio:.3f} of the latency, batch {latency.batch}, "
-        f"{threads} ({1e3 * latency.median_a:.3g} ms, {1e3 * latency.median_b:.3g} ms)."
+        f"{speedup.asked:g} times as fast was asked for; {speedup.predicted:.2f} times is what the "
+        f"layers that lost units promise, timed one by one; {speedup.reached:.2f} times was "
+        f"measured, {runs}"
     )
 
 

@@ -309,14 +309,17 @@ def test_facts_of_a_file_take_its_external_data_in(tmp_path):
 
 
 def test_latency_is_measured_in_turns(x, monkeypatch):
-    order, run = [], Session.run
+    order, seconds = [], Session.seconds
     monkeypatch.setattr(
-        Session, "run", lambda session, *rest: order.append(id(session)) or run(session, *rest)
+        Session,
+        "seconds",
+        lambda session, feeds: order.append(id(session)) or seconds(session, feeds),
     )
-    latency = evaluate.measure_latency(NET, PRUNED, next(data(x).batches(8)), threads=1, repeats=4)
+    batch = next(data(x).batches(8))
+    latency = evaluate.measure_latency(NET, PRUNED, batch, threads=1, turns=4, seconds=0)
     assert order == order[:2] * 7
     assert order[0] != order[1]
-    assert latency.ratio == latency.median_b / latency.median_a > 0
+    assert latency.ratio == latency.seconds_b / latency.seconds_a > 0
     assert (latency.batch, latency.threads) == (8, 1)
 
 

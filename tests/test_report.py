@@ -12,7 +12,7 @@ import pytest
 from onnx_ecp.bounds import from_gaps
 from onnx_ecp.bounds.sampling import Gaps
 from onnx_ecp.errors import OnnxEcpError, OutputError, UsageError
-from onnx_ecp.evaluate import Deviation, Gap, ModelFacts, Score
+from onnx_ecp.evaluate import Deviation, Gap, Latency, ModelFacts, Score
 from onnx_ecp.layers import Skip
 from onnx_ecp.report import (
     CalibrationFacts,
@@ -26,7 +26,7 @@ from onnx_ecp.report import (
     write,
 )
 from onnx_ecp.report.as_json import dumps
-from onnx_ecp.structure.outcome import UnitRow, Work
+from onnx_ecp.structure.outcome import Speedup, UnitRow, Work
 from onnx_ecp.targets import Point
 
 HOSTILE = {
@@ -103,6 +103,7 @@ VARIANTS = {
     "bounds, one without a value": report(
         bounds=from_gaps(Gaps(np.ones(4), np.ones(4), np.zeros(4, bool)), confidence=0.95)
     ),
+    "a speedup": report(speedup=Speedup(2.0, 2.2, Latency(1e-3, 4.8e-4, 0.48, 1, 64))),
     "bias created, note": report(layers=(layer(bias_created=True, note="refit not kept"),)),
 }
 each_variant = pytest.mark.parametrize("whole", VARIANTS.values(), ids=VARIANTS)
@@ -151,6 +152,7 @@ def test_json_schema_is_this_one():
         "work_before": None,
         "work_after": None,
         "bounds": None,
+        "speedup": None,
     }  # fmt: skip
     assert list(values) == ["schema", "totals", *[f.name for f in dataclasses.fields(Report)]]
 

@@ -538,7 +538,9 @@ def test_units_that_differ_in_size_come_as_close_to_the_target_as_they_can(rng):
     whole = np.ones(structure.units, bool)
     for share in (0.9, 0.7, 0.5):
         target, scores = share * costs.total(whole), rng.random(structure.units)
-        keep = choose(scores, whole, structure.groups, costs, costs, target=target)
+        keep = choose(
+            scores, whole, structure.groups, costs, lambda x, most=target: costs.total(x) <= most
+        )
         assert costs.total(keep) <= target
         for unit in np.flatnonzero(~keep):
             group = next(g for g in structure.groups if unit in g.units)

@@ -13,7 +13,7 @@ from onnx_ecp.errors import UsageError
 from onnx_ecp.evaluate import Gap, ModelFacts
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.model import check_output, write_whole
-from onnx_ecp.structure.outcome import UnitRow, Work
+from onnx_ecp.structure.outcome import Speedup, UnitRow, Work
 from onnx_ecp.targets import Point
 
 UNSTRUCTURED_SPEED = (
@@ -139,6 +139,7 @@ class Report:
         work_after: what the layers of the result take.
         curve: the points that a search for a target visited, in order.
         bounds: on the gap, from the held-out samples; None where none were asked for.
+        speedup: what was asked for and what was measured, where latency was the target.
     """
 
     original: ModelFacts
@@ -160,6 +161,7 @@ class Report:
     work_after: Work | None = None
     curve: tuple[Point, ...] = ()
     bounds: Bounds | None = None
+    speedup: Speedup | None = None
 
     @property
     def weights(self) -> int:

@@ -69,6 +69,8 @@ def ok_line(report: Report) -> str:
         fields["error"] = _number(report.gap.relative_error)
         if report.gap.agreement is not None:
             fields["agreement"] = f"{report.gap.agreement:.2f}"
+    if report.speedup is not None:
+        fields["speedup"] = f"{report.speedup.reached:.3f}"
     fields["zeros"] = f"{report.zeros_after}/{report.weights}"
     fields["bytes"] = str(report.result.bytes)
     fields["gzip"] = str(report.result.compressed_bytes)
@@ -270,8 +272,8 @@ def _score_rows(table: Table, gap: Gap) -> None:
 def _latency_row(table: Table, latency: Latency) -> None:
     table.add_row(
         f"latency, batch {latency.batch}",
-        f"{1e3 * latency.median_a:.3g} ms",
-        f"{1e3 * latency.median_b:.3g} ms",
+        f"{1e3 * latency.seconds_a:.3g} ms",
+        f"{1e3 * latency.seconds_b:.3g} ms",
         f"x{latency.ratio:.2f}",
     )
 

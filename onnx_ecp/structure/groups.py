@@ -131,7 +131,7 @@ def with_layers(scope: Scope, layers: Iterable[Layer]) -> list[tuple[gs.Node, La
 
 def column_slot(scope: Scope, node: gs.Node, layer: Layer) -> Slot:
     """Where the columns of a Gemm or MatMul layer are stored, each a unit of its own."""
-    index, (_, axis) = _weight_axes(node, layer, conv=False)
+    index, (_, axis) = weight_axes(node, layer)
     constant = scope.trace(node.inputs[index])
     assert isinstance(constant, Traced), "the weight of a layer is stored"
     return Slot(node.outputs[0].name, index, axis, constant, np.arange(layer.shape[1]))
@@ -176,7 +176,6 @@ def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]
     Rows and columns of every layer are known afterwards, whatever is refused.
     """
     walk, (out, width) = found.walk, layer.shape
-    conv = operator(node)[1] in ("Conv", "FusedConv")
     found.rows[layer.name] = rows = walk.marks.fresh(out)
     found.columns[layer.name] = columns = walk.marks.fresh(width)
     if node.op == "Attention":
@@ -184,13 +183,13 @@ def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]
         raise Refused("its heads are not followed")
     data = next(x for x in node.inputs if x.name == layer.input)
     axis = walk.axis(data)
-    # Counted from the end, inputs and units of a Gemm or MatMul lie at the same place.
-    behind = len(layer.shift_shape)
-    place = 1 if conv else len(walk.shape(data)) - behind
-    output = 1 if conv else len(walk.shape(node.outputs[0])) - behind
-    index, weight_axes = _weight_axes(node, layer, conv)
+    at = units_axis(layer)
+    place, output = (
+        at if at > 0 else len(walk.shape(tensor)) + at for tensor in (data, node.outputs[0])
+    )
+    index, axes = weight_axes(node, layer)
     try:
-        walk.slot(node, index, weight_axes[0], rows)
+        walk.slot(node, index, axes[0], rows)
         _follow_bias(walk, node, layer, rows)
     except Refused as refusal:
         walk.marks.pin(rows, f"{node.op} {layer.name!r}: {refusal}")
@@ -204,13 +203,23 @@ def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]
         walk.marks.pin(columns, "they are not made by a layer that is pruned")
     else:
         walk.marks.join(columns, np.repeat(axis.marks, width // len(axis.marks)))
-        walk.slot(node, index, weight_axes[1], axis.marks)
+        walk.slot(node, index, axes[1], axis.marks)
     return {node.outputs[0].name: Axis(output, rows)}
 
 
-def _weight_axes(node: gs.Node, layer: Layer, conv: bool) -> tuple[int, tuple[int, int]]:
+def is_conv(layer: Layer) -> bool:
+    """Whether inputs and units are channels, on the second axis."""
+    return layer.op in ("Conv", "FusedConv")
+
+
+def units_axis(layer: Layer) -> int:
+    """Where inputs lie in what a layer reads, and units in what it makes: from the end if < 0."""
+    return 1 if is_conv(layer) else -len(layer.shift_shape)
+
+
+def weight_axes(node: gs.Node, layer: Layer) -> tuple[int, tuple[int, int]]:
     """Which input is the weight, and its axes of rows and columns."""
-    if conv:
+    if is_conv(layer):
         return 1, (0, 1)
     left = node.inputs[0].name != layer.input
     turned = bool(node.attrs.get("transA" if left else "transB", 0))
@@ -219,7 +228,7 @@ def _weight_axes(node: gs.Node, layer: Layer, conv: bool) -> tuple[int, tuple[in
 
 def _follow_bias(walk: Walk, node: gs.Node, layer: Layer, rows: np.ndarray) -> None:
     """What the operator itself adds: the bias, and the tensor Z of FusedConv."""
-    conv = node.op in ("Conv", "FusedConv")
+    conv = is_conv(layer)
     for index, tensor in enumerate(node.inputs[2:], 2):
         if not tensor.name:
             continue

@@ -6,8 +6,9 @@ go, so that nothing sees the rows of its producers any longer. The graph is cut 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -34,7 +35,11 @@ from onnx_ecp.pruning import (
 from onnx_ecp.structure.elimination import OutputMetric, scores_of_reader, steps_of
 from onnx_ecp.structure.groups import Structure
 from onnx_ecp.structure.importance import UnitObserver, by_unit
-from onnx_ecp.structure.selection import budget, choose
+from onnx_ecp.structure.latency import Watch, liked
+from onnx_ecp.structure.selection import Budget, budget, choose, multiples
+
+# A model is chosen to be faster than asked for by so much: two measurements differ.
+MARGIN = 0.98
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class Goal:
         share: of the cost that goes.
         target: cost that the share is of, a name in COSTS.
         cost: what importance is divided by, a name in COSTS.
-        multiple: the number of units that stay in a group is a multiple of it.
+        multiple: the number of units that stay in a group is a multiple of it; with 1, and a cost
+            in time, one that kernels like.
     """
 
     share: float
@@ -68,17 +74,39 @@ class PrunedUnits(Pruned):
 class UnitStep:
     """One stage of removing units: the ``step`` of ``prune`` and ``seek``.
 
+    With latency as the target the first stage plans by the clock how many units of every group stay
+    in the end; all stages are on the way there.
+
     Args:
         network: what is pruned; its layers are those of the structure.
         structure: its units.
         goal: what a share of 1 is.
+        watch: for costs in time.
+        margin: of the latency that is the target, what units are chosen to take.
     """
 
-    def __init__(self, network: Network, structure: Structure, goal: Goal) -> None:
+    def __init__(
+        self,
+        network: Network,
+        structure: Structure,
+        goal: Goal,
+        watch: Watch | None = None,
+        margin: float = MARGIN,
+    ) -> None:
         positions = positions_of(network)
-        self.structure, self.goal = structure, goal
-        self.costs = budget(structure, network.layers, goal.target, positions)
-        self._ranked_by = budget(structure, network.layers, goal.cost, positions)
+
+        def counted(cost: str) -> Budget:
+            if cost != "latency":
+                return budget(structure, network.layers, cost, positions)
+            assert watch is not None, "costs in time need one"
+            return Budget(structure, watch.times, stepped=True)
+
+        self.structure, self.goal, self._network = structure, goal, network
+        self._watch, self._margin = watch, margin
+        self.costs, self._ranked_by = counted(goal.target), counted(goal.cost)
+        by_clock = goal.cost == "latency" and goal.multiple == 1
+        self._stops = liked if by_clock else partial(multiples, of=goal.multiple)
+        self._planned: list[int] = []  # how many units of every group stay in the end
 
     def __call__(
         self,
@@ -93,21 +121,17 @@ class UnitStep:
         """Observe, score, select and compensate once; see ``pruning.stage``."""
         whole = np.ones(self.structure.units, np.bool_)
         keep = before.keep if isinstance(before, PrunedUnits) else whole
-        left = 1 - self.goal.share * share
-        going = 1 - left * self.costs.total(whole) / self.costs.total(keep)
+        left = 1 - share * self.goal.share
+        going = max(1 - left * self.costs.total(whole) / self.costs.total(keep), 0.0)
         measured, scores = _scores(
             network, plan, self.structure, before.state, keep, going, progress
         )
-        rest = choose(
-            scores,
-            keep,
-            self.structure.groups,
-            self.costs,
-            self._ranked_by,
-            target=left * self.costs.total(whole),
-            floor=plan.method.floor * left,
-            multiple=self.goal.multiple,
-        )
+        if self.goal.target == "latency":
+            self._planned = self._planned or self._by_clock(plan, scores, keep)
+            rest = self._on_the_way(scores, keep, share)
+        else:
+            target, floor = left * self.costs.total(whole), plan.method.floor * left
+            rest = self._chosen(scores, keep, lambda x: self.costs.total(x) <= target, floor)
         state, notes = _without(
             network, plan, self.structure, before.state, rest, measured, progress
         )
@@ -119,16 +143,76 @@ class UnitStep:
         }
         return PrunedUnits(state, gone, ess, notes, keep=rest)
 
+    def _chosen(
+        self,
+        scores: np.ndarray,
+        keep: np.ndarray,
+        fits: Callable[[np.ndarray], bool],
+        floor: float,
+    ) -> np.ndarray:
+        """(units,) bool: what stays; see ``choose``."""
+        groups = self.structure.groups
+        return choose(scores, keep, groups, self._ranked_by, fits, floor=floor, stops=self._stops)
+
+    def _by_clock(self, plan: Plan, scores: np.ndarray, keep: np.ndarray) -> list[int]:
+        """By group, how many units stay in a model that is fast enough.
+
+        Raises:
+            TargetError: it is not, whatever goes.
+        """
+        assert self._watch is not None, "a target in time needs one"
+        ratio, wanted = self._watch.ratio, 1 - self.goal.share
+        floor = plan.method.floor * wanted
+        least = ratio(self._chosen(scores, keep, lambda rest: False, floor))
+        if least > wanted:
+            raise too_slow(1 / wanted, least)
+        rest = self._chosen(scores, keep, lambda x: ratio(x) <= self._margin * wanted, floor)
+        return [int(rest[group.units].sum()) for group in self.structure.groups]
+
+    def _on_the_way(self, scores: np.ndarray, keep: np.ndarray, share: float) -> np.ndarray:
+        """(units,) bool: what stays at this share of the way to what is planned."""
+        rest = keep.copy()
+        for group, planned in zip(self.structure.groups, self._planned, strict=True):
+            alive = group.units[keep[group.units]]
+            number = len(group.units) - round(share * (len(group.units) - planned))
+            worst = alive[np.argsort(scores[alive], kind="stable")]
+            rest[worst[: max(len(alive) - number, 0)]] = False
+        return rest
+
+    def predicted(self, keep: np.ndarray) -> float:
+        """How many times as fast the layers are that lose units, by the costs of each alone."""
+        return self.costs.total(np.ones_like(keep)) / self.costs.total(keep)
+
+    def with_more(self, ratio: float) -> UnitStep:
+        """The same step towards a model that is faster still: the last one took ``ratio``."""
+        margin = self._margin * min((1 - self.goal.share) / ratio, MARGIN)
+        return UnitStep(self._network, self.structure, self.goal, self._watch, margin)
+
     def check_reached(self, keep: np.ndarray) -> None:
-        """TargetError where the floors kept more than the goal allows."""
+        """TargetError where the floors kept more than the goal allows; time is not asked here."""
         whole, left = self.costs.total(np.ones_like(keep)), self.costs.total(keep)
-        if left > (1 - self.goal.share) * whole:
+        if self.goal.target != "latency" and left > (1 - self.goal.share) * whole:
             what = {"params": "weights", "flops": "multiplications"}[self.goal.target]
             raise TargetError(
                 f"{100 * self.goal.share:.4g} % of the {what} cannot go with whole units: "
                 f"{100 * (1 - left / whole):.4g} % is the most, since something stays everywhere.",
                 hint="Ask for less, or use --granularity weight.",
             )
+
+
+def too_slow(asked: float, ratio: float) -> TargetError:
+    """The error that says how fast a model could become.
+
+    Args:
+        asked: times as fast as the original.
+        ratio: of the latencies, the least that was measured.
+    """
+    return TargetError(
+        f"the model cannot be {asked:g} times as fast by removing units: {1 / ratio:.3g} times "
+        "is the most that was measured.",
+        hint="Ask for less. What is no Gemm, MatMul or Conv stays as slow as it is, and other "
+        "work on the machine makes measurements uncertain.",
+    )
 
 
 def masks(
