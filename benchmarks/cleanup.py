@@ -3,8 +3,8 @@
     python benchmarks/cleanup.py
 
 Unstructured pruning to high sparsity, then what clean-up leaves: a dense model without the units
-that nobody reads, and without the inputs, where that is faster or wherever it is smaller. Latency is
-that of a batch of 1 and of 64, one thread, against the original.
+that nobody reads, and without the inputs, where that is faster or wherever it is smaller. Latency
+is that of a batch of 1 and of 64, one thread, against the original.
 """
 
 from __future__ import annotations

@@ -246,8 +246,8 @@ OPTIONS = (
     ),
     _choice(
         "--unread-inputs", "faster|smaller", "faster",
-        "Clean-up drops inputs that a layer no longer reads where that makes it faster, or wherever "
-        "it makes the file smaller.",
+        "Clean-up drops inputs that a layer no longer reads where that makes it faster, or "
+        "wherever it makes the file smaller.",
     ),
     click.option(
         "--permute", is_flag=True,
