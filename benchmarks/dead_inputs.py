@@ -2,7 +2,8 @@
 
 A Gather along the last axis copies single elements. Against a product with ``out`` columns that
 pays only where many inputs are dead, or many outputs read them: ``structure.cleanup.is_faster``
-says so from sizes alone. Here both ways are timed in turns, one thread, and the verdict is compared.
+says so from sizes alone. Here both ways are timed in turns, one thread, and the verdict is
+compared.
 """
 
 from __future__ import annotations
