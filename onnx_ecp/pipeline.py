@@ -34,7 +34,7 @@ from onnx_ecp.layers import Layer, Skip, find_layers
 from onnx_ecp.measurement import Progress, batch_size, silent
 from onnx_ecp.model import Model
 from onnx_ecp.options import Options
-from onnx_ecp.pruning import Network, Plan, Pruned, importances, observe, prune, stage, tuned
+from onnx_ecp.pruning import Network, Plan, Pruned, importances, observe, polished, prune, stage
 from onnx_ecp.report import (
     SYNTHETIC_WARNING,
     UNSTRUCTURED_SPEED,
@@ -573,7 +573,7 @@ def fast_enough(
         closest = min(closest, latency.ratio)
         step = step.with_more(latency.ratio)
         again = step(network, plan, pruned, 1.0, progress)
-        pruned = tuned(network, plan, again, last=True, progress=progress)
+        pruned = polished(network, plan, again, progress)
         made = finished(source, network, step, pruned, options)
     raise too_slow(options.speedup, closest)
 

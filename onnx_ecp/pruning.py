@@ -176,10 +176,17 @@ def prune(
         result = step(network, plan, result, share, progress, measured=measured)
         measured = None  # it is of the original: later stages look at what they have made
         if share == 1.0:
-            result = jointly_refitted(network, plan, result, progress)
-        result = tuned(network, plan, result, last=share == 1.0, progress=progress)
+            result = polished(network, plan, result, progress)
+        else:
+            result = tuned(network, plan, result, last=False, progress=progress)
     progress("stages", plan.method.stages, plan.method.stages)
     return result
+
+
+def polished(network: Network, plan: Plan, result: Pruned, progress: Progress = silent) -> Pruned:
+    """What follows the last stage: the joint refit, then fine-tuning."""
+    result = jointly_refitted(network, plan, result, progress)
+    return tuned(network, plan, result, last=True, progress=progress)
 
 
 def tuned(
