@@ -27,7 +27,7 @@ from onnx_ecp.objective import Objective, Parameters
 from onnx_ecp.runtime import check_deadline
 from onnx_ecp.shelf import Shelf
 
-# The network is linearised so many times, with so many steps of conjugate gradients each.
+# The network is linearised so many times at most, with so many steps of conjugate gradients each.
 ROUNDS = 3
 STEPS = 16
 # A round ends after so many steps without a better state; the last round is one that lowers the
@@ -51,6 +51,7 @@ def refit_jointly(
     *,
     size: int,
     damping: float,
+    rounds: int = ROUNDS,
     memory: int | None = None,
     progress: Progress = silent,
 ) -> Tuned:
@@ -63,6 +64,7 @@ def refit_jointly(
         guard: other samples: the best state on them is what comes back.
         size: batch size.
         damping: ridge as a share of the mean diagonal of the system.
+        rounds: how many times the network is linearised, at most.
         memory: bytes that outputs of all samples may take; beyond, they lie in a temporary file.
         progress: called after every step.
     """
@@ -70,12 +72,12 @@ def refit_jointly(
     diagonal = _diagonal(objective, state, fit, size, memory, theta)
     best, best_loss = state, objective.loss(state, guard, size)
     before = best_loss
-    for turn in range(ROUNDS):
+    for turn in range(rounds):
         around = best_loss
         system = _System(objective, best, list(fit.batches(size)), theta, diagonal, damping, memory)
         found = 0
         for step, d in enumerate(system.steps(), 1):
-            progress("joint refit", turn * STEPS + step, ROUNDS * STEPS)
+            progress("joint refit", turn * STEPS + step, rounds * STEPS)
             if step % CHECK:
                 continue
             tried = theta.state(system.state, system.point + d)
@@ -86,7 +88,7 @@ def refit_jointly(
                 break
         if best_loss > (1 - LEAST_GAIN) * around:
             break
-    progress("joint refit", ROUNDS * STEPS, ROUNDS * STEPS)
+    progress("joint refit", rounds * STEPS, rounds * STEPS)
     return Tuned(best, before, best_loss)
 
 

@@ -19,7 +19,7 @@ from onnx_ecp.curvature import CurvatureObserver
 from onnx_ecp.errors import ModelError
 from onnx_ecp.finetune import finetune
 from onnx_ecp.gradients.observer import Observer, State
-from onnx_ecp.joint import VECTORS, refit_jointly
+from onnx_ecp.joint import ROUNDS, VECTORS, refit_jointly
 from onnx_ecp.layers import Layer
 from onnx_ecp.measurement import (
     Measured,
@@ -233,6 +233,7 @@ def jointly_refitted(
         network.guard,
         size=network.size,
         damping=plan.damping or plan.method.repair.damping,
+        rounds=min(ROUNDS, plan.method.stages),  # who asks for fewer stages has less time
         memory=network.share(4),
         progress=progress,
     )
