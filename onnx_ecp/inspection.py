@@ -13,23 +13,20 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from onnx_ecp import calibration
+from onnx_ecp import calibration, tensorrt
 from onnx_ecp.errors import OnnxEcpError, ProviderError
 from onnx_ecp.gradients.observer import Observer
 from onnx_ecp.gradients.reverse import NO_OUTPUT
 from onnx_ecp.layers import Layer, Skip, find_layers
 from onnx_ecp.model import (
-    LARGEST_DENSE,
     InputSpec,
     Model,
     constants,
     decode_sparse,
     load,
-    packed_tensors,
     read_tensor,
     runtime_support,
     signature,
-    sparse_tensors,
 )
 from onnx_ecp.runtime import deadline
 from onnx_ecp.structure import find_structure, inferred_shapes
@@ -52,6 +49,7 @@ class Prunable:
         weights: elements of W.
         zeros: how many of them are zero now.
         two_four: why 2:4 does not fit it; empty where it does.
+        tensorrt: why TensorRT's 2:4 kernels would not take it, pruned so; empty where they may.
         storage: "dense", "sparse" or "packed"; see ``optimize --format``.
         sensitivity: by which way its sensitivity can be had: "reverse graph", "differences"
             (``--gradients numeric`` only), "none", or "unknown".
@@ -65,6 +63,7 @@ class Prunable:
     weights: int
     zeros: int
     two_four: str
+    tensorrt: str = ""
     storage: str = "dense"
     sensitivity: str = "unknown"
     blocked: str = ""
@@ -117,7 +116,7 @@ def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
     dense = Model(decode_sparse(given.proto), given.path, given.base)
     found = find_layers(dense.proto)
     stored = constants(dense.proto)
-    storage = _storage(given.proto)
+    storage = tensorrt.storage(given.proto)
     layers = tuple(
         _prunable(layer, read_tensor(dense, stored[layer.weight.tensor]), storage)
         for layer in found.layers
@@ -139,12 +138,6 @@ def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
         zeros=sum(layer.zeros for layer in by_tensor),
         warnings=_warnings(given.proto),
     )
-
-
-def _storage(proto: onnx.ModelProto) -> dict[str, str]:
-    """How the tensors are stored that are not dense."""
-    sparse = dict.fromkeys((name for name, _ in sparse_tensors(proto)), "sparse")
-    return sparse | dict.fromkeys(packed_tensors(proto, LARGEST_DENSE), "packed")
 
 
 def _with_sensitivities(
@@ -185,6 +178,7 @@ def _prunable(layer: Layer, stored: np.ndarray, storage: Mapping[str, str]) -> P
         weights=stored.size,
         zeros=stored.size - int(np.count_nonzero(stored)),
         two_four="" if layer.reduction % 4 == 0 else f"4 does not divide {layer.reduction}",
+        tensorrt=tensorrt.refusal(layer),
         storage=storage.get(layer.weight.tensor, "dense"),
     )
 

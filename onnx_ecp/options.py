@@ -166,9 +166,9 @@ class Options:
             )
 
     def _check_units(self) -> None:
-        if self.cleanup and self._patterns:
+        if self.cleanup and self.patterns:
             raise UsageError("--cleanup does not go with N:M: it would break the pattern.")
-        if self.permute and not self._patterns:
+        if self.permute and not self.patterns:
             raise UsageError("--permute is for N:M sparsity: nothing else asks who neighbours are.")
         if self.permute and (self.masks is not None or self.apply_masks is not None):
             raise UsageError("--permute does not go with masks, which are of the order given.")
@@ -199,7 +199,8 @@ class Options:
         return {"provider": self.provider, "threads": self.threads}
 
     @property
-    def _patterns(self) -> bool:
+    def patterns(self) -> bool:
+        """Whether some layer is to get N:M."""
         return any(isinstance(x, NM) for x in (self.sparsity, *self.layer_sparsity.values()))
 
     @property
@@ -207,7 +208,7 @@ class Options:
         """Whether dead units leave the model: a pattern or given masks are what a file is for."""
         if self.granularity == "unit":
             return False  # dead units are the first to go as it is
-        default = not self._patterns and self.apply_masks is None
+        default = not self.patterns and self.apply_masks is None
         return default if self.cleanup is None else self.cleanup
 
     @property

@@ -51,6 +51,7 @@ from onnx_ecp.structure.outcome import Speedup
 from onnx_ecp.structure.smaller import Smaller, cleaned, smaller, units_of, with_order
 from onnx_ecp.structure.units import Goal, PrunedUnits, UnitStep, too_slow
 from onnx_ecp.targets import Judge, Point, seek
+from onnx_ecp.tensorrt import sparse_kernels
 
 # Shares of the calibration samples that are set aside, and how many at most: to judge refits, and
 # to measure the error that the report states. Neither is used for anything else.
@@ -178,6 +179,7 @@ def optimize(
         pruned = replace(pruned, state=replace(pruned.state, weights=network.original.weights))
         comparison = compare(given, result, data, options, original)
         bounded = bound(given, result, data, options) if options.bound else None
+        kernels = tuple(sparse_kernels(result)) if options.patterns else ()
         masks = stored_masks(network.layers, pruned.state)
         if options.masks is not None and not options.dry_run:
             save_masks(masks, options.masks)
@@ -208,6 +210,7 @@ def optimize(
         work_after=made.after,
         speed=speed_of(made, comparison, speedup),
         speedup=speedup,
+        sparse_kernels=kernels,
     )
     return Result(result.proto, report, masks)
 

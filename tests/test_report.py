@@ -28,6 +28,7 @@ from onnx_ecp.report import (
 from onnx_ecp.report.as_json import dumps
 from onnx_ecp.structure.outcome import Speedup, UnitRow, Work
 from onnx_ecp.targets import Point
+from onnx_ecp.tensorrt import SparseKernel
 
 HOSTILE = {
     "markup": "<script>alert(1)</script>",
@@ -104,6 +105,12 @@ VARIANTS = {
         bounds=from_gaps(Gaps(np.ones(4), np.ones(4), np.zeros(4, bool)), confidence=0.95)
     ),
     "a speedup": report(speedup=Speedup(2.0, 2.2, Latency(1e-3, 4.8e-4, 0.48, 1, 64))),
+    "kernels of TensorRT": report(
+        sparse_kernels=(
+            SparseKernel("fc1", "Gemm", "", "build the engine with FP16"),
+            SparseKernel("fc2", "Gemm", "axis: 4 does not divide 10"),
+        )
+    ),
     "bias created, note": report(layers=(layer(bias_created=True, note="refit not kept"),)),
 }
 each_variant = pytest.mark.parametrize("whole", VARIANTS.values(), ids=VARIANTS)
@@ -153,6 +160,7 @@ def test_json_schema_is_this_one():
         "work_after": None,
         "bounds": None,
         "speedup": None,
+        "sparse_kernels": None,
     }  # fmt: skip
     assert list(values) == ["schema", "totals", *[f.name for f in dataclasses.fields(Report)]]
 

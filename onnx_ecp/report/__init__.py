@@ -15,6 +15,7 @@ from onnx_ecp.layers.layer import Skip
 from onnx_ecp.model import check_output, write_whole
 from onnx_ecp.structure.outcome import Speedup, UnitRow, Work
 from onnx_ecp.targets import Point
+from onnx_ecp.tensorrt import SparseKernel
 
 UNSTRUCTURED_SPEED = (
     "Scattered zeros make the compressed file smaller, not the inference faster: ONNX Runtime "
@@ -31,6 +32,8 @@ SYNTHETIC_WARNING = (
 )
 
 
+# Title of the list of ``Report.sparse_kernels``.
+KERNELS = "2:4 kernels of TensorRT"
 # Shifts below this are what is left of sums that cancel.
 ROUNDING = 1e-12
 # Words for the fields of ``Work``.
@@ -140,6 +143,8 @@ class Report:
         curve: the points that a search for a target visited, in order.
         bounds: on the gap, from the held-out samples; None where none were asked for.
         speedup: what was asked for and what was measured, where latency was the target.
+        sparse_kernels: which layers of the result TensorRT's 2:4 kernels may take; empty without
+            N:M.
     """
 
     original: ModelFacts
@@ -162,6 +167,7 @@ class Report:
     curve: tuple[Point, ...] = ()
     bounds: Bounds | None = None
     speedup: Speedup | None = None
+    sparse_kernels: tuple[SparseKernel, ...] = ()
 
     @property
     def weights(self) -> int:

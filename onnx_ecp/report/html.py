@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from onnx_ecp.model import printable
-from onnx_ecp.report import CURVE_NOTE, ROUNDING, WORK, LayerRow, Report, bounding
+from onnx_ecp.report import CURVE_NOTE, KERNELS, ROUNDING, WORK, LayerRow, Report, bounding
 from onnx_ecp.report.as_json import dumps, encode
 
 # Rows at either end of a table; a row takes at most 2 kB, whatever the names are.
@@ -52,6 +52,7 @@ def page(report: Report) -> str:
         _bounds(report),
         _layers(report),
         _units(report),
+        _kernels(report),
         _skips(report),
         _origin(report),
     ]
@@ -232,6 +233,19 @@ def _units(report: Report) -> str:
             x, y = getattr(before, field), getattr(after, field)
             rows.append([f"{what} of the layers", "", f"{x:,}", f"{y:,}", f"x{y / max(x, 1):.3f}"])
     return table("Units", ["made by", "read by", "before>", "after>", ""], rows)
+
+
+def _kernels(report: Report) -> str:
+    rows = [
+        [
+            shown(x.name),
+            shown(x.op, 30),
+            "no" if x.refused else "yes",
+            shown(x.refused or x.advice, 200),
+        ]
+        for x in report.sparse_kernels
+    ]
+    return table(KERNELS, ["layer", "op", "possible", "why"], rows)
 
 
 def _skips(report: Report) -> str:

@@ -24,9 +24,19 @@ from onnx_ecp.evaluate import Comparison, Gap, Latency, ModelFacts
 from onnx_ecp.inspection import Inspection, Prunable
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.model import printable
-from onnx_ecp.report import CURVE_NOTE, ROUNDING, WORK, LayerRow, Recipe, Report, bounding
+from onnx_ecp.report import (
+    CURVE_NOTE,
+    KERNELS,
+    ROUNDING,
+    WORK,
+    LayerRow,
+    Recipe,
+    Report,
+    bounding,
+)
 from onnx_ecp.structure.outcome import UnitGroup
 from onnx_ecp.targets import Point
+from onnx_ecp.tensorrt import SparseKernel
 
 WIDTH = 100
 # Rows of a long table that are shown at its beginning and at its end.
@@ -89,6 +99,8 @@ def report_tables(report: Report, *, verbose: bool = False) -> Group:
         parts.append(_notes(report.layers, verbose))
     if report.units:
         parts.append(_unit_table(report, verbose))
+    if report.sparse_kernels:
+        parts.append(_kernel_table(report.sparse_kernels, verbose))
     if report.skips:
         parts.append(_skip_table(report.skips, verbose))
     if report.gap is not None:
@@ -115,6 +127,8 @@ def inspection_tables(inspection: Inspection, *, verbose: bool = False) -> Group
             continue
         zeros = f"{row.zeros:,} ({_percent(row.zeros, row.weights)})"
         two_four = f"no: {row.two_four}" if row.two_four else "yes"
+        if row.tensorrt and not row.two_four:
+            two_four = f"yes, but TensorRT: {row.tensorrt}"
         size = f"{row.weights:,}"
         cells = [printable(row.name), row.op, _shape(row.shape), size, zeros, two_four]
         table.add_row(*cells, *([row.storage] if stored else []), row.sensitivity)
@@ -337,6 +351,17 @@ def _unit_table(report: Report, verbose: bool) -> Table:
         for what, field in WORK.items():
             x, y = getattr(before, field), getattr(after, field)
             table.add_row(f"{what} of the layers", "", f"{x:,}", f"{y:,}", f"x{y / max(x, 1):.3f}")
+    return table
+
+
+def _kernel_table(kernels: Sequence[SparseKernel], verbose: bool) -> Table:
+    table = _table(KERNELS, "layer", "op", "possible", "why")
+    for row in _cut(kernels, verbose):
+        if isinstance(row, int):
+            table.add_row(_omitted(row))
+        else:
+            why = printable(row.refused or row.advice, _SENTENCE)
+            table.add_row(printable(row.name), row.op, "no" if row.refused else "yes", why)
     return table
 
 
