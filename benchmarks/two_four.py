@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from contest import Contestant, Feeds, compete, copied, onnxsim_pruning, ours
+from contest import Contestant, Feeds, compete, copied, onnxsim_pruning
 from networks import NETWORKS
 from outcome import Claim, finish, publish, table
 
+import onnx_ecp
 from onnx_ecp.inspection import inspect
+from onnx_ecp.pipeline import Result
 
 POLYGRAPHY = Path(sys.executable).with_name("polygraphy")
 
@@ -29,7 +31,7 @@ def main() -> int:
         "onnxsim magnitude": where_it_fits(onnxsim_pruning("apply_magnitude_pruning")),
         "onnxsim Wanda": where_it_fits(onnxsim_pruning("apply_wanda_pruning")),
         "onnxsim SparseGPT": where_it_fits(onnxsim_pruning("apply_sparsegpt_pruning")),
-        "ecp-refit": ours_where_it_fits,
+        "ecp-refit": lambda *given: ours_where_it_fits(*given).model,
     }
     if POLYGRAPHY.exists():
         contestants = {"polygraphy": polygraphy_prune} | contestants
@@ -67,10 +69,12 @@ def unfit(model: onnx.ModelProto) -> list[str]:
     return [layer.name for layer in inspect(model).layers if layer.two_four]
 
 
-def ours_where_it_fits(model: onnx.ModelProto, feeds: Feeds, sparsity: Any) -> onnx.ModelProto:
+def ours_where_it_fits(
+    model: onnx.ModelProto, feeds: Feeds, sparsity: Any, **choices: Any
+) -> Result:
     """``ecp-refit`` with the other layers excluded."""
     patterns = [f"^{re.escape(name)}$" for name in unfit(model)]
-    return ours("ecp-refit", exclude=patterns)(model, feeds, sparsity)
+    return onnx_ecp.optimize(model, feeds, sparsity=sparsity, exclude=patterns, **choices)
 
 
 def where_it_fits(prune: Contestant) -> Contestant:
@@ -107,7 +111,7 @@ def accepted(name: str) -> Claim:
     network = NETWORKS[name]
     model = onnx.load(network.path)
     inputs, _ = network.digits("train", 64)
-    pruned = ours_where_it_fits(model, inputs, "2:4")
+    pruned = ours_where_it_fits(model, inputs, "2:4").model
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "out.onnx")
         onnx.save(pruned, path)

@@ -3,9 +3,9 @@
 From its documentation ("Structured Sparsity" in the developer guide: weights [K, C, R, S], of which
 4 divides C and at most two of every four input channels are not zero; SPARSE_WEIGHTS and FP16 or
 INT8 set) and what its maintainers say: grouped convolutions get no sparse kernels (NVIDIA/TensorRT
-issue 4054), and a sparse kernel is chosen where it is faster only, which takes about 256 channels on
-both sides (issues 3849 and 4065). No engine was built here: this says what is possible, not what is
-chosen.
+issue 4054), and a sparse kernel is chosen only where it is faster, which takes about 256 channels
+on both sides (issues 3849 and 4065). No engine was built here: this says what is possible, not what
+is chosen.
 """
 
 from __future__ import annotations
