@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import click
 
 from onnx_ecp.errors import Interrupted, OnnxEcpError, OutputError, UsageError, did_you_mean
+from onnx_ecp.progress import bars
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -454,7 +455,7 @@ def optimize(
         reports.check_target(path, force=options["force"])
     options |= {name: dict(options[name]) for name in ("layer_sparsity", "input_shapes")}
     calibration = options.pop("calibration")
-    with _progress(quiet) as progress:
+    with bars(quiet) as progress:
         result = pipeline.optimize(model, calibration, output=output, progress=progress, **options)
     for path in report:
         reports.write(result.report, path)
@@ -636,7 +637,7 @@ def sweep(
         sweeps.check_target(path, force=force)
     options |= {name: dict(options[name]) for name in ("layer_sparsity", "input_shapes")}
     calibration = options.pop("calibration")
-    with _progress(quiet) as progress:
+    with bars(quiet) as progress:
         swept = sweeping.sweep(model, calibration, progress=progress, **options)
     sweeps.write(swept, output)
     if quiet:
@@ -672,40 +673,3 @@ def _print_json(value: Any) -> None:
     from onnx_ecp.report.as_json import dumps, encode
 
     click.echo(dumps(encode(value)), nl=False)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on stderr, one for each kind of work; nothing where nobody would see them."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda what, done, of: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
-        last: dict[str, int] = {}
-
-        def advance(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what)
-            elif done < last[what]:  # the same again, as in the next stage
-                bars.reset(tasks[what])
-            last[what] = done
-            bars.update(tasks[what], completed=done, total=of)
-
-        yield advance
