@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import io
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import onnx
 import onnxruntime
 from encoders import Shape, encoder
 from outcome import Claim, environment, finish, publish, table
+from timing import in_turns, of_neighbours
 
 import onnx_ecp
 
@@ -119,21 +120,6 @@ def runtimes() -> dict[str, Callable[[onnx.ModelProto], Run]]:
     return {"ONNX Runtime": on_onnxruntime, "OpenVINO": on_openvino}
 
 
-def in_turns(first: Run, second: Run, feeds: Feeds) -> tuple[float, float, float]:
-    """Median milliseconds of both, and the median of the ratios of neighbours."""
-    times: list[tuple[float, float]] = []
-    began = time.perf_counter()
-    while len(times) < LEAST + WARM_UP or time.perf_counter() - began < SECONDS:
-        turn = []
-        for run in (first, second):
-            start = time.perf_counter()
-            run(feeds)
-            turn.append(1e3 * (time.perf_counter() - start))
-        times.append((turn[0], turn[1]))
-    taken = np.array(times[WARM_UP:])
-    return (*np.median(taken, axis=0).tolist(), float(np.median(taken[:, 1] / taken[:, 0])))
-
-
 def rows() -> Iterator[dict[str, Any]]:
     """One row per network, goal and runtime."""
     known = runtimes()
@@ -157,15 +143,17 @@ def rows() -> Iterator[dict[str, Any]]:
             for runtime, load in known.items():
                 first, second = load(model), load(made.model)
                 close = np.allclose(second(feeds), on_onnxruntime(made.model)(feeds), atol=1e-3)
-                ms_before, ms_after, ratio = in_turns(first, second, feeds)
+                runs = [partial(run, feeds) for run in (first, second)]
+                times = in_turns(runs, LEAST, WARM_UP, SECONDS)
+                ms_before, ms_after = 1e3 * np.median(times, axis=0)
                 row = {
                     "network": name,
                     "runtime": runtime,
                     "multiplications": after.flops / before.flops,
-                    "latency": ratio,
-                    "latency / multiplications": ratio * before.flops / after.flops,
-                    "ms before": ms_before,
-                    "ms after": ms_after,
+                    "latency": of_neighbours(times),
+                    "latency / multiplications": of_neighbours(times) * before.flops / after.flops,
+                    "ms before": float(ms_before),
+                    "ms after": float(ms_after),
                     "agrees": close,
                 }
                 print(*row.values(), file=sys.stderr, flush=True)

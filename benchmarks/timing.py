@@ -3,10 +3,41 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import onnxruntime
+
+
+def in_turns(
+    runs: Sequence[Callable[[], Any]], turns: int, warm_up: int, seconds: float = 0.0
+) -> np.ndarray:
+    """Seconds (turns, runs) of functions that take turns.
+
+    Args:
+        runs: what is timed.
+        turns: so many at least.
+        warm_up: further turns in front that do not count.
+        seconds: for so long at least.
+    """
+    taken: list[list[float]] = []
+    began = time.perf_counter()
+    while len(taken) < turns + warm_up or time.perf_counter() - began < seconds:
+        taken.append([_timed(run) for run in runs])
+    return np.array(taken[warm_up:])
+
+
+def _timed(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def of_neighbours(times: np.ndarray) -> float:
+    """Time of the second to that of the first: the median of the ratios of neighbours."""
+    return float(np.median(times[:, 1] / times[:, 0]))
 
 
 def ratio_in_turns(
@@ -15,18 +46,13 @@ def ratio_in_turns(
     repeats: int,
     warm_up: int,
 ) -> float:
-    """Time of the second session to that of the first: the median of the ratios of neighbours.
+    """``of_neighbours`` of two sessions.
 
     Args:
         sessions: two of them.
         feeds: inputs of both.
-        repeats: turns.
-        warm_up: how many of them do not count.
+        repeats: turns that count.
+        warm_up: turns in front of them.
     """
-    times = np.zeros((repeats, 2))
-    for turn in times:
-        for i, session in enumerate(sessions):
-            began = time.perf_counter()
-            session.run(None, feeds)
-            turn[i] = time.perf_counter() - began
-    return float(np.median(times[warm_up:, 1] / times[warm_up:, 0]))
+    runs = [partial(session.run, None, feeds) for session in sessions]
+    return of_neighbours(in_turns(runs, repeats, warm_up))

@@ -42,9 +42,6 @@ from onnx_ecp.runtime import OutOfMemory, Session
 
 # What the inputs of a batch may take together, unless the user chooses the batch size.
 BATCH_BYTES = 16 * 2**20
-# Which of the times of many runs stands for all. On an idle machine the first decile is the median;
-# on a busy one it is what other work moves least (benchmarks/timing.py).
-DECILE = 0.1
 
 _FLOATS = (
     onnx.TensorProto.FLOAT,
@@ -161,8 +158,11 @@ class Gap:
 class Latency:
     """Seconds of one run of both models, measured in turns.
 
+    They are the least of many runs: on an idle machine all are alike, on a busy one other work
+    makes most of them longer and none shorter.
+
     Args:
-        seconds_a: of model a, the first decile of its runs; see ``DECILE``.
+        seconds_a: of model a.
         seconds_b: of model b.
         ratio: seconds_b / seconds_a; below 1 when b is faster.
         threads: threads within an operator; None is ONNX Runtime's choice.
@@ -429,7 +429,7 @@ def measure_latency(
     turns: int = 50,
     seconds: float = 1.0,
 ) -> Latency:
-    """Time of one run of both models, in turns, so that a busy machine slows both alike.
+    """Time of one run of both models, in turns, so that other work meets both.
 
     Args:
         a: the original model.
@@ -452,7 +452,7 @@ def measure_latency(
     while len(times[0]) < turns or time.monotonic() - began < seconds:
         for session, taken in zip(sessions, times, strict=True):
             taken.append(session.seconds(batch.feeds))
-    seconds_a, seconds_b = np.quantile(times, DECILE, axis=1).tolist()
+    seconds_a, seconds_b = map(min, times)
     return Latency(seconds_a, seconds_b, seconds_b / seconds_a, threads, batch.samples)
 
 
