@@ -194,6 +194,11 @@ RUNNING = (
         help="Seed of everything random.",
     ),
     PROVIDER,
+    _choice(
+        "--statistics", "auto|graph|host", "auto",
+        "Sum statistics inside the ONNX graph, where the provider runs it, or in NumPy; auto: in "
+        "the graph where the provider is cuda.",
+    ),
     THREADS,
     click.option("--timeout", type=float, metavar="S", help="Give up after S seconds."),
     click.option(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from onnx_ecp.calibration import Batch, Calibration
 from onnx_ecp.curvature import Curvature
 from onnx_ecp.errors import UsageError, did_you_mean
-from onnx_ecp.gradients.observer import Observation, Observer, State
+from onnx_ecp.gradients.observer import Observation, Observer, State, Sums
 from onnx_ecp.runtime import OutOfMemory
 from onnx_ecp.shelf import Computed, Shelf
 from onnx_ecp.statistics import POSITIONS, Moments, expand, reduce_positions, sensitivities
@@ -111,11 +111,12 @@ class RowWeights(Mapping[str, np.ndarray]):
         self._parts: dict[str, int] = {}
         self._shelf = Shelf(limit)  # by layer name and number of the batch
 
-    def add(self, name: str, weights: np.ndarray) -> None:
+    def add(self, weights: Mapping[str, np.ndarray]) -> None:
         """Add those of the next batch."""
-        number = self._parts.get(name, 0)
-        self._shelf[name, number] = weights
-        self._parts[name] = number + 1
+        for name, rows in weights.items():
+            number = self._parts.get(name, 0)
+            self._shelf[name, number] = rows
+            self._parts[name] = number + 1
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Those of all batches."""
@@ -246,17 +247,112 @@ def measure(
         )
     if _one_by_one(observer, positions):
         size = 1
+    in_graph = _in_graph(observer, positions, visit)
     for_rows = None if memory is None else memory // 4
     for_moments = None if memory is None else memory - memory // 4
-    groups = layer_groups(observer, for_moments, with_gradient=with_gradient)
-    fits = observer.tensor_bytes_per_sample * len(data) <= sum(sum(g.values()) for g in groups)
-    passes = _Passes(
-        lambda advance: observations(observer, state, data, size, advance, common=with_gradient),
-        len(groups),
-        Recording() if len(groups) > 1 and fits else None,
-        progress,
-    )
-    shelved, weights = ShelvedMoments(), RowWeights(for_rows)
+    groups = layer_groups(observer, for_moments, with_gradient=with_gradient, twice=in_graph)
+    weights = RowWeights(for_rows)
+    if in_graph:
+        turns = _turns_in_graph(
+            observer, state, data, size, groups, weights, progress, with_gradient=with_gradient
+        )
+    else:
+        fits = observer.tensor_bytes_per_sample * len(data) <= sum(sum(g.values()) for g in groups)
+        passes = _Passes(
+            lambda advance: observations(
+                observer, state, data, size, advance, common=with_gradient
+            ),
+            len(groups),
+            Recording() if len(groups) > 1 and fits else None,
+            progress,
+        )
+        turns = _turns_on_host(
+            passes, groups, weights, positions, visit, with_gradient=with_gradient
+        )
+    if len(groups) == 1:
+        return Measured(next(turns), weights)
+    shelved = ShelvedMoments()
+    for moments in turns:
+        shelved.put(moments)
+    return Measured(shelved, weights)
+
+
+def _in_graph(observer: Observer, positions: str = "expand", visit: Visit | None = None) -> bool:
+    """Whether the sums are taken in the graph.
+
+    Raises:
+        UsageError: they are wanted there, but cannot be.
+    """
+    able = observer.summable and visit is None and not _one_by_one(observer, positions)
+    if observer.statistics == "graph" and not able:
+        raise UsageError(
+            "--statistics graph does not go with finite differences, units, woodfisher, cbs, nor "
+            "positions that are reduced: they need every row.",
+            hint="Leave it out.",
+        )
+    return able and observer.sums_in_graph
+
+
+def _summed_in_graph(
+    observer: Observer,
+    sums: Sums,
+    state: State,
+    data: Calibration,
+    size: int,
+    weights: RowWeights | None = None,
+    progress: Progress = silent,
+) -> Sums:
+    """The sums with all samples; nothing but sensitivities of rows comes out before the end."""
+    for batch in data.batches(size):
+        sums = _added(observer, sums, state, batch, weights)
+        what = "sensitivities" if sums.graph.weights else "activations"
+        progress(what, batch.start + batch.samples, len(data))
+    return sums
+
+
+def _added(
+    observer: Observer, sums: Sums, state: State, batch: Batch, weights: RowWeights | None
+) -> Sums:
+    """The sums with one more batch, which is halved until it fits in memory."""
+    try:
+        sums, rows = observer.add(sums, state, batch)
+    except (OutOfMemory, MemoryError) as error:
+        for half in _halves(batch, error):
+            sums = _added(observer, sums, state, half, weights)
+    else:
+        if weights is not None:
+            weights.add(rows)
+    return sums
+
+
+def _turns_in_graph(
+    observer: Observer,
+    state: State,
+    data: Calibration,
+    size: int,
+    groups: Sequence[Collection[str]],
+    weights: RowWeights,
+    progress: Progress,
+    *,
+    with_gradient: bool,
+) -> Iterator[dict[str, Moments]]:
+    """Moments of one group of layers after the other; the first pass gives row sensitivities."""
+    for turn, group in enumerate(groups):
+        sums = observer.nothing_summed(group, with_gradient=with_gradient)
+        wanted, advance = None if turn else weights, _in_turn(progress, turn, len(groups))
+        yield _summed_in_graph(observer, sums, state, data, size, wanted, advance).moments()
+
+
+def _turns_on_host(
+    passes: _Passes,
+    groups: Sequence[Collection[str]],
+    weights: RowWeights,
+    positions: str,
+    visit: Visit | None,
+    *,
+    with_gradient: bool,
+) -> Iterator[dict[str, Moments]]:
+    """The same from rows that come out of the graph."""
     for turn, (group, observed) in enumerate(zip(groups, passes, strict=True)):
         moments: dict[str, Moments] = {}
         for seen in observed:
@@ -264,25 +360,25 @@ def measure(
                 g = seen.adjoints[name]
                 s = sensitivities(g)
                 if not turn:
-                    weights.add(name, s.mean(axis=2))
+                    weights.add({name: s.mean(axis=2)})
                 if name not in group:
                     continue
-                a = seen.inputs[name]
+                a, gradient = seen.inputs[name], with_gradient
                 before = moments.get(name)
                 centre = a.mean(axis=1, dtype=np.float64) if before is None else before.centre
                 if positions == "expand":
-                    part = expand(
-                        a, g, centre, samples=seen.samples, s=s, with_gradient=with_gradient
-                    )
+                    part = expand(a, g, centre, samples=seen.samples, s=s, with_gradient=gradient)
                 else:
-                    part = reduce_positions(a, g, centre, seen.samples, with_gradient=with_gradient)
+                    part = reduce_positions(a, g, centre, seen.samples, with_gradient=gradient)
                 moments[name] = part if before is None else before + part
             if visit is not None:
                 visit(seen, moments)
-        if len(groups) > 1:
-            shelved.put(moments)
-    found = shelved if len(groups) > 1 else moments
-    return Measured(found, weights)
+        yield moments
+
+
+def _in_turn(progress: Progress, turn: int, turns: int) -> Progress:
+    """The progress of one of several passes as that of them all."""
+    return lambda what, done, of: progress(what, turn * of + done, turns * of)
 
 
 @dataclass(frozen=True)
@@ -304,16 +400,11 @@ class _Passes:
     def __iter__(self) -> Iterator[Iterator[Observation]]:
         """The observations of one group after the other, to be used up in this order."""
         if self.recording is None:
-            yield from (self._observed(turn) for turn in range(self.turns))
+            for turn in range(self.turns):
+                yield self.observe(_in_turn(self.progress, turn, self.turns))
         else:
             yield self._recorded(self.recording)
             yield from (self._replayed(self.recording, turn) for turn in range(1, self.turns))
-
-    def _observed(self, turn: int) -> Iterator[Observation]:
-        def advance(what: str, done: int, of: int) -> None:
-            self.progress(what, turn * of + done, self.turns * of)
-
-        return self.observe(advance)
 
     def _recorded(self, recording: Recording) -> Iterator[Observation]:
         for seen in self.observe(self.progress):
@@ -328,16 +419,22 @@ class _Passes:
 
 
 def layer_groups(
-    observer: Observer, memory: int | None, *, with_gradient: bool = False
+    observer: Observer, memory: int | None, *, with_gradient: bool = False, twice: bool = False
 ) -> list[dict[str, int]]:
     """Layers with a sensitivity, in groups whose moments take ``memory`` at most.
 
     A group has at least one layer. The order is that of the layers.
 
+    Args:
+        observer: of the network.
+        memory: bytes; None for any number.
+        with_gradient: whether there is also a sum for each probe.
+        twice: whether old and new sums are there at the same time.
+
     Returns:
         For each group, the bytes of the moments by layer name.
     """
-    products = 2 + (observer.probes if with_gradient else 0)
+    products = (2 + (observer.probes if with_gradient else 0)) * (2 if twice else 1)
     groups: list[dict[str, int]] = []
     group: dict[str, int] = {}
     for layer in observer.layers:
@@ -355,12 +452,18 @@ def measure_activations(
     observer: Observer, state: State, data: Calibration, *, size: int, progress: Progress = silent
 ) -> Measured:
     """Like ``measure``, forward only: moments of the inputs, without any output unit."""
+    if _in_graph(observer):
+        names = [layer.name for layer in observer.layers]
+        sums = observer.nothing_summed(names, backward=False)
+        sums = _summed_in_graph(observer, sums, state, data, size, progress=progress)
+        return Measured(sums.moments())
     moments: dict[str, Moments] = {}
     for batch in data.batches(size):
         for name, a in observer.activations(state, batch).items():
             before = moments.get(name)
             centre = a.mean(axis=1, dtype=np.float64) if before is None else before.centre
-            part = expand(a, np.zeros((1, *a.shape[:2], 0)), centre)
+            nothing = np.zeros((1, *a.shape[:2], 0))
+            part = expand(a, nothing, centre, samples=batch.samples)
             moments[name] = part if before is None else before + part
         progress("activations", batch.start + batch.samples, len(data))
     return Measured(moments)
@@ -371,7 +474,9 @@ def row_sensitivities(
 ) -> RowWeights:
     """By layer name, the sensitivity of every row, averaged over the units: (groups, rows)."""
     weights = RowWeights(memory)
+    if _in_graph(observer):
+        _summed_in_graph(observer, observer.nothing_summed(()), state, data, size, weights)
+        return weights
     for seen in observations(observer, state, data, size):
-        for name, g in seen.adjoints.items():
-            weights.add(name, sensitivities(g).mean(axis=2))
+        weights.add({n: sensitivities(g).mean(axis=2) for n, g in seen.adjoints.items()})
     return weights

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 
 from onnx_ecp.errors import UsageError, did_you_mean
-from onnx_ecp.gradients.observer import ENGINES
+from onnx_ecp.gradients.observer import ENGINES, STATISTICS
 from onnx_ecp.gradients.seeds import METRICS
 from onnx_ecp.methods import COMPENSATIONS, METHODS, Method
 from onnx_ecp.model import ENCODINGS
@@ -70,6 +70,7 @@ class Options:
     samples: int | None = None
     batch_size: int | None = None
     max_memory: int | None = None
+    statistics: str = "auto"
     seed: int = 0
     provider: str = "cpu"
     threads: int | None = None
@@ -105,6 +106,7 @@ class Options:
             raise UsageError("--metric loss needs --labels.")
         one_of("gradients", self.gradients, ENGINES)
         one_of("positions", self.positions, POSITIONS)
+        one_of("statistics", self.statistics, STATISTICS)
         if self.recipe.needs == "gradients" and self.recipe.repair.needs == "curvature":
             raise UsageError(
                 f"--compensation {self.recipe.compensation} does not go with ranking by gradients: "

@@ -401,6 +401,7 @@ def observe_network(
             threads=options.threads,
             reverse=options.recipe.measures not in ("nothing", "activations")
             or options.finetune_steps > 0,
+            statistics=options.statistics,
         )
 
     observer = observing(layers)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextvars
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -28,6 +28,11 @@ _DEADLINE: contextvars.ContextVar[tuple[float, float] | None] = contextvars.Cont
     "deadline", default=None
 )
 _THREADS: contextvars.ContextVar[int | None] = contextvars.ContextVar("threads", default=None)
+# By execution provider, the name of the memory that it computes in, where that is not the host's.
+_DEVICES = {"CUDAExecutionProvider": "cuda"}
+# An array, or one that lies in a session's memory: an OrtValue.
+Value = Any
+T = TypeVar("T")
 # Words by which ONNX Runtime and the C++ library say that memory ran out.
 _MEMORY_WORDS = ("bad_alloc", "allocate memory", "out of memory", "bad allocation")
 
@@ -164,6 +169,9 @@ def _named(asked: str, names: Sequence[str]) -> list[str]:
 class Session:
     """A loaded model. Not thread safe; arrays in, arrays out.
 
+    Its memory is that of the device it computes on. What is placed there, or stays there after a
+    run, may be fed to all sessions of the same provider.
+
     Args:
         model: a proto, its serialised bytes, or the path of a file.
         provider: execution provider, by any unique part of its name.
@@ -223,6 +231,7 @@ class Session:
                 hint="See what `onnx-ecp doctor` says of the driver, or use --provider cpu.",
             )
         self._ort = ort
+        self._memory = _DEVICES.get(wanted, "cpu")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="onnxruntime")
         self.inputs: tuple[str, ...] = tuple(i.name for i in self._session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
@@ -232,43 +241,82 @@ class Session:
         """The execution providers that the session really uses, first choice first."""
         return tuple(self._session.get_providers())
 
+    @property
+    def remote(self) -> bool:
+        """Whether its memory is not the host's, so that every array fed is copied there."""
+        return self._memory != "cpu"
+
+    def placed(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Value]:
+        """Arrays that will be fed again, in the session's memory; as they are in the host's."""
+        if not self.remote:
+            return dict(arrays)
+        place = self._ort.OrtValue.ortvalue_from_numpy
+        try:
+            return {name: place(array, self._memory) for name, array in arrays.items()}
+        except Exception as error:
+            raise _translated(error, f"cannot use the memory of {self._memory}") from error
+
     def run(
-        self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None
+        self, feeds: Mapping[str, Value], outputs: Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:
         """Run once.
 
         Args:
-            feeds: an array for every input.
+            feeds: a value for every input.
             outputs: names wanted; None for all.
 
         Raises:
             OutOfMemory: there was not enough memory for this batch.
             ProviderError: the run failed, or the deadline passed.
         """
-        names = list(self.outputs if outputs is None else outputs)
+        names = list(dict.fromkeys(self.outputs if outputs is None else outputs))
         if not names:
             return {}  # ONNX Runtime takes an empty list for all outputs
-        values, _ = self._timed(names, feeds)
+        if not all(isinstance(value, np.ndarray) for value in feeds.values()):
+            return self.run_bound(feeds, names)
+        values = self._watched(lambda options: self._session.run(names, dict(feeds), options))
         return dict(zip(names, values, strict=True))
 
     def seconds(self, feeds: Mapping[str, np.ndarray]) -> float:
         """Run once, and say how long ONNX Runtime took; raises what ``run`` does."""
-        return self._timed(list(self.outputs), feeds)[1]
 
-    def _timed(
-        self, names: list[str], feeds: Mapping[str, np.ndarray]
-    ) -> tuple[list[np.ndarray], float]:
-        """Values by name, and the seconds that they took, without the way to the worker."""
+        def timed(options: Any) -> float:  # without the way to the worker
+            began = time.perf_counter()
+            self._session.run(list(self.outputs), dict(feeds), options)
+            return time.perf_counter() - began
+
+        return self._watched(timed)
+
+    def run_bound(
+        self, feeds: Mapping[str, Value], outputs: Sequence[str], stay: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """Like ``run``; the outputs named in ``stay`` stay in the session's memory."""
+
+        def bound(options: Any) -> Any:
+            binding = self._session.io_binding()
+            held = [self._value(value) for value in feeds.values()]
+            for name, value in zip(feeds, held, strict=True):
+                binding.bind_ortvalue_input(name, value)
+            for name in outputs:
+                binding.bind_output(name, self._memory if name in stay else "cpu")
+            self._session.run_with_iobinding(binding, options)
+            return binding.get_outputs()
+
+        found = zip(outputs, self._watched(bound), strict=True)
+        return {name: value if name in stay else value.numpy() for name, value in found}
+
+    def _value(self, value: Value) -> Value:
+        """An array as ONNX Runtime wants it bound; it copies it to where it is read."""
+        if isinstance(value, np.ndarray):
+            return self._ort.OrtValue.ortvalue_from_numpy(value)
+        return value
+
+    def _watched(self, run: Callable[[Any], T]) -> T:
+        """What a run with these options gives; whatever ends the waiting ends the run."""
         options = self._ort.RunOptions()
         options.log_severity_level = 4
-
-        def work() -> tuple[list[np.ndarray], float]:
-            began = time.perf_counter()
-            values = self._session.run(names, dict(feeds), options)
-            return values, time.perf_counter() - began
-
         left = check_deadline()
-        future = self._worker.submit(work)
+        future = self._worker.submit(run, options)
         try:
             return future.result(timeout=left)
         except FutureTimeout:

@@ -61,6 +61,7 @@ COMMON = (
     "samples",
     "batch_size",
     "max_memory",
+    "statistics",
     "seed",
     "provider",
     "threads",

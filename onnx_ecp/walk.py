@@ -94,7 +94,9 @@ class Passage:
         """
         session, wanted = segment.session, segment.layer.input
         reads = () if session is None else session.inputs
-        constants = self._observer.state_feeds(state, frozenset(reads))
+        constants: Mapping[str, Any] = self._observer.state_feeds(state, frozenset(reads))
+        if session is not None:
+            constants = session.placed(constants)
         for index, inputs in enumerate(self._inputs):
 
             def live(name: str, at: int = index, fed: Mapping[str, np.ndarray] = inputs) -> Any:

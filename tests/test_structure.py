@@ -339,7 +339,7 @@ def test_optimize_reaches_the_share_of_weights_and_what_it_writes_checks(
     )
 
 
-@pytest.mark.parametrize("method", ["ecp-refit", "ecp"])
+@pytest.mark.parametrize("method", ["obs", "ecp"])
 @pytest.mark.parametrize("name", ["Gemm chain", "attention: heads"])
 def test_the_result_does_not_depend_on_the_memory(name, method, rng):
     """With one byte every layer has its own pass over the data, and sums lie in temporary files."""

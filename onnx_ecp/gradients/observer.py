@@ -7,8 +7,10 @@ For every layer it yields the input rows ``a`` (groups, rows, in) and the adjoin
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,16 +18,27 @@ import onnx
 
 from onnx_ecp.calibration import Batch
 from onnx_ecp.errors import CalibrationError, ModelError, UsageError, did_you_mean
+from onnx_ecp.gradients.accumulate import Accumulation, accumulation, moments
 from onnx_ecp.gradients.builder import Fact
 from onnx_ecp.gradients.numeric import PIECEWISE, numeric_adjoint
-from onnx_ecp.gradients.prepare import Prepared, add_reverse, facts_of, prepare
+from onnx_ecp.gradients.prepare import (
+    MINIMUM_OPSET,
+    Prepared,
+    add_reverse,
+    facts_of,
+    opset_of,
+    prepare,
+)
 from onnx_ecp.gradients.seeds import plan
 from onnx_ecp.layers import Layer
 from onnx_ecp.model import Model, constants, is_external, printable, read_tensor
-from onnx_ecp.runtime import Session
+from onnx_ecp.runtime import Session, Value
 from onnx_ecp.shelf import Computed
+from onnx_ecp.statistics import Moments
 
 ENGINES = ("vjp", "numeric")
+# Where statistics are summed: in the graph, by NumPy, or in the graph where it runs on a device.
+STATISTICS = ("auto", "graph", "host")
 # Relative difference that rewriting a graph may make: half precision rounds at 5e-4, which adds up.
 SAME = 0.05
 # Element types that weights are observed in; half precision is widened.
@@ -88,6 +101,32 @@ class Observation:
         )
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What the graph has added up so far; see ``Observer.add``.
+
+    Args:
+        layers: whose moments it adds up.
+        session: of the graph.
+        graph: names of its inputs and outputs.
+        values: of the accumulators, by input; they lie in the session's memory.
+        common: whether random probes are the same for all samples; see ``SeedPlan.seeds``.
+        samples: how many were taken in.
+    """
+
+    layers: tuple[Layer, ...]
+    session: Session
+    graph: Accumulation
+    values: Mapping[str, Value]
+    common: bool
+    samples: int = 0
+
+    def moments(self) -> dict[str, Moments]:
+        """By layer name, float64 on the host."""
+        values = {name: value.numpy() for name, value in self.values.items()}
+        return {layer.name: moments(layer, values, self.samples) for layer in self.layers}
+
+
 def original_state(model: Model, layers: Sequence[Layer]) -> State:
     """The state before anything is pruned: stored values, half precision widened to float32."""
     stored = constants(model.proto)
@@ -117,6 +156,7 @@ class Observer:
         provider: execution provider.
         threads: threads of ONNX Runtime.
         reverse: whether sensitivities will be asked for.
+        statistics: where they are summed, a name in STATISTICS.
 
     Attributes:
         blocked: by layer name, why the layer has no sensitivity.
@@ -124,6 +164,8 @@ class Observer:
         metric: a name in ``seeds.METRICS``.
         probabilities: but under l2, the heads whose values look like probabilities instead of
             logits.
+        statistics: as given.
+        summable: whether sums can be taken in the graph.
     """
 
     def __init__(
@@ -139,6 +181,7 @@ class Observer:
         provider: str = "cpu",
         threads: int | None = None,
         reverse: bool = True,
+        statistics: str = "auto",
     ) -> None:
         if engine not in ENGINES:
             raise UsageError(f"unknown gradients {engine!r}.", hint=did_you_mean(engine, ENGINES))
@@ -158,7 +201,9 @@ class Observer:
             "base": model.base,
         }
         self._dtypes = _float_inputs(self._prepared.proto)
-        feeds = self._feeds(state, first.feeds)
+        self._held: list[tuple[weakref.ref[State], dict[str, Value]]] = []
+        self._adding: dict[tuple[tuple[str, ...], bool, bool], tuple[Session, Accumulation]] = {}
+        feeds = self.input_feeds(first.feeds) | self.state_feeds(state)
         self.facts: dict[str, Fact] = facts_of(self.proto, model.base, feeds, threads)
         self._heads = _heads(self._prepared, self.facts, metric)
         # A softmax and its logits may both be outputs: but under l2 they have one head.
@@ -174,12 +219,12 @@ class Observer:
         self._forward = self._with_outputs(tensors)
         self.layers: tuple[Layer, ...] = tuple(layers)
         self.blocked: dict[str, str] = {}
-        self._reverse: Session | None = None
+        self._adjoints: dict[str, str] = {}
+        self._reverse_proto: onnx.ModelProto | None = None
         if reverse and engine == "vjp":
-            proto, self._adjoints, self.blocked = add_reverse(
+            self._reverse_proto, self._adjoints, self.blocked = add_reverse(
                 self._prepared, self.facts, self._seeded
             )
-            self._reverse = Session(proto, **self._options)
         if self._prepared.rewritten:
             _check_same(Session(model.proto, **self._options), first.feeds, self._forward, feeds)
         y = self._forward.run(feeds, self._seeded)
@@ -192,6 +237,9 @@ class Observer:
         )
         self._first = first.samples
         self.metric = metric
+        self.statistics = statistics
+        self.summable = not reverse or engine == "vjp"
+        self.summable &= opset_of(self.proto) >= MINIMUM_OPSET
         self._batched = all(v.ndim and v.shape[0] == first.samples for v in y.values())
 
     def observe(self, state: State, batch: Batch, *, common: bool = False) -> Observation:
@@ -207,7 +255,67 @@ class Observer:
 
     def close(self) -> None:
         """Give back the memory of the sessions; nothing can be observed any more."""
-        del self._forward, self._reverse
+        del self._forward
+        self.__dict__.pop("_reverse", None)
+        self._adding, self._held = {}, []
+
+    def nothing_summed(
+        self, names: Collection[str], *, backward: bool = True, with_gradient: bool = False
+    ) -> Sums:
+        """The beginning of sums over batches.
+
+        Args:
+            names: of the layers whose moments are wanted.
+            backward: whether there is more to sum than activations.
+            with_gradient: also sum dy/dW per probe; random probes are then common to all samples.
+        """
+        key = (tuple(names), backward, with_gradient)
+        if key not in self._adding:
+            # Two alternate: sums and, on other samples, sensitivities alone. More would take the
+            # memory that groups of layers are there to save.
+            while len(self._adding) > 1:
+                del self._adding[next(iter(self._adding))]
+            self._adding[key] = self._accumulating(*key)
+        session, graph = self._adding[key]
+        layers = tuple(layer for layer in self.layers if layer.name in names)
+        return Sums(layers, session, graph, graph.start, common=with_gradient)
+
+    def _accumulating(
+        self, names: Collection[str], backward: bool, with_gradient: bool
+    ) -> tuple[Session, Accumulation]:
+        proto = self._reverse_proto if backward else self.proto
+        assert proto is not None, "who asks for sensitivities has a reverse graph"
+        proto, graph = accumulation(
+            proto,
+            self.layers,
+            self._adjoints if backward else {},
+            names,
+            self.facts,
+            with_gradient=with_gradient,
+        )
+        return self.session(proto), graph
+
+    def add(self, sums: Sums, state: State, batch: Batch) -> tuple[Sums, dict[str, np.ndarray]]:
+        """Take one more batch into the sums; ``sums`` itself stays as it is.
+
+        Args:
+            sums: of the batches before, in the same state.
+            state: weights and shifts.
+            batch: samples.
+
+        Returns:
+            The new sums; by layer name, the sensitivity of every row (groups, rows).
+        """
+        feeds: dict[str, Value] = self._feeds(state, batch.feeds)
+        graph = sums.graph
+        if graph.weights:
+            feeds = feeds | _seed_feeds(self._seeds(feeds, batch, sums.common))
+        outputs = [*graph.weights.values(), *graph.new.values()]
+        stay = frozenset(graph.new.values())
+        found = sums.session.run_bound({**feeds, **sums.values}, outputs, stay)
+        weights = {layer: found[name][0] for layer, name in graph.weights.items()}
+        values = {name: found[new] for name, new in graph.new.items()}
+        return replace(sums, values=values, samples=sums.samples + batch.samples), weights
 
     def heads(self, state: State, batch: Batch) -> dict[str, np.ndarray]:
         """The tensors that seeds meet, by name: the float outputs, but under l2 their logits."""
@@ -228,27 +336,34 @@ class Observer:
         return self._pulled(self._feeds(state, batch.feeds), seeds, batch.samples)
 
     def _pulled(
-        self, feeds: dict[str, np.ndarray], seeds: Mapping[str, np.ndarray], samples: int
+        self, feeds: dict[str, Value], seeds: Mapping[str, np.ndarray], samples: int
     ) -> Observation:
         layers = {x.name: x for x in self.layers if x.name not in self.blocked}
         inputs = [x.input for x in layers.values()]
-        if self._reverse is None:
+        if self._reverse_proto is None:
             carriers = {name: f"ecp/adjoint/{name}" for name in layers}
             values = self._read(self._forward, feeds, inputs)
             for name, x in layers.items():
                 values[carriers[name]] = self._differences(x, feeds, seeds, samples)
         else:
             carriers = {name: self._adjoints[name] for name in layers}
-            feeds = feeds | {f"ecp/seed/{name}": seed for name, seed in seeds.items()}
+            feeds = feeds | _seed_feeds(seeds)
             values = self._read(self._reverse, feeds, [*carriers.values(), *inputs])
         return Observation(samples, layers, values, carriers)
 
     def rehearse(self, state: State, batch: Batch) -> None:
         """Run a batch for its need of memory alone, backward where there is a reverse graph."""
-        if self._reverse is None:
+        if self._reverse_proto is None:
             self.heads(state, batch)
+        elif self.sums_in_graph:
+            self.add(self.nothing_summed(()), state, batch)
         else:
             self.observe(state, batch)
+
+    @property
+    def sums_in_graph(self) -> bool:
+        """Whether sums are to be taken in the graph, where that is possible."""
+        return self.statistics == "graph" or (self.statistics == "auto" and self._forward.remote)
 
     def normalise_outputs(self, state: State, batches: Iterable[Batch]) -> None:
         """Under l2, divide each of several outputs by its own root mean square over samples."""
@@ -311,7 +426,7 @@ class Observer:
     @property
     def reverses(self) -> bool:
         """Whether there is a reverse graph: ``pull`` then costs one run."""
-        return self._reverse is not None
+        return self._reverse_proto is not None
 
     @property
     def one_position(self) -> bool:
@@ -321,7 +436,7 @@ class Observer:
 
     @staticmethod
     def _read(
-        session: Session, feeds: Mapping[str, np.ndarray], names: Iterable[str]
+        session: Session, feeds: Mapping[str, Value], names: Iterable[str]
     ) -> dict[str, np.ndarray]:
         """Tensors by name, whether a session computes them or they are fed."""
         wanted = dict.fromkeys(names)
@@ -329,7 +444,7 @@ class Observer:
         return found | session.run(feeds, [name for name in wanted if name not in found])
 
     def _differences(
-        self, layer: Layer, feeds: dict[str, np.ndarray], seeds: Mapping[str, np.ndarray], n: int
+        self, layer: Layer, feeds: dict[str, Value], seeds: Mapping[str, np.ndarray], n: int
     ) -> np.ndarray:
         kinds = {node.op_type for node in self._prepared.proto.graph.node}
         step = 1e-3 if kinds & PIECEWISE else 1e-2
@@ -338,9 +453,7 @@ class Observer:
             self._forward, feeds, shift, layer.output, seeds, samples=n, step=step
         )
 
-    def _seeds(
-        self, feeds: dict[str, np.ndarray], batch: Batch, common: bool
-    ) -> dict[str, np.ndarray]:
+    def _seeds(self, feeds: dict[str, Value], batch: Batch, common: bool) -> dict[str, np.ndarray]:
         """Seeds need the values of y; under l2 only its shape, which a batch axis tells."""
         if self._batched and self._plan.metric == "l2":
             facts = {name: self.facts[name] for name in self._seeded}
@@ -375,8 +488,27 @@ class Observer:
         """The forward observation graph."""
         return self._prepared.proto
 
-    def _feeds(self, state: State, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return self.input_feeds(feeds) | self.state_feeds(state)
+    def _feeds(self, state: State, feeds: Mapping[str, np.ndarray]) -> dict[str, Value]:
+        """Inputs and state; a device takes the stored tensors once for all batches of a state."""
+        if not self._forward.remote:
+            return self.input_feeds(feeds) | self.state_feeds(state)
+        shifts = self.state_feeds(state, frozenset(self._prepared.shifts.values()))
+        return self.input_feeds(feeds) | shifts | self._placed(state)
+
+    def _placed(self, state: State) -> dict[str, Value]:
+        """Its stored tensors on the device, where those of the two states used last stay."""
+        there = [values for ref, values in self._held if ref() is state]
+        others = [held for held in self._held if held[0]() is not state]
+        self._held = others[-1:]  # what is not needed goes before more is placed
+        values = there[0] if there else self._forward.placed(state.weights)
+        self._held.append((weakref.ref(state), values))
+        return values
+
+    @cached_property
+    def _reverse(self) -> Session:
+        """The reverse graph with rows and adjoints as outputs; for sums in the graph not needed."""
+        assert self._reverse_proto is not None, "the caller has looked"
+        return self.session(self._reverse_proto)
 
     def _with_outputs(self, tensors: Sequence[str]) -> Session:
         """A forward session with these tensors (and nothing else) as outputs."""
@@ -387,6 +519,11 @@ class Observer:
         wanted = [name for name in dict.fromkeys(tensors) if name not in fed]
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
         return self.session(proto)
+
+
+def _seed_feeds(seeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """By name of the input."""
+    return {f"ecp/seed/{name}": seed for name, seed in seeds.items()}
 
 
 def _widened(x: np.ndarray) -> np.ndarray:

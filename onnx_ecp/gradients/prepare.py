@@ -225,8 +225,8 @@ def _lifted(model: onnx.ModelProto, names: set[str], *, needed: bool) -> onnx.Mo
         names: of tensors that must be called the same afterwards.
         needed: whether it is an error that the opset cannot be lifted.
     """
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
-    if opset is None or opset >= MINIMUM_OPSET:
+    opset = opset_of(model)
+    if opset >= MINIMUM_OPSET:
         return model
     try:
         lifted = onnx.version_converter.convert_version(model, MINIMUM_OPSET)
@@ -243,6 +243,12 @@ def _lifted(model: onnx.ModelProto, names: set[str], *, needed: bool) -> onnx.Mo
     have = {o.domain for o in lifted.opset_import}
     lifted.opset_import.extend(o for o in model.opset_import if o.domain not in have | {"ai.onnx"})
     return lifted
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of the standard operators; MINIMUM_OPSET where the model names none."""
+    versions = (o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    return next(versions, MINIMUM_OPSET)
 
 
 def _check_names(before: onnx.ModelProto, after: onnx.ModelProto, names: set[str]) -> None:

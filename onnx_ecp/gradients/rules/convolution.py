@@ -8,7 +8,7 @@ cut out of them. Probes and batch are one batch axis for all of this.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,13 +55,20 @@ class Window:
         return op.Add(steps, self.reach)
 
 
-def margins(op: Builder, node: gs.Node, total: gs.Tensor, rank: int) -> tuple[Any, Any]:
-    """How the ``total`` (int64 vector) of padding cells is split: before x and behind it."""
-    mode = node.attrs.get("auto_pad", "NOTSET")
-    if mode == "NOTSET" and "output_shape" in node.attrs:
+def margins(op: Builder, attrs: Mapping[str, Any], total: gs.Tensor, rank: int) -> tuple[Any, Any]:
+    """How the ``total`` (int64 vector) of padding cells is split: before x and behind it.
+
+    Args:
+        op: writes the nodes.
+        attrs: of an operator: ``auto_pad``, ``pads``, ``output_shape`` where it has them.
+        total: int64 vector, one element for every spatial axis.
+        rank: number of spatial axes.
+    """
+    mode = attrs.get("auto_pad", "NOTSET")
+    if mode == "NOTSET" and "output_shape" in attrs:
         mode = "SAME_LOWER"
     if mode == "NOTSET":
-        begin: Any = op.const(np.array(node.attrs.get("pads", [0] * 2 * rank)[:rank], np.int64))
+        begin: Any = op.const(np.array(attrs.get("pads", [0] * 2 * rank)[:rank], np.int64))
     elif mode == "VALID":
         begin = op.const(np.zeros(rank, np.int64))
     else:
@@ -102,7 +109,7 @@ def _conv(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.T
         return op.reshape_like(cells, g[0], x)
     cells = op.ConvTranspose(images, weight, group=groups, **window.attrs)
     total = op.Sub(window.covered(op, op.Shape(y, start=2)), op.Shape(x, start=2))
-    begin, end = margins(op, node, total, window.rank)
+    begin, end = margins(op, node.attrs, total, window.rank)
     return op.reshape_like(pad_spatial(op, cells, op.Neg(begin), op.Neg(end), window.rank), g[0], x)
 
 
@@ -143,7 +150,7 @@ def _conv_transpose(
     covered = window.covered(op, op.Shape(x, start=2))
     behind = op.Sub(covered, op.Shape(y, start=2))
     extra = node.attrs.get("output_padding", [0] * window.rank)
-    begin, _ = margins(op, node, op.Add(behind, np.array(extra, np.int64)), window.rank)
+    begin, _ = margins(op, node.attrs, op.Add(behind, np.array(extra, np.int64)), window.rank)
     cells = pad_spatial(op, images, begin, op.Sub(behind, begin), window.rank)
     found = op.Conv(cells, weight, group=node.attrs.get("group", 1), **window.attrs)
     return op.reshape_like(found, g[0], x)

@@ -104,7 +104,7 @@ def _spread(op: Builder, node: gs.Node, window: Window, g: gs.Tensor) -> Any:
 def _margins(op: Builder, node: gs.Node, window: Window) -> tuple[Any, Any]:
     (x,), (y,) = node.inputs, node.outputs
     total = op.Sub(window.covered(op, op.Shape(y, start=2)), op.Shape(x, start=2))
-    return margins(op, node, total, window.rank)
+    return margins(op, node.attrs, total, window.rank)
 
 
 def _ones(op: Builder, window: Window, like: gs.Tensor) -> Any:
