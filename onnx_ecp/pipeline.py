@@ -46,9 +46,17 @@ from onnx_ecp.report import (
 from onnx_ecp.runtime import deadline, free_memory, threads_of
 from onnx_ecp.selection import NM, Group, Sparsity
 from onnx_ecp.shelf import Computed
+from onnx_ecp.structure import Structure
 from onnx_ecp.structure.latency import Watch
 from onnx_ecp.structure.outcome import Speedup
-from onnx_ecp.structure.smaller import Smaller, cleaned, smaller, units_of, with_order
+from onnx_ecp.structure.smaller import (
+    Smaller,
+    cleaned,
+    smaller,
+    units_of,
+    with_order,
+    with_turned_heads,
+)
 from onnx_ecp.structure.units import Goal, PrunedUnits, UnitStep, too_slow
 from onnx_ecp.targets import Judge, Point, seek
 from onnx_ecp.tensorrt import sparse_kernels
@@ -154,6 +162,12 @@ def optimize(
             source, remarks = reordered(given, layers, data, options)
             layers, skips = choose_layers(source, options)
         network, blocked = observe_network(source, layers, data, options)
+        if options.granularity == "unit":
+            turned = in_own_bases(source, network, options)
+            if turned is not source:
+                network.observer.close()
+                source, (layers, skips) = turned, choose_layers(turned, options)
+                network, blocked = observe_network(source, layers, data, options)
         plan = make_plan(network.layers, options)
         step = None
         if options.granularity == "unit":
@@ -509,16 +523,35 @@ def reordered(
     return with_order(given, network, patterns, scores, options.session)
 
 
-def unit_step(
-    source: Model, network: Network, data: Data, options: Options, progress: Progress
-) -> UnitStep:
-    """What a stage does when whole units go; a layer that is not wanted keeps its own units.
+def find_units(source: Model, network: Network, options: Options) -> Structure:
+    """The units that may go; a layer that is not wanted keeps its own.
 
     Raises:
         TargetError: no unit can be removed.
     """
     frozen = {x.name: r for x in network.layers if (r := _unwanted(x.name, options))}
-    structure = units_of(source, network, frozen, options.session)
+    return units_of(source, network, frozen, options.session)
+
+
+def in_own_bases(source: Model, network: Network, options: Options) -> Model:
+    """The model with its attention heads in bases that suit removing dimensions of them.
+
+    Raises:
+        TargetError: no unit can be removed.
+    """
+    structure = find_units(source, network, options)
+    return with_turned_heads(source, network, structure, options.session)
+
+
+def unit_step(
+    source: Model, network: Network, data: Data, options: Options, progress: Progress
+) -> UnitStep:
+    """What a stage does when whole units go.
+
+    Raises:
+        TargetError: no unit can be removed.
+    """
+    structure = find_units(source, network, options)
     share, target = options.end, "params"
     if options.speedup is not None:
         share = 1 - 1 / options.speedup

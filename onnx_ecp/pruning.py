@@ -430,6 +430,13 @@ def with_grams(
         yield segment.layer, run.gram(segment, state, weights, plan.method.shrinkage)
 
 
+def plain_grams(network: Network, names: Collection[str]) -> dict[str, Gram]:
+    """By layer name, sums of the original inputs of some layers, all rows weighing alike."""
+    run = _Run(network, network.fit, with_original=False)
+    grams = {x.layer.name: run.gram(x, network.original, None, 0.0) for x in network.segments}
+    return {name: grams[name] for name in names}
+
+
 def summed(layers: Sequence[Layer], scores: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """Importances by stored tensor: the sum over the layers that share it."""
     users: dict[str, list[str]] = {}

@@ -18,7 +18,7 @@ from onnx_ecp.structure.permutation import exchanged, interchangeable, kept_by
 def test_another_order_of_the_units_is_the_same_network(network, rng):
     model = build(network, rng)
     feeds = inputs(model, rng)
-    structure = structure_of(model, feeds)
+    structure = structure_of(model, feeds, inside=False)
     order = np.arange(structure.units)
     free = interchangeable(structure)
     assert free
@@ -29,7 +29,7 @@ def test_another_order_of_the_units_is_the_same_network(network, rng):
     assert moved != model.proto
     wanted = run(model.proto, feeds)
     np.testing.assert_allclose(run(moved, feeds), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
-    again = structure_of(load(moved), feeds)
+    again = structure_of(load(moved), feeds, inside=False)
     back = rearranged(moved, again, np.argsort(order))
     for layer in find_layers(model.proto).layers:
         twin = next(x for x in find_layers(back).layers if x.name == layer.name)
@@ -44,7 +44,7 @@ def matrix(proto, layer):
 def test_units_on_different_ways_are_not_exchanged(rng):
     """h passes a Relu, k does not; both are read by one layer."""
     model = build(NETWORKS["Concat of two producers and an input"], rng)
-    structure = structure_of(model, inputs(model, rng))
+    structure = structure_of(model, inputs(model, rng), inside=False)
     groups = [set(units.tolist()) for units in interchangeable(structure)]
     assert groups == [{0, 1, 2, 3}, {4, 5, 6}]
     halves = ("float[N, 5] x", """h = Gemm(x, W, b)
@@ -53,7 +53,7 @@ def test_units_on_different_ways_are_not_exchanged(rng):
         c = Concat<axis = 1>(r, q)
         y = Gemm(c, U)""", {"W": (5, 8), "b": (8,), "U": (8, 2)}, [8])  # fmt: skip
     model = build(halves, rng)
-    structure = structure_of(model, inputs(model, rng))
+    structure = structure_of(model, inputs(model, rng), inside=False)
     groups = [set(units.tolist()) for units in interchangeable(structure)]
     assert groups == [{0, 1, 2, 3}, {4, 5, 6, 7}]
 

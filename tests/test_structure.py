@@ -163,7 +163,74 @@ NETWORKS = {
         m = Reshape(ot, back)
         y = MatMul(m, O)""",
         {"Q": (5, 8), "K": (5, 8), "V": (5, 8), "O": (8, 5), "root": ()},
-        [4],
+        [4, 2, 2],
+    ),
+    "attention: one merged layer, biases, masked": (
+        "float[N, 3, 5] x",
+        """h = MatMul(x, W)
+        z = Add(h, b)
+        q, k, v = Split<axis = 2>(z)
+        shape = Constant<value = int64[4] {0, 0, 2, 4}>()
+        qs = Reshape(q, shape)
+        ks = Reshape(k, shape)
+        vs = Reshape(v, shape)
+        qt = Transpose<perm = [0, 2, 1, 3]>(qs)
+        kt = Transpose<perm = [0, 2, 3, 1]>(ks)
+        vt = Transpose<perm = [0, 2, 1, 3]>(vs)
+        l = MatMul(qt, kt)
+        d = Mul(root, l)
+        e = Add(d, mask)
+        p = Softmax(e)
+        o = MatMul(p, vt)
+        ot = Transpose<perm = [0, 2, 1, 3]>(o)
+        back = Constant<value = int64[3] {0, -1, 8}>()
+        m = Reshape(ot, back)
+        y = MatMul(m, O)""",
+        {"W": (5, 24), "b": (24,), "O": (8, 5), "root": (), "mask": (3, 3)},
+        [2, 4, 4],
+    ),
+    "attention: shapes computed": (
+        "float[N, 3, 5] x",
+        """q = MatMul(x, Q)
+        k = MatMul(x, K)
+        v = MatMul(x, V)
+        sizes = Shape(x)
+        first = Constant<value = int64[1] {0}>()
+        second = Constant<value = int64[1] {1}>()
+        n = Gather(sizes, first)
+        t = Gather(sizes, second)
+        heads = Constant<value = int64[1] {2}>()
+        size = Constant<value = int64[1] {3}>()
+        all = Constant<value = int64[1] {6}>()
+        shape = Concat<axis = 0>(n, t, heads, size)
+        qs = Reshape(q, shape)
+        ks = Reshape(k, shape)
+        vs = Reshape(v, shape)
+        qt = Transpose<perm = [0, 2, 1, 3]>(qs)
+        kt = Transpose<perm = [0, 2, 3, 1]>(ks)
+        vt = Transpose<perm = [0, 2, 1, 3]>(vs)
+        l = MatMul(qt, kt)
+        p = Softmax(l)
+        o = MatMul(p, vt)
+        ot = Transpose<perm = [0, 2, 1, 3]>(o)
+        back = Concat<axis = 0>(n, t, all)
+        m = Reshape(ot, back)
+        y = MatMul(m, O)""",
+        {"Q": (5, 6), "K": (5, 6), "V": (5, 6), "O": (6, 5)},
+        [2, 3, 3],
+    ),
+    "attention: one head": (
+        "float[N, 3, 5] x",
+        """q = MatMul(x, Q)
+        k = MatMul(x, K)
+        v = MatMul(x, V)
+        kt = Transpose<perm = [0, 2, 1]>(k)
+        l = MatMul(q, kt)
+        p = Softmax<axis = 2>(l)
+        o = MatMul(p, v)
+        y = MatMul(o, O)""",
+        {"Q": (5, 4), "K": (5, 4), "V": (5, 6), "O": (6, 5)},
+        [6, 4],
     ),
     "shared bias": (
         "float[N, 5] x",
@@ -219,10 +286,9 @@ def inputs(model, rng, samples=4):
     return {"x": rng.standard_normal(shape).astype(np.float32)}
 
 
-def structure_of(model, feeds):
-    return find_structure(
-        model.proto, find_layers(model.proto).layers, shapes_of_a_run(model, feeds)
-    )
+def structure_of(model, feeds, **choices):
+    layers = find_layers(model.proto).layers
+    return find_structure(model.proto, layers, shapes_of_a_run(model, feeds), **choices)
 
 
 def run(proto, feeds):
@@ -245,7 +311,7 @@ def some_units(structure, rng):
 
 
 def without_outgoing_weights(model, structure, keep):
-    """The model with zeros in the columns of all units that do not stay."""
+    """The model with zeros wherever units that do not stay are read, or meet in a product."""
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     stored = {t.name: t for t in proto.graph.initializer}
@@ -253,6 +319,7 @@ def without_outgoing_weights(model, structure, keep):
         tensor = stored[layer.weight.tensor]
         matrix = layer.weight.matrix(onnx.numpy_helper.to_array(tensor)).copy()
         matrix[:, ~structure.columns_kept(layer.name, keep)] = 0
+        matrix[~structure.rows_read(layer.name, keep)] = 0
         values = np.ascontiguousarray(layer.weight.unmatrix(matrix))
         tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     return Model(proto, None, None)
@@ -428,6 +495,101 @@ def test_a_unit_that_cannot_be_followed_stays_and_the_operator_is_named(body, na
         assert structure.units == 0
 
 
+# Name: (what stands for keys, for logits, and for what follows them, the reason).
+HELD = {
+    "keys turned by their position": (
+        "Mul(kt, table)",
+        "MatMul(qt, r)",
+        "Softmax(l)",
+        "MatMul 'l': its queries or keys are not just a layer with its bias",
+    ),
+    "a number for every position": (
+        "Add(kt, place)",
+        "MatMul(qt, r)",
+        "Softmax(l)",
+        "MatMul 'l': its queries or keys are not just a layer with its bias",
+    ),
+    "no softmax": (
+        "Identity(kt)",
+        "MatMul(qt, r)",
+        "Relu(l)",
+        "MatMul 'l': it sums over units, and no softmax over the last axis follows",
+    ),
+    "a softmax over queries": (
+        "Identity(kt)",
+        "MatMul(qt, r)",
+        "Softmax<axis = 2>(l)",
+        "MatMul 'l': it sums over units, and no softmax over the last axis follows",
+    ),
+    "a scale that is the size of heads": (
+        "Identity(kt)",
+        """MatMul(qt, r)
+        s = Shape(qt)
+        last = Constant<value = int64 {3}>()
+        w = Gather(s, last)
+        f = Cast<to = 1>(w)
+        e = Div(l, f)""",
+        "Softmax(e)",
+        "MatMul 'l': it sums over units, and no softmax over the last axis follows",
+    ),
+}
+
+
+@pytest.mark.parametrize(("keys", "logits", "behind", "reason"), HELD.values(), ids=HELD)
+def test_heads_keep_their_width_where_a_dimension_does_more_than_meet(
+    keys, logits, behind, reason, rng
+):
+    body = NETWORKS["attention: heads"][1]
+    body = body.replace("l = MatMul(qt, kt)\n        d = Div(l, root)", f"r = {keys}\nl = {logits}")
+    body = body.replace("Softmax<axis = -1>(d)", behind)
+    shapes = {"Q": (5, 8), "K": (5, 8), "V": (5, 8), "O": (8, 5)}
+    stored = {"Mul(kt, table)": {"table": (2, 3)}, "Add(kt, place)": {"place": (1, 3)}}
+    model = build(("float[N, 3, 5] x", body, shapes | stored.get(keys, {}), []), rng)
+    structure = structure_of(model, inputs(model, rng))
+    held = [x for x in structure.refusals if x.name in ("q", "k")]
+    assert [x.reason for x in held] == [f"its heads keep their width: {reason}"] * 2
+    assert [len(group.units) for group in structure.groups] == [4, 2]
+
+
+def low_rank(rng, rows, columns):
+    """(rows, columns) of four heads of two dimensions each, of which one is enough."""
+    return np.concatenate(
+        [rng.standard_normal((rows, 1)) @ rng.standard_normal((1, 2)) for _ in range(4)], axis=1
+    )
+
+
+@pytest.mark.parametrize("method", ["ecp-refit", "ecp", "magnitude"])
+def test_directions_that_heads_do_not_use_leave_without_a_trace(method, rng):
+    """In the basis given, every dimension is used; half of the directions are not."""
+    model = build(NETWORKS["attention: heads"], rng)
+    for tensor in model.proto.graph.initializer:
+        if tensor.name in "QKV":
+            values = low_rank(rng, 5, 8).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    data = inputs(model, rng, 200)
+    made = onnx_ecp.optimize(
+        model.proto, data, granularity="unit", sparsity=0.45, method=method, stages=2
+    )
+    after = {row.producers: (row.before, row.after) for row in made.report.units}
+    assert after == {("q", "k", "v"): (4, 4), ("q", "k"): (2, 1), ("v",): (2, 1)}
+    wanted = run(model.proto, data)
+    np.testing.assert_allclose(
+        run(made.model, data), wanted, rtol=0, atol=1e-2 * np.abs(wanted).max()
+    )
+
+
+def test_fine_tuning_goes_on_without_the_units_that_went(rng):
+    model = build(NETWORKS["attention: one merged layer, biases, masked"], rng)
+    data = inputs(model, rng, 200)
+    choices = {"granularity": "unit", "sparsity": 0.3, "method": "magnitude"}
+    plain, tuned = (
+        onnx_ecp.optimize(model.proto, data, finetune_steps=steps, **choices).report
+        for steps in (0, 100)
+    )
+    assert [row.after for row in tuned.units] == [row.after for row in plain.units]
+    assert tuned.gap.relative_error < 0.9 * plain.gap.relative_error
+
+
 @each_network
 def test_shape_inference_finds_what_a_run_finds(network, rng):
     model = build(network, rng)
@@ -443,7 +605,7 @@ def test_shape_inference_finds_what_a_run_finds(network, rng):
 def test_clean_up_deletes_dead_units_and_changes_no_output(network, rng):
     model = build(network, rng)
     feeds = inputs(model, rng)
-    structure = structure_of(model, feeds)
+    structure = structure_of(model, feeds, inside=False)
     keep = some_units(structure, rng)
     masked = without_outgoing_weights(model, structure, keep)
     done = clean_up(masked, names_of(masked), [feeds])

@@ -45,6 +45,11 @@ class Affine:
         """ONNX element type of ``output``."""
         return self.bias.dtype
 
+    def bias_values(self, model: onnx.ModelProto, base: Path | None = None) -> np.ndarray | None:
+        """(out,): what ``store`` adds shifts to; see ``Layer.bias_values``."""
+        values = self.bias.values(model, base)
+        return None if values.size not in (1, self.shape[0]) else values + np.zeros(self.shape[0])
+
     def store(
         self,
         model: onnx.ModelProto,

@@ -43,6 +43,13 @@ class BiasInput:
         """Whether the model has this bias already."""
         return self.constant is not None
 
+    def values(self, model: onnx.ModelProto, base: Path | None) -> np.ndarray:
+        """What is added to z, flat: (out,) or one number, or more where positions differ."""
+        if self.constant is None:
+            return np.zeros(1)
+        stored = self.constant.view(edit.read(model, self.constant.tensor, base))
+        return np.asarray(stored.astype(np.float64).reshape(-1) * self.scale)
+
     def add(self, model: onnx.ModelProto, shift: np.ndarray, stem: str, base: Path | None) -> None:
         """Add ``shift`` (out,) to the bias; a stored tensor that others read stays as it is."""
         values = shift.reshape(self.units) / self.scale
@@ -70,6 +77,10 @@ class AddBehind:
     units: tuple[int, ...]
     dtype: int
     exists: bool = False
+
+    def values(self, model: onnx.ModelProto, base: Path | None) -> np.ndarray:
+        """(1,): nothing yet."""
+        return np.zeros(1)
 
     def add(self, model: onnx.ModelProto, shift: np.ndarray, stem: str, base: Path | None) -> None:
         """Insert the Add; whoever read the operator's output reads the shifted one."""

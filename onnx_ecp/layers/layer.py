@@ -166,6 +166,12 @@ class Layer(Protocol):
     def shift_shape(self) -> tuple[int, ...]:
         """Shape in which a per-unit vector (out,) broadcasts against tensor ``output``."""
 
+    def bias_values(self, model: onnx.ModelProto, base: Path | None = None) -> np.ndarray | None:
+        """(out,) float64: what ``store`` adds shifts to; None where it differs by position.
+
+        Zeros where there is no bias yet.
+        """
+
     def store(
         self,
         model: onnx.ModelProto,

@@ -12,6 +12,7 @@ from html import escape
 from onnx_ecp.model import printable
 from onnx_ecp.report import CURVE_NOTE, KERNELS, ROUNDING, WORK, LayerRow, Report, bounding
 from onnx_ecp.report.as_json import dumps, encode
+from onnx_ecp.structure.outcome import MEET
 
 # Rows at either end of a table; a row takes at most 2 kB, whatever the names are.
 _ENDS = 60
@@ -225,7 +226,8 @@ def _layer(row: LayerRow) -> list[str]:
 def _units(report: Report) -> str:
     rows = []
     for row in report.units:
-        made, read = (shown(" + ".join(names), 200) for names in (row.producers, row.consumers))
+        ends = (row.producers, row.consumers or (MEET,))
+        made, read = (shown(" + ".join(names), 200) for names in ends)
         rows.append([made, read, f"{row.before:,}", f"{row.after:,}", row.why])
     before, after = report.work_before, report.work_after
     if before is not None and after is not None:

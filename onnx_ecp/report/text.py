@@ -34,7 +34,7 @@ from onnx_ecp.report import (
     Report,
     bounding,
 )
-from onnx_ecp.structure.outcome import UnitGroup
+from onnx_ecp.structure.outcome import MEET, UnitGroup
 from onnx_ecp.targets import Point
 from onnx_ecp.tensorrt import SparseKernel
 
@@ -180,7 +180,8 @@ def _group_table(groups: Sequence[UnitGroup], verbose: bool) -> Table:
         if isinstance(group, int):
             table.add_row(_omitted(group))
             continue
-        made, read = (" + ".join(map(printable, x)) for x in (group.producers, group.consumers))
+        ends = (group.producers, group.consumers or (MEET,))
+        made, read = (" + ".join(map(printable, names)) for names in ends)
         table.add_row(made, read, f"{group.units:,}", f"{group.width:,}")
     return table
 
@@ -343,7 +344,8 @@ def _unit_table(report: Report, verbose: bool) -> Table:
         if isinstance(row, int):
             table.add_row(_omitted(row))
             continue
-        made, read = (" + ".join(map(printable, names)) for names in (row.producers, row.consumers))
+        ends = (row.producers, row.consumers or (MEET,))
+        made, read = (" + ".join(map(printable, names)) for names in ends)
         table.add_row(made, read, f"{row.before:,}", f"{row.after:,}", row.why)
     before, after = report.work_before, report.work_after
     if before is not None and after is not None:

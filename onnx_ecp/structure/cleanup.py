@@ -142,7 +142,8 @@ def _without_dead(
     settings: Mapping[str, object],
 ) -> tuple[Model, list[UnitRow]] | None:
     """The model without the units that are dead now; None where none is."""
-    structure = find_structure(model.proto, layers, shapes_of_a_run(model, feeds, **settings))
+    shapes = shapes_of_a_run(model, feeds, **settings)
+    structure = find_structure(model.proto, layers, shapes, inside=False)
     columns = {name: part.columns for name, part in alive.items()}
     rows = {name: part.rows for name, part in alive.items()}
     unread = ~_any(structure, columns, structure.columns)

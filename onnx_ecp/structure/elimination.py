@@ -9,6 +9,11 @@ which is OBS one level up (``methods/obs.py``), with units of any width, and wit
 z that add up in the outputs or cancel there. Units that can stand in for each other all look cheap,
 and cannot all go: so they go one after the other, cheapest first, and after each one V and C^-1 are
 what the refit of the others makes of them.
+
+A dimension of keys, rows K of a layer k = W a with adjoints g, is read by queries. What goes is
+sum_K g_K (k_K - E k_K) at every position, so with the covariance of k, where S is that of g,
+
+    I_K = sum_(i, j in K) S_ij (W C W^T)_ij
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ class OutputMetric:
     """Adds up S, batch by batch, for the layers that read units; ``measure`` calls it.
 
     Args:
-        readers: names of the layers.
+        readers: names of the layers, those that make keys for queries to read included.
         sums: by layer name, sum of g g^T over rows and probes, (out, out).
     """
 
@@ -42,9 +47,10 @@ class OutputMetric:
 
     @staticmethod
     def of(structure: Structure) -> OutputMetric:
-        """For the readers of a structure."""
+        """For the readers of a structure, and the layers that make keys."""
         readers = (name for name, units in structure.columns.items() if np.any(units >= 0))
-        return OutputMetric(frozenset(readers))
+        keys = (name for name, keys in structure.keys.items() if keys.any())
+        return OutputMetric(frozenset([*readers, *keys]))
 
     def __call__(self, seen: Observation, moments: Mapping[str, Moments]) -> None:
         """Take in one batch, of the layers in turn."""
@@ -87,6 +93,24 @@ def scores_of_reader(
     )
     costs = np.minimum(eliminated(v, inverse, blocks, steps), alone)
     return dict(zip(present.tolist(), np.maximum(costs, 0).tolist(), strict=True))
+
+
+def scores_of_keys(
+    weight: np.ndarray, gram: Gram, metric: np.ndarray, units: np.ndarray, number: int
+) -> np.ndarray:
+    """(number,): importance by unit of the dimensions of keys that a layer makes.
+
+    Args:
+        weight: W, (out, in).
+        gram: of the layer's input.
+        metric: S, (out, out).
+        units: (out,), the unit of every row, negative for none.
+        number: of units.
+    """
+    together = metric * (weight @ gram.covariance[0] @ weight.T)
+    same = (units[:, None] == units) & (units >= 0)
+    cost = np.where(same, together, 0.0).sum(axis=1)
+    return np.maximum(np.bincount(units[units >= 0], cost[units >= 0], minlength=number), 0)
 
 
 def eliminated(
@@ -133,7 +157,9 @@ def _root(metric: np.ndarray) -> np.ndarray:
     return np.asarray(np.sqrt(np.maximum(values, 0))[:, None] * vectors.T)
 
 
-def steps_of(structure: Structure, layer: Layer, keep: np.ndarray, share: float) -> int:
+def steps_of(
+    structure: Structure, layer: Layer, units: np.ndarray, keep: np.ndarray, share: float
+) -> int:
     """How many units of a reader go one after the other.
 
     Units that others read too are ranked at once: each reader would have an order of its own.
@@ -141,10 +167,11 @@ def steps_of(structure: Structure, layer: Layer, keep: np.ndarray, share: float)
     Args:
         structure: of the units.
         layer: the reader.
+        units: (in,), those of its columns.
         keep: (units,) bool, what is still there.
         share: of all units there that is to go in this stage.
     """
-    own = [group for group in structure.groups if layer.name in group.consumers]
+    own = [group for group in structure.groups if np.isin(group.units[0], units)]
     if layer.shape[1] > WIDEST or any(len(group.consumers) > 1 for group in own):
         return 0
     there = sum(int(keep[group.units].sum()) for group in own)

@@ -2,14 +2,21 @@
 
 A unit is a hidden neuron, a channel or a head: a row of a layer (its producer), whatever stored
 numbers belong to it on the way, and the columns of the layers that read it (its consumers). Units
-are followed once along the graph; where an operator cannot be followed they stay, and the operator
-is named.
+are followed along the graph; where an operator cannot be followed they stay, and the operator is
+named.
+
+Heads have units inside them, too: one dimension of every head, so that all heads stay equally wide.
+These are followed on a second walk. A row then belongs to a head and to a dimension, and stays
+while both do. Dimensions of queries and keys have no consumer: they meet in the product of both,
+and one that is constant over the keys adds what the softmax behind it does not feel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -22,6 +29,8 @@ from onnx_ecp.structure.marks import Axis
 from onnx_ecp.structure.rules import RULES
 from onnx_ecp.structure.walk import Count, Refused, Slot, Walk
 
+Key = TypeVar("Key", bound=Hashable)
+
 STAYS = -1
 """In arrays of unit numbers: an entry that belongs to no unit that may be removed."""
 
@@ -32,9 +41,9 @@ class Group:
 
     Args:
         producers: names of the layers that make them.
-        consumers: names of the layers that read them.
+        consumers: names of the layers that read them; none where queries meet keys.
         units: their numbers.
-        width: rows of the first producer per unit: 1, or the size of a head.
+        width: rows of the first producer per unit: 1, the size of a head, or the number of heads.
     """
 
     producers: tuple[str, ...]
@@ -52,23 +61,32 @@ class Group:
 class Structure:
     """All units of a model that may be removed, numbered from 0.
 
+    Where there are units of one kind only, atoms are units.
+
     Args:
         groups: of units; every unit is in one.
-        rows: by layer name, (out,), the unit of every row or STAYS.
-        columns: by layer name, (in,), the unit of every column or STAYS.
+        atoms: (atoms + 1, kinds of units), the units that an atom belongs to or STAYS; it stays
+            while all of them do. The last row is that of entries which belong to none.
+        rows: by layer name, (out,), the atom of every row or STAYS.
+        columns: by layer name, (in,), the atom of every column or STAYS.
         slots: stored tensors that shrink.
         counts: numbers in the graph that shrink.
         axes: by name of the tensors along which units lie, the unit of every entry or STAYS; their
             declared shapes are no longer right where units go.
-        refusals: the layers whose rows stay, and why.
+        queries: by layer name, (out,) bool: rows that a product of activations takes as queries.
+        keys: likewise, those that it takes as keys.
+        refusals: the layers whose rows stay, or whose heads keep their width, and why.
     """
 
     groups: tuple[Group, ...]
+    atoms: np.ndarray
     rows: dict[str, np.ndarray]
     columns: dict[str, np.ndarray]
     slots: tuple[Slot, ...]
     counts: tuple[Count, ...]
     axes: dict[str, np.ndarray]
+    queries: dict[str, np.ndarray]
+    keys: dict[str, np.ndarray]
     refusals: tuple[Skip, ...]
 
     @property
@@ -76,18 +94,30 @@ class Structure:
         """How many units there are."""
         return sum(len(group.units) for group in self.groups)
 
+    def units_at(self, atoms: np.ndarray) -> np.ndarray:
+        """(kinds of units, entries): the units of entries, given their atoms (entries,)."""
+        return np.asarray(self.atoms[atoms].T)
+
+    def kept(self, atoms: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        """(entries,) bool: those that stay with the units ``keep`` (units,) bool."""
+        return np.append(keep, True)[self.units_at(atoms)].all(axis=0)  # type: ignore[no-any-return]
+
     def rows_kept(self, layer: str, keep: np.ndarray) -> np.ndarray:
         """(out,) bool: the rows of a layer that stay with the units ``keep`` (units,) bool."""
-        return kept(self.rows[layer], keep)
+        return self.kept(self.rows[layer], keep)
 
     def columns_kept(self, layer: str, keep: np.ndarray) -> np.ndarray:
         """(in,) bool: the columns of a layer that stay."""
-        return kept(self.columns[layer], keep)
+        return self.kept(self.columns[layer], keep)
 
+    def dimensions(self, layer: str) -> np.ndarray:
+        """(out,): the units inside heads that the rows of a layer belong to, or STAYS."""
+        return np.asarray(self.units_at(self.rows[layer])[-1])
 
-def kept(units: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Which entries stay, given their units; entries of no unit do."""
-    return np.asarray((units == STAYS) | np.append(keep, True)[units])
+    def rows_read(self, layer: str, keep: np.ndarray) -> np.ndarray:
+        """(out,) bool: all rows, but for queries and keys of dimensions that do not stay."""
+        met = self.queries[layer] | self.keys[layer]
+        return ~met | self.kept(self.rows[layer], keep)
 
 
 def find_structure(
@@ -95,6 +125,8 @@ def find_structure(
     layers: Sequence[Layer],
     shapes: Mapping[str, tuple[int, ...]],
     frozen: Mapping[str, str] | None = None,
+    *,
+    inside: bool = True,
 ) -> Structure:
     """Follow the units of all layers through the graph.
 
@@ -103,20 +135,32 @@ def find_structure(
         layers: that may lose rows and columns; others are obstacles.
         shapes: of all tensors, from one run or from shape inference.
         frozen: by name, why a layer must keep its rows; it may lose columns.
+        inside: whether heads have units inside them.
     """
-    walk = Walk(main_scope(proto), shapes)
-    found = _Found(walk, {}, {})
+    scope = main_scope(proto)
+    walks = [Walk(scope, shapes)] + [Walk(scope, shapes, inside=True)] * inside
+    return _numbered([_followed(walk, layers, frozen or {}) for walk in walks], layers)
+
+
+def _followed(walk: Walk, layers: Sequence[Layer], frozen: Mapping[str, str]) -> _Found:
+    """Everything that one walk finds, with the reasons why units stay."""
+    found = _Found(walk, {}, {}, {}, {})
     for node, layer in with_layers(walk.scope, layers):
         _visit(found, node, layer)
     _share(found, layers)
+    _meet(found, layers)
     for layer in layers:
-        if frozen and layer.name in frozen:
+        if layer.name in frozen:
             walk.marks.pin(found.rows[layer.name], frozen[layer.name])
     for tensor in walk.scope.graph.outputs:
         axis = walk.axis(tensor)
         if axis is not None:
             walk.marks.pin(axis.marks, f"they are the model's output {tensor.name!r}")
-    return _numbered(found, layers)
+    if walk.inside:
+        heads = walk.marks.roots(walk.heads)
+        for rows in found.rows.values():
+            walk.marks.pin(rows[~np.isin(walk.marks.roots(rows), heads)], "they are in no head")
+    return found
 
 
 def with_layers(scope: Scope, layers: Iterable[Layer]) -> list[tuple[gs.Node, Layer | None]]:
@@ -139,11 +183,13 @@ def column_slot(scope: Scope, node: gs.Node, layer: Layer) -> Slot:
 
 @dataclass(frozen=True)
 class _Found:
-    """The walk, and the marks of rows and columns by layer name."""
+    """The walk; by layer name, the marks of rows and columns, and which rows meet in products."""
 
     walk: Walk
     rows: dict[str, np.ndarray]
     columns: dict[str, np.ndarray]
+    queries: dict[str, np.ndarray]
+    keys: dict[str, np.ndarray]
 
 
 def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
@@ -266,53 +312,138 @@ def _share(found: _Found, layers: Sequence[Layer]) -> None:
             found.walk.marks.join(found.columns[other.name], found.columns[layer.name])
 
 
-def _numbered(found: _Found, layers: Sequence[Layer]) -> Structure:
-    """Marks to unit numbers: those that may go and that some layer reads."""
+def _meet(found: _Found, layers: Sequence[Layer]) -> None:
+    """Queries and keys share their fate, once it is known which rows are which."""
+    marks = found.walk.marks
+    roots = {layer.name: marks.roots(found.rows[layer.name]) for layer in layers}
+    for side, rows in enumerate((found.queries, found.keys)):
+        met = [marks.roots(product[side]) for product in found.walk.products]
+        rows |= {name: np.isin(own, np.concatenate([*met, []])) for name, own in roots.items()}
+    for query, key in found.walk.products:
+        marks.join(query, key)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The units that one walk found: their groups, and their numbers by root."""
+
+    found: _Found
+    groups: tuple[Group, ...]
+    number: dict[int, int]
+
+    def units(self, marks: np.ndarray) -> np.ndarray:
+        """(entries,): the unit of every entry or STAYS."""
+        roots = self.found.walk.marks.roots(marks).tolist()
+        return np.array([self.number.get(root, STAYS) for root in roots], int)
+
+
+def _kind(found: _Found, first: int) -> _Kind:
+    """Marks to unit numbers from ``first`` on: those that may go and that something reads."""
     walk = found.walk
     made, read = _by_root(walk, found.rows), _by_root(walk, found.columns)
+    met = set(walk.marks.roots(np.concatenate([*(q for q, _ in walk.products), []])).tolist())
     for root in made:
-        if root not in read:
+        if root not in read and root not in met:
             walk.marks.pin([root], "no layer that is pruned reads them")
     free = [root for root in made if not walk.marks.reason(root)]
-    number = {root: i for i, root in enumerate(sorted(free))}
-
-    def units(marks: np.ndarray) -> np.ndarray:
-        return np.array([number.get(walk.marks.root(m), STAYS) for m in marks.tolist()], int)
-
+    number = {root: i for i, root in enumerate(sorted(free), first)}
     members: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
     for root, unit in number.items():
-        key = (tuple(dict.fromkeys(made[root])), tuple(dict.fromkeys(read[root])))
+        key = (tuple(dict.fromkeys(made[root])), tuple(dict.fromkeys(read.get(root, ()))))
         members.setdefault(key, []).append(unit)
     roots = {unit: root for root, unit in number.items()}
     groups = tuple(
         Group(makers, readers, np.array(group), made[roots[group[0]]].count(makers[0]))
         for (makers, readers), group in members.items()
     )
-    return Structure(
-        groups,
-        {name: units(marks) for name, marks in found.rows.items()},
-        {name: units(marks) for name, marks in found.columns.items()},
-        tuple(replace(slot, marks=units(slot.marks)) for slot in walk.slots),
-        tuple(replace(count, marks=units(count.marks)) for count in walk.counts),
-        {name: units(axis.marks) for name, axis in walk.axes.items()},
-        tuple(_refusals(found, layers)),
-    )
+    return _Kind(found, groups, number)
 
 
 def _by_root(walk: Walk, marks: Mapping[str, np.ndarray]) -> dict[int, list[str]]:
     """By root, the name of the layer of every row or column that carries it."""
     found: dict[int, list[str]] = {}
     for name, entries in marks.items():
-        for mark in entries.tolist():
-            found.setdefault(walk.marks.root(mark), []).append(name)
+        for root in walk.marks.roots(entries).tolist():
+            found.setdefault(root, []).append(name)
     return found
 
 
-def _refusals(found: _Found, layers: Sequence[Layer]) -> list[Skip]:
-    """Layers of which no row can go, with the reason for the first one."""
-    refused = []
+class _Atoms:
+    """Atoms by the units that they belong to, one of each kind; those of one unit come first."""
+
+    def __init__(self, kinds: Sequence[_Kind]) -> None:
+        self._kinds = kinds
+        alone = [
+            tuple(unit if other is kind else STAYS for other in kinds)
+            for kind in kinds
+            for unit in kind.number.values()
+        ]
+        self._number = {units: i for i, units in enumerate(alone)}
+
+    def of(self, marks: Sequence[Mapping[Key, np.ndarray]]) -> dict[Key, np.ndarray]:
+        """By key, the atom of every entry or STAYS, from its marks on the walks that have it."""
+        found: dict[Key, np.ndarray] = {}
+        for key in dict.fromkeys(key for own in marks for key in own):
+            size = next(len(own[key]) for own in marks if key in own)
+            units = [
+                kind.units(own[key]) if key in own else np.full(size, STAYS)
+                for kind, own in zip(self._kinds, marks, strict=True)
+            ]
+            found[key] = np.array([self._of_one(x) for x in zip(*units, strict=True)], int)
+        return found
+
+    def _of_one(self, units: tuple[int, ...]) -> int:
+        if all(unit == STAYS for unit in units):
+            return STAYS
+        return self._number.setdefault(tuple(map(int, units)), len(self._number))
+
+    def table(self) -> np.ndarray:
+        """(atoms + 1, kinds): see ``Structure``."""
+        return np.array([*self._number, (STAYS,) * len(self._kinds)], int)
+
+
+def _numbered(walks: Sequence[_Found], layers: Sequence[Layer]) -> Structure:
+    """All kinds of units, with atoms where they overlap."""
+    kinds: list[_Kind] = []
+    for found in walks:
+        kinds.append(_kind(found, sum(len(kind.number) for kind in kinds)))
+    atoms = _Atoms(kinds)
+    slots = [{(x.node, x.index, x.axis): x for x in found.walk.slots} for found in walks]
+    counts = [{(x.node, x.kind, x.entry): x for x in found.walk.counts} for found in walks]
+    axes: dict[str, np.ndarray] = {}
+    for kind in reversed(kinds):
+        axes |= {name: kind.units(axis.marks) for name, axis in kind.found.walk.axes.items()}
+    rows = atoms.of([found.rows for found in walks])
+    columns = atoms.of([found.columns for found in walks])
+    slots_of = atoms.of([{key: x.marks for key, x in own.items()} for own in slots])
+    counts_of = atoms.of([{key: x.marks for key, x in own.items()} for own in counts])
+    every_slot, every_count = dict(ChainMap(*slots)), dict(ChainMap(*counts))
+    return Structure(
+        tuple(group for kind in kinds for group in kind.groups),
+        atoms.table(),
+        rows,
+        columns,
+        tuple(replace(every_slot[key], marks=marks) for key, marks in slots_of.items()),
+        tuple(replace(every_count[key], marks=marks) for key, marks in counts_of.items()),
+        axes,
+        walks[-1].queries,
+        walks[-1].keys,
+        tuple(_refusals(walks, layers)),
+    )
+
+
+def _refusals(walks: Sequence[_Found], layers: Sequence[Layer]) -> Iterator[Skip]:
+    """Layers of which no row can go, or whose heads keep their width, with a first reason."""
     for layer in layers:
-        reasons = [found.walk.marks.reason(mark) for mark in found.rows[layer.name].tolist()]
-        if all(reasons):
-            refused.append(Skip(layer.name, layer.op, f"its units stay: {reasons[0]}"))
-    return refused
+        reasons = [
+            [found.walk.marks.reason(mark) for mark in found.rows[layer.name].tolist()]
+            for found in walks
+        ]
+        if all(map(all, reasons)):
+            yield Skip(layer.name, layer.op, f"its units stay: {reasons[0][0]}")
+            continue
+        heads = walks[-1].walk.marks
+        inside = np.isin(heads.roots(walks[-1].rows[layer.name]), heads.roots(walks[-1].walk.heads))
+        held = [reason for reason, x in zip(reasons[-1], inside, strict=True) if x and reason]
+        if held:
+            yield Skip(layer.name, layer.op, f"its heads keep their width: {held[0]}")

@@ -87,8 +87,7 @@ class Sums:
         return np.maximum(uu - explained, 0) / moments.count
 
     def _by_unit(self, values: np.ndarray) -> np.ndarray:
-        of_unit = self.columns >= 0
-        return np.bincount(self.columns[of_unit], values[of_unit], minlength=len(self.uu))
+        return _added(self.columns, values, len(self.uu))
 
 
 @dataclass(frozen=True)
@@ -99,13 +98,13 @@ class UnitObserver:
         structure: the units.
         layers: of the network.
         state: whose weights are observed.
-        sums: by name of a consumer, of all consumers that see the same rows.
+        sums: by name of a consumer and kind of units, of all consumers that see the same rows.
     """
 
     structure: Structure
     layers: Sequence[Layer]
     state: State
-    sums: dict[str, Sums] = field(default_factory=dict)
+    sums: dict[tuple[str, int], Sums] = field(default_factory=dict)
 
     def __call__(self, seen: Observation, moments: Mapping[str, Moments]) -> None:
         """Take in one batch, in which the activations are centred as the moments are."""
@@ -114,13 +113,15 @@ class UnitObserver:
             if name not in moments:  # another turn's
                 continue
             a = seen.inputs[name][0] - moments[name].centre[0].astype(np.float32)
+            of_column = self.structure.units_at(self.structure.columns[name])
             for gradient in self._gradients(readers, seen):
-                part = Sums.of(self.structure.columns[name], self.structure.units, a, gradient)
-                self.sums[name] = self.sums[name] + part if name in self.sums else part
+                for kind, units in enumerate(of_column):
+                    part, key = Sums.of(units, self.structure.units, a, gradient), (name, kind)
+                    self.sums[key] = self.sums[key] + part if key in self.sums else part
 
     def importance(self, moments: Mapping[str, Moments], shrinkage: float) -> np.ndarray:
         """(units,) importance, in the units of the squared output."""
-        parts = [sums.importance(moments[n], shrinkage) for n, sums in self.sums.items()]
+        parts = [sums.importance(moments[n], shrinkage) for (n, _), sums in self.sums.items()]
         return np.sum(parts, axis=0)
 
     def _readers(self) -> list[list[Layer]]:
@@ -144,12 +145,28 @@ def _matrix(layer: Layer, state: State) -> np.ndarray:
     return layer.weight.matrix(state.weights[layer.weight.tensor]).astype(np.float32)
 
 
-def by_unit(structure: Structure, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+def read_by_unit(structure: Structure, scores: Mapping[str, np.ndarray]) -> np.ndarray:
     """(units,): the importances (out, in) of all weights that read a unit, summed."""
     total = np.zeros(structure.units)
     for name, columns in structure.columns.items():
-        of_unit = columns >= 0
-        total += np.bincount(
-            columns[of_unit], scores[name].sum(axis=0)[of_unit], minlength=len(total)
-        )
+        for units in structure.units_at(columns):
+            total += _added(units, scores[name].sum(axis=0), len(total))
     return total
+
+
+def met_by_unit(structure: Structure, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    """(units,): the importances of all weights that make a dimension of keys, summed.
+
+    Without its key a dimension of queries does nothing: its weights are no further cost.
+    """
+    total = np.zeros(structure.units)
+    for name, keys in structure.keys.items():
+        units = structure.dimensions(name)[keys]
+        total += _added(units, scores[name].sum(axis=1)[keys], len(total))
+    return total
+
+
+def _added(units: np.ndarray, values: np.ndarray, number: int) -> np.ndarray:
+    """(number,): values of entries, summed over the entries of every unit."""
+    of_unit = units >= 0
+    return np.bincount(units[of_unit], values[of_unit], minlength=number)

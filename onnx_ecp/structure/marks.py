@@ -56,6 +56,10 @@ class Marks:
             mark = parent[mark]
         return mark
 
+    def roots(self, marks: Iterable[int]) -> np.ndarray:
+        """(entries,): the representatives of several marks."""
+        return np.array([self.root(int(mark)) for mark in marks], int)
+
     def _unite(self, a: int, b: int) -> None:
         if a == b:
             return

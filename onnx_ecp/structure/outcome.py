@@ -9,6 +9,9 @@ import numpy as np
 from onnx_ecp.evaluate import Latency
 from onnx_ecp.structure.groups import Structure
 
+MEET = "queries meet keys"
+"""Who reads units that no layer reads."""
+
 
 @dataclass(frozen=True)
 class UnitRow:
@@ -16,8 +19,8 @@ class UnitRow:
 
     Args:
         producers: names of the layers that make the units.
-        consumers: names of the layers that read them.
-        width: rows of the first producer per unit: 1, or the size of a head.
+        consumers: names of the layers that read them; none where queries meet keys.
+        width: rows of the first producer per unit: 1, the size of a head, or the number of heads.
         before: number of units in the given model.
         after: number of units in the result.
         why: "removed"; "dead" where clean-up took them away; "unread" where the producers are a
@@ -38,9 +41,9 @@ class UnitGroup:
 
     Args:
         producers: names of the layers that make the units.
-        consumers: names of the layers that read them.
+        consumers: names of the layers that read them; none where queries meet keys.
         units: how many there are.
-        width: rows of the first producer per unit: 1, or the size of a head.
+        width: rows of the first producer per unit: 1, the size of a head, or the number of heads.
     """
 
     producers: tuple[str, ...]

@@ -10,7 +10,7 @@ import onnx
 
 from onnx_ecp.layers import Layer, edit, find_layers
 from onnx_ecp.model import write_tensor
-from onnx_ecp.structure.groups import Structure, kept
+from onnx_ecp.structure.groups import Structure
 from onnx_ecp.structure.walk import Count, Slot
 
 # Axis, and the entries that make the new one.
@@ -34,9 +34,9 @@ def cut(
     model.CopyFrom(proto)
     if keep.all():
         return model
-    shrink(model, structure.slots, keep, base)
+    _pick(model, structure.slots, lambda marks: np.flatnonzero(structure.kept(marks, keep)), base)
     for (node, kind), counts in _by_node(structure.counts).items():
-        _recount(model, node, kind, counts, keep)
+        _recount(model, node, kind, [(c, int(structure.kept(c.marks, keep).sum())) for c in counts])
     for info in [info for info in model.graph.value_info if info.name in structure.axes]:
         model.graph.value_info.remove(info)
     return model
@@ -107,11 +107,11 @@ def shrink(
 
     Args:
         model: what is changed.
-        slots: where the entries lie; their marks are units.
+        slots: where the entries lie, each a unit of its own.
         keep: (units,) bool, True where a unit stays.
         base: directory of external data.
     """
-    _pick(model, slots, lambda marks: np.flatnonzero(kept(marks, keep)), base)
+    _pick(model, slots, lambda marks: np.flatnonzero(keep[marks]), base)
 
 
 def _pick(
@@ -206,19 +206,20 @@ def _declare(model: onnx.ModelProto, name: str, shape: tuple[int, ...]) -> None:
                 dim.dim_value = size
 
 
-def _recount(
-    model: onnx.ModelProto, node: str, kind: str, counts: list[Count], keep: np.ndarray
-) -> None:
-    """Correct the numbers of units that a node holds."""
+def _recount(model: onnx.ModelProto, node: str, kind: str, counts: list[tuple[Count, int]]) -> None:
+    """Correct the numbers of units that a node holds, given each with the number that stays."""
+    if kind == "part":
+        _retarget(model, node, {count.entry: number for count, number in counts})
+        return
     proto = model.graph.node[edit.node_index(model, node)]
-    sizes = list(counts[0].sizes)
-    for count in counts:
-        number = int(kept(count.marks, keep).sum())
+    before = list(counts[0][0].sizes)
+    sizes = before.copy()
+    for count, number in counts:
         if kind == "group":
             _set_attribute(proto, "group", number)
         else:
             sizes[count.entry] = number
-    if kind == "group" or sizes == list(counts[0].sizes):
+    if kind == "group" or sizes == before:
         return
     attribute = {"shape": "shape", "split": "split"}[kind]
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
@@ -231,6 +232,20 @@ def _recount(
     stem = f"{node}/ecp_{kind}"
     name = edit.add_constant(model, stem, values, onnx.TensorProto.INT64, before=node)
     edit.set_input(model, node, 1, name)
+
+
+def _retarget(model: onnx.ModelProto, node: str, entries: Mapping[int, int]) -> None:
+    """Give a Reshape a Concat of its own, in which some entries of the target are other numbers."""
+    target = model.graph.node[edit.node_index(model, node)].input[1]
+    concat = onnx.NodeProto()
+    concat.CopyFrom(model.graph.node[edit.node_index(model, target)])
+    for entry, number in entries.items():
+        values = np.array([number], np.int64)
+        stem, kind = f"{node}/ecp_part", onnx.TensorProto.INT64
+        concat.input[entry] = edit.add_constant(model, stem, values, kind, before=target)
+    concat.name = concat.output[0] = edit.fresh_name(model, f"{node}/ecp_target")
+    model.graph.node.insert(edit.node_index(model, node), concat)
+    edit.set_input(model, node, 1, concat.output[0])
 
 
 def _set_attribute(node: onnx.NodeProto, name: str, value: int | list[int]) -> None:

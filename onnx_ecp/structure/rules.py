@@ -13,6 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_ecp.layers.bias import MICROSOFT
+from onnx_ecp.layers.views import operator
 from onnx_ecp.structure.marks import Axis
 from onnx_ecp.structure.walk import Count, Refused, Walk
 
@@ -134,6 +135,7 @@ def reshape(walk: Walk, node: gs.Node) -> Outputs:
     """Units repeat where their axis is merged, and are joined where it is split.
 
     Of a split axis the first part counts: (heads * size) to (heads, size) makes each head a unit.
+    Inside heads it is the last one: a unit is a dimension of all heads.
     """
     axis = _data(walk, node)
     old, new = walk.shape(node.inputs[0]), walk.shape(node.outputs[0])
@@ -143,13 +145,15 @@ def reshape(walk: Walk, node: gs.Node) -> Outputs:
     varying = [i for i in range(len(new)) if np.any(marks != marks.take([0], axis=i))]
     if not varying:
         raise Refused("it hides the axis of a single unit")
-    index = varying[0]
+    index = varying[-1 if walk.inside else 0]
     if index == 0:
         raise Refused("it merges units with the axis of samples")
     marks = marks[tuple(slice(None) if i in varying else slice(1) for i in range(len(new)))]
     first, *others = np.moveaxis(marks, index, 0).reshape(new[index], -1).T
     for other in others:
         walk.marks.join(first, other)
+    if walk.inside and others:
+        walk.heads += first.tolist()
     if node.op == "Reshape":
         _note_target(walk, node, index, first)
     return {node.outputs[0].name: Axis(index, first)}
@@ -170,9 +174,12 @@ def _note_target(walk: Walk, node: gs.Node, index: int, marks: np.ndarray) -> No
         or len(parts[0].inputs) != len(walk.shape(node.outputs[0]))
     ):
         raise Refused("its target shape is computed in a way that is not followed")
-    entry = walk.integers(parts[0].inputs[index])
+    part = parts[0].inputs[index]
+    entry = walk.integers(part)
+    if entry is None and walk.scope.is_constant(part):
+        raise Refused("its target shape names the number of units behind another operator")
     if entry is not None and entry[0] > 0:
-        raise Refused("its target shape is computed, and names the number of units")
+        walk.counts.append(Count(name, "part", index, marks))
 
 
 @rule("Concat")
@@ -262,7 +269,7 @@ def product_of_activations(walk: Walk, node: gs.Node) -> Outputs:
     here, there = places.get(left.name), places.get(right.name)
     rank = len(walk.shape(out))
     if (here, there) == (-1, -2):
-        walk.marks.join(walk.axes[left.name].marks, walk.axes[right.name].marks)
+        _meet_as_attention(walk, node)
         return {}
     if (here, there) in ((-2, None), (None, -1)):
         ((_, axis),) = _followed(walk, node)
@@ -274,3 +281,72 @@ def product_of_activations(walk: Walk, node: gs.Node) -> Outputs:
     for index in (0, 1):
         walk.meet(node, index, place, marks)
     return {out.name: Axis(rank + place, marks)}
+
+
+def _meet_as_attention(walk: Walk, node: gs.Node) -> None:
+    """Queries meet keys, and a softmax over the keys follows.
+
+    A dimension of which neither has a weight any longer is then a constant over the keys, and does
+    nothing: it may go.
+    """
+    query, key = (walk.axes[x.name].marks for x in node.inputs)
+    if not walk.inside:
+        raise Refused("it sums over units")
+    if not _softmax_follows(walk, node.outputs[0]):
+        raise Refused("it sums over units, and no softmax over the last axis follows")
+    if not all(_is_steady(walk, tensor) for tensor in node.inputs):
+        raise Refused("its queries or keys are not just a layer with its bias")
+    walk.products.append((query, key))
+    walk.heads += query.tolist()
+
+
+def _softmax_follows(walk: Walk, logits: gs.Tensor) -> bool:
+    """Whether nothing reads a product but a Softmax over its last axis, behind scale and mask."""
+    if not logits.outputs or any(y is logits for y in walk.scope.graph.outputs):
+        return False
+    return all(_is_softmax(walk, node, logits) for node in logits.outputs)
+
+
+def _is_softmax(walk: Walk, node: gs.Node, logits: gs.Tensor) -> bool:
+    domain, op = operator(node)
+    others = [x for x in node.inputs if x is not logits]
+    if domain:
+        return False
+    if op == "Softmax":
+        (opset,) = (o.version for o in walk.scope.proto.opset_import if o.domain in ("", "ai.onnx"))
+        axis = int(node.attrs.get("axis", -1 if opset >= _SOFTMAX_OF_LAST else 1))
+        return axis in (-1, len(walk.shape(logits)) - 1)
+    if op in ("Mul", "Div"):
+        # A scale that is computed from shapes would follow the size of heads.
+        scales = node.inputs[0] is logits or op == "Mul"
+        numbers = all(walk.scope.is_constant(x) and np.prod(walk.shape(x)) == 1 for x in others)
+        if not (scales and numbers):
+            return False
+    elif op not in ("Add", "Sub", "Where", "Cast", "Identity"):
+        return False
+    return _softmax_follows(walk, node.outputs[0])
+
+
+# Softmax is one of the last axis alone, by default, from this opset on.
+_SOFTMAX_OF_LAST = 13
+_MOVES = {"Cast", "Identity", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+
+
+def _is_steady(walk: Walk, tensor: gs.Tensor) -> bool:
+    """Whether rows of the layer in front, if they have no weights, are the same at all positions.
+
+    Between it and here may stand moves, and stored vectors and numbers that meet the units.
+    """
+    node = tensor.inputs[0]
+    stored = [x for x in node.inputs if walk.scope.is_constant(x)]
+    domain, op = operator(node)
+    if not domain and op in _MOVES:
+        return _is_steady(walk, node.inputs[0])
+    if not domain and op in ("Add", "Sub", "Mul", "Div") and len(stored) == 1:
+        (data,) = (x for x in node.inputs if x is not stored[0])
+        shape, axis = walk.shape(stored[0]), walk.axis(data)
+        place = axis.index - len(walk.shape(data)) if axis is not None else 0
+        flat = all(size == 1 for i, size in enumerate(shape, -len(shape)) if i != place)
+        return flat and _is_steady(walk, data)
+    dense = op in ("Gemm", "MatMul", "FusedMatMul")
+    return bool(stored) and (dense or (op == "Conv" and node.attrs.get("group", 1) == 1))

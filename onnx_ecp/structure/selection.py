@@ -80,12 +80,12 @@ class Budget:
         return sum(price.of(*self._size(name, keep)) for name, price in self.prices.items())
 
     def of_units(self, keep: np.ndarray) -> np.ndarray:
-        """(units,): what is saved when one unit goes and all others ``keep`` stay."""
+        """(units,): what is saved when one unit goes and all others ``keep`` stay; 0 if gone."""
         saved = np.zeros(len(keep))
         for name, price in self.prices.items():
             size = self._size(name, keep)
-            saved += price.of_row(*size) * _times(self.structure.rows[name], len(keep))
-            saved += price.of_column(*size) * _times(self.structure.columns[name], len(keep))
+            saved += price.of_row(*size) * self._times(self.structure.rows[name], keep)
+            saved += price.of_column(*size) * self._times(self.structure.columns[name], keep)
         return saved
 
     def of_blocks(
@@ -108,6 +108,11 @@ class Budget:
             rest[block] = False
             totals.append(own.total(rest))
         return [max(a - b, NOTHING) for a, b in itertools.pairwise(totals)]
+
+    def _times(self, atoms: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        """(units,): how many of the entries, given their atoms, are there and go with a unit."""
+        units = self.structure.units_at(atoms[self.structure.kept(atoms, keep)])
+        return np.bincount(units[units >= 0], minlength=len(keep))
 
     def _size(self, layer: str, keep: np.ndarray) -> tuple[int, int]:
         """Numbers of rows and of columns that stay."""
@@ -168,7 +173,7 @@ def choose(
     prices = ranked_by.of_units(keep)
     blocks: list[Block] = []
     for group in groups:
-        units = _blocks(group, scores / prices, keep, floor, stops(group))
+        units = _blocks(group, scores / np.maximum(prices, NOTHING), keep, floor, stops(group))
         saved = ranked_by.of_blocks(keep, group, units, prices)
         blocks += zip(_ranks([scores[b].sum() for b in units], saved), units, strict=True)
     blocks.sort(key=lambda block: block[0])
@@ -238,8 +243,3 @@ def _without(keep: np.ndarray, blocks: Sequence[Block]) -> np.ndarray:
     for _, block in blocks:
         rest[block] = False
     return rest
-
-
-def _times(units: np.ndarray, number: int) -> np.ndarray:
-    """(units,): how often every unit occurs."""
-    return np.bincount(units[units >= 0], minlength=number)

@@ -12,8 +12,9 @@ from onnx_ecp.errors import ModelError, TargetError
 from onnx_ecp.layers import find_layers
 from onnx_ecp.layers.fused import preactivation
 from onnx_ecp.model import Model
-from onnx_ecp.pruning import Network
+from onnx_ecp.pruning import Network, plain_grams
 from onnx_ecp.selection import NM
+from onnx_ecp.structure.bases import heads_of, turned
 from onnx_ecp.structure.cleanup import clean_up, largest_difference
 from onnx_ecp.structure.groups import Structure, find_structure
 from onnx_ecp.structure.outcome import UnitRow, Work, unit_rows
@@ -163,7 +164,8 @@ def with_order(
     """
     dense = replace(given, proto=modelling.decode_sparse(given.proto))
     few = next(network.fit.batches(2)).feeds
-    structure = find_structure(dense.proto, network.layers, shapes_of_a_run(dense, few, **settings))
+    shapes = shapes_of_a_run(dense, few, **settings)
+    structure = find_structure(dense.proto, network.layers, shapes, inside=False)
     order, gains = best_order(structure, network.layers, scores, patterns)
     if not gains:
         return given, {}
@@ -178,6 +180,31 @@ def with_order(
         f"{100 * x.before:.1f} % in the order given"
         for name, x in gains.items()
     }
+
+
+def with_turned_heads(
+    source: Model, network: Network, structure: Structure, settings: Settings
+) -> Model:
+    """The model with its attention heads in bases of which the last dimensions carry least.
+
+    Args:
+        source: the model.
+        network: its layers under observation.
+        structure: its units.
+        settings: of the ``Session``.
+
+    Returns:
+        A model that computes the same; the given one where there are no heads, or where turning
+        them would change more than rounding does.
+    """
+    heads = heads_of(structure, network.layers)
+    if not heads:
+        return source
+    dense = replace(source, proto=modelling.decode_sparse(source.proto))
+    grams = plain_grams(network, {name for x in heads for name in (x.first, x.second)})
+    model = replace(dense, proto=turned(dense.proto, heads, network.layers, grams, source.base))
+    feeds = [batch.feeds for batch in network.guard.batches(network.size)]
+    return model if largest_difference(source, model, feeds, **settings) <= ROUNDING else source
 
 
 def _measured(

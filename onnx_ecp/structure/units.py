@@ -32,9 +32,14 @@ from onnx_ecp.pruning import (
     observe,
     with_grams,
 )
-from onnx_ecp.structure.elimination import OutputMetric, scores_of_reader, steps_of
-from onnx_ecp.structure.groups import Structure
-from onnx_ecp.structure.importance import UnitObserver, by_unit
+from onnx_ecp.structure.elimination import (
+    OutputMetric,
+    scores_of_keys,
+    scores_of_reader,
+    steps_of,
+)
+from onnx_ecp.structure.groups import STAYS, Structure
+from onnx_ecp.structure.importance import UnitObserver, met_by_unit, read_by_unit
 from onnx_ecp.structure.latency import Watch, liked
 from onnx_ecp.structure.selection import Budget, budget, choose, multiples
 
@@ -220,13 +225,13 @@ def masks(
 ) -> dict[str, np.ndarray]:
     """Keep masks of weights, (out, in) by stored tensor, from those of units (units,).
 
-    Without ``rows`` those of the producers are left in.
+    Without ``rows`` those of the producers are left in, but for queries and keys.
     """
     found = {}
     for layer in network.layers:
         mask = network.original.keep[layer.weight.tensor] & structure.columns_kept(layer.name, keep)
-        if rows:
-            mask &= structure.rows_kept(layer.name, keep)[:, None]
+        there = structure.rows_kept if rows else structure.rows_read
+        mask &= there(layer.name, keep)[:, None]
         found[layer.weight.tensor] = mask
     return found
 
@@ -268,7 +273,9 @@ def _scores(
     if method.importance is METHODS["ecp"].importance:
         units = UnitObserver(structure, network.layers, state)
         measured = measured_with(units)
-        return measured, units.importance(measured.moments, method.shrinkage)
+        read = units.importance(measured.moments, method.shrinkage)
+        weights = importances(network, plan, state, measured)
+        return measured, read + met_by_unit(structure, weights)
     if method.importance is METHODS["obs"].importance:
         metric = OutputMetric.of(structure)
         measured = measured_with(metric)
@@ -276,7 +283,8 @@ def _scores(
             network, plan, structure, state, keep, going, measured, metric
         )
     measured = observe(network, plan, state, progress)
-    return measured, by_unit(structure, importances(network, plan, state, measured))
+    weights = importances(network, plan, state, measured)
+    return measured, read_by_unit(structure, weights) + met_by_unit(structure, weights)
 
 
 def _after_refit(
@@ -295,16 +303,23 @@ def _after_refit(
         if layer.name not in metric.readers:
             continue
         assert gram is not None, "the method needs Gram matrices"
-        found = scores_of_reader(
-            layer.weight.matrix(state.weights[layer.weight.tensor]).astype(np.float64),
-            gram,
-            metric.sums[layer.name] / measured.moments[layer.name].count,
-            structure.columns[layer.name],
-            structure.columns_kept(layer.name, keep),
-            plan.damping or plan.method.damping,
-            steps_of(structure, layer, keep, going),
-        )
-        total[list(found)] += list(found.values())
+        weight = layer.weight.matrix(state.weights[layer.weight.tensor]).astype(np.float64)
+        sensitivity = metric.sums[layer.name] / measured.moments[layer.name].count
+        for units in structure.units_at(structure.columns[layer.name]):
+            if not np.any(units >= 0):
+                continue
+            found = scores_of_reader(
+                weight,
+                gram,
+                sensitivity,
+                units,
+                structure.columns_kept(layer.name, keep),
+                plan.damping or plan.method.damping,
+                steps_of(structure, layer, units, keep, going),
+            )
+            total[list(found)] += list(found.values())
+        keys = np.where(structure.keys[layer.name], structure.dimensions(layer.name), STAYS)
+        total += scores_of_keys(weight, gram, sensitivity, keys, len(total))
     return total
 
 

@@ -41,7 +41,8 @@ class Count:
 
     Args:
         node: first output of the operator that holds it.
-        kind: "shape" (target of a Reshape), "split" (sizes of a Split) or "group" (of a Conv).
+        kind: "shape" (target of a Reshape), "part" (of a target that a Concat puts together),
+            "split" (sizes of a Split) or "group" (of a Conv).
         entry: which of several numbers.
         marks: what is counted, as in a ``Slot``.
         sizes: the other numbers, as the operator has or implies them.
@@ -61,10 +62,16 @@ class Walk:
     Args:
         scope: the main graph of the model.
         shapes: of all tensors; the batch size of one run stands for any.
+        inside: whether units are the dimensions of heads instead of the heads.
+        heads: marks of dimensions of heads, where ``inside``.
+        products: marks of queries and of keys that meet in a product, pair by pair.
     """
 
     scope: Scope
     shapes: Mapping[str, tuple[int, ...]]
+    inside: bool = False
+    heads: list[int] = field(default_factory=list)
+    products: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     marks: Marks = field(default_factory=Marks)
     axes: dict[str, Axis] = field(default_factory=dict)
     slots: list[Slot] = field(default_factory=list)
