@@ -5,9 +5,11 @@ file, is pruned by the command line in a process of its own. Its peak memory is 
 multiple of the weights, its time in forward passes over the same calibration samples. Then the
 result is loaded by ONNX Runtime, and its zeros are counted.
 
-Usage: python benchmarks/large_model.py [LAYERS] [METHOD ...]      33 layers are over 2 GB, 60 a
-billion parameters. Needs twice the size of the weights on the disk, and for methods that need
-sensitivities seven times as much again for what does not fit in --max-memory.
+Usage: python benchmarks/large_model.py [LAYERS[xWIDTH]] [METHOD ...]      33 layers are over 2 GB,
+60 a billion parameters; 60x1024 is a small copy of that, in which all that takes memory has the
+same share: a sixteenth of the weights, a quarter of the tokens, one sample in a batch as there.
+Needs twice the size of the weights on the disk, and for methods that need sensitivities seven times
+as much again for what does not fit in --max-memory.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,11 @@ from onnx import TensorProto, helper
 from outcome import Claim, Row, finish, publish, table
 from tables import read
 
-WIDTH, TOKENS, SAMPLES, OUTPUTS = 4096, 128, 16, 64
-OVER_2_GB = 33
+SAMPLES, OUTPUTS = 16, 64
+OVER_2_GB = "33"
 SPARSITY = 0.5
-MOST_MEMORY = 3.0
+# Times the weights, where these are so many million that the interpreter is small beside them.
+MOST_MEMORY, LARGE = 3.0, 500
 # Methods and the further options that they are run with.
 METHODS = {
     "magnitude": [],
@@ -43,14 +47,35 @@ METHODS = {
 }
 
 
+@dataclass(frozen=True)
+class Size:
+    """Of the model and its samples.
+
+    Args:
+        layers: square ones.
+        width: of each.
+        tokens: in a sample.
+    """
+
+    layers: int
+    width: int
+    tokens: int
+
+    @staticmethod
+    def of(text: str) -> Size:
+        """LAYERS or LAYERSxWIDTH."""
+        layers, _, width = text.partition("x")
+        return Size(int(layers), int(width or 4096), int(width or 4096) // 32)
+
+
 def main() -> int:
-    layers = int(sys.argv[1]) if len(sys.argv) > 1 else OVER_2_GB
+    size = Size.of(sys.argv[1] if len(sys.argv) > 1 else OVER_2_GB)
     methods = sys.argv[2:] or ["magnitude", "ecp"]
     with tempfile.TemporaryDirectory(prefix="large-model-") as name:
         folder = Path(name)
         model, inputs = folder / "in.onnx", folder / "in.npz"
-        make(model, layers)
-        np.savez(inputs, x=samples())
+        make(model, size)
+        np.savez(inputs, x=samples(size))
         weights = model.with_suffix(".data").stat().st_size
         forward = forward_seconds(model, inputs)
         rows = []
@@ -68,10 +93,9 @@ def claims(rows: list[dict[str, Any]]) -> Iterator[Claim]:
         what = f"{row['million weights']} million weights, {row['method']}"
         ratio = row["peak / weights"]
         yield Claim(f"{what}: zeros as asked for, loads", bool(row["as asked"]))
-        yield Claim(
-            f"{what}: peak memory {ratio:.2f} times the weights, at most {MOST_MEMORY:g}",
-            ratio <= MOST_MEMORY,
-        )
+        if row["million weights"] >= LARGE:
+            text = f"{what}: peak memory {ratio:.2f} times the weights, at most {MOST_MEMORY:g}"
+            yield Claim(text, ratio <= MOST_MEMORY)
 
 
 def others(rows: list[dict[str, Any]]) -> list[Row]:
@@ -82,8 +106,9 @@ def others(rows: list[dict[str, Any]]) -> list[Row]:
     return [row for row in known if (row["million weights"], row["method"]) not in done]
 
 
-def make(path: Path, layers: int) -> None:
+def make(path: Path, size: Size) -> None:
     """The model and its data file, written piece by piece."""
+    width = size.width
     rng = np.random.default_rng(0)
     nodes, stored, h = [], [], "x"
     with path.with_suffix(".data").open("wb") as data:
@@ -100,7 +125,7 @@ def make(path: Path, layers: int) -> None:
             return name
 
         def linear(name: str, x: str, outputs: int) -> str:
-            weight = rng.standard_normal((WIDTH, outputs), np.float32) / np.float32(WIDTH**0.5)
+            weight = rng.standard_normal((width, outputs), np.float32) / np.float32(width**0.5)
             bias = rng.standard_normal(outputs, np.float32) * np.float32(0.1)
             inputs = [x, store(f"{name}.weight", weight)]
             nodes.append(helper.make_node("MatMul", inputs, [f"{name}.product"], name=name))
@@ -112,20 +137,20 @@ def make(path: Path, layers: int) -> None:
             nodes.append(helper.make_node(op, inputs, [name], name=name, **attributes))
             return name
 
-        scale = store("norm.scale", np.ones(WIDTH, np.float32))
-        for i in range(layers // 2):
+        scale = store("norm.scale", np.ones(width, np.float32))
+        for i in range(size.layers // 2):
             inner = node("LayerNormalization", f"norm{i}", h, scale)
-            inner = node("Gelu", f"gelu{i}", linear(f"up{i}", inner, WIDTH))
-            h = node("Add", f"block{i}", h, linear(f"down{i}", inner, WIDTH))
-        if layers % 2:
-            h = linear("odd", h, WIDTH)
+            inner = node("Gelu", f"gelu{i}", linear(f"up{i}", inner, width))
+            h = node("Add", f"block{i}", h, linear(f"down{i}", inner, width))
+        if size.layers % 2:
+            h = linear("odd", h, width)
         h = linear("head", node("LayerNormalization", "norm", h, scale), OUTPUTS)
         nodes[-1].output[0] = "y"
     graph = helper.make_graph(
         nodes,
         "large",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", TOKENS, WIDTH])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", TOKENS, OUTPUTS])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", size.tokens, width])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", size.tokens, OUTPUTS])],
         stored,
     )
     opset = [helper.make_opsetid("", 20)]
@@ -133,11 +158,11 @@ def make(path: Path, layers: int) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def samples() -> np.ndarray:
+def samples(size: Size) -> np.ndarray:
     """(samples, tokens, width), with a spread that differs from feature to feature."""
     rng = np.random.default_rng(1)
-    spread = np.exp(rng.standard_normal(WIDTH, np.float32))
-    return rng.standard_normal((SAMPLES, TOKENS, WIDTH), np.float32) * spread
+    spread = np.exp(rng.standard_normal(size.width, np.float32))
+    return rng.standard_normal((SAMPLES, size.tokens, size.width), np.float32) * spread
 
 
 def forward_seconds(model: Path, inputs: Path) -> float:
@@ -158,6 +183,7 @@ def pruned(model: Path, inputs: Path, method: str, weights: int, forward: float)
     arguments = [str(model), str(output), "--method", method, *METHODS[method]]
     arguments += ["--calibration", str(inputs), "--sparsity", str(SPARSITY), "--force"]
     arguments += ["--max-memory", str(weights), "--report", str(report), "--no-cleanup"]
+    arguments += ["--batch-size", "1"]
     start = "from onnx_ecp.cli import main; main()"
     seconds, cpu, peak, anonymous = watched([sys.executable, "-c", start, "optimize", *arguments])
     session = ort.InferenceSession(str(output), providers=["CPUExecutionProvider"])

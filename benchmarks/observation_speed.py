@@ -105,15 +105,7 @@ def cases() -> Iterator[tuple[str, Case]]:
 
 def compared(name: str, case: Case, *, with_torch: bool) -> tuple[dict[str, Any], list[Claim]]:
     """One row, and what it claims."""
-    model = load(case.model)
-    layers = tuple(find_layers(decode_sparse(case.model)).layers)
-    data = Calibration(case.feeds, True, name, False, 0)
-    observer = Observer(model, layers, next(data.batches(2)), probes=case.probes, threads=1)
-    state = original_state(model, layers)
-    size = BATCH
-    first = observer.activations(state, next(data.batches(size)))
-    centres = {layer: a.mean(axis=1, dtype=np.float64) for layer, a in first.items()}
-    setting = Setting(model, layers, state, data, size, case.probes, centres)
+    setting, observer = prepared(name, case)
     ways: dict[str, Callable[[], Sums]] = {"reverse": lambda: by_reverse_graph(setting, observer)}
     if with_torch:
         ways["torch"] = lambda: by_torch(setting, at_once=False)
@@ -121,7 +113,7 @@ def compared(name: str, case: Case, *, with_torch: bool) -> tuple[dict[str, Any]
         ways["float32 torch"] = lambda: by_torch(setting, at_once=False, double=False)
         ways["float32 torch vmap"] = lambda: by_torch(setting, at_once=True, double=False)
     sums, seconds = fastest(ways)
-    row: dict[str, Any] = {"network": name, "samples": len(data)}
+    row: dict[str, Any] = {"network": name, "samples": len(setting.data)}
     row |= {f"{way} s": s for way, s in seconds.items() if not way.startswith("float32")}
     claims = []
     if with_torch:
@@ -143,6 +135,18 @@ def compared(name: str, case: Case, *, with_torch: bool) -> tuple[dict[str, Any]
     claims.append(Claim(text, gap <= DIFFERENCES_AGREEMENT))
     text = f"{name}: faster than finite differences: {times:.0f} times"
     return row, [*claims, Claim(text, times > 1)]
+
+
+def prepared(name: str, case: Case) -> tuple[Setting, Observer]:
+    """What all ways share, and the observer that one of them uses."""
+    model = load(case.model)
+    layers = tuple(find_layers(decode_sparse(case.model)).layers)
+    data = Calibration(case.feeds, True, name, False, 0)
+    observer = Observer(model, layers, next(data.batches(2)), probes=case.probes, threads=1)
+    state = original_state(model, layers)
+    first = observer.activations(state, next(data.batches(BATCH)))
+    centres = {layer: a.mean(axis=1, dtype=np.float64) for layer, a in first.items()}
+    return Setting(model, layers, state, data, BATCH, case.probes, centres), observer
 
 
 def fastest(ways: dict[str, Callable[[], Sums]]) -> tuple[dict[str, Sums], dict[str, float]]:

@@ -46,6 +46,7 @@ OPS: dict[str, Callable[..., Tensor]] = {
     "Flatten": lambda x, axis=1: x.flatten(axis),
     "Gelu": F.gelu,
     "Gemm": _gemm,
+    "GlobalAveragePool": lambda x: x.mean((2, 3), keepdim=True),
     "LayerNormalization": _layer_norm,
     "MatMul": torch.matmul,
     "MaxPool": _max_pool,
