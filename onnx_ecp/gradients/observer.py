@@ -238,8 +238,8 @@ class Observer:
         self._first = first.samples
         self.metric = metric
         self.statistics = statistics
-        self.summable = not reverse or engine == "vjp"
-        self.summable &= opset_of(self.proto) >= MINIMUM_OPSET
+        new_enough = opset_of(self.proto) >= MINIMUM_OPSET
+        self.summable = new_enough and (engine == "vjp" or not reverse)
         self._batched = all(v.ndim and v.shape[0] == first.samples for v in y.values())
 
     def observe(self, state: State, batch: Batch, *, common: bool = False) -> Observation:
