@@ -931,8 +931,13 @@ def test_one_sample_that_does_not_fit_is_told(method, small_memory):
 @each_method
 @pytest.mark.parametrize("net", ["attention", "convolution", "tied"])
 def test_the_result_does_not_depend_on_the_memory(net, method):
-    """With one byte every layer is a group of its own, and everything lies in temporary files."""
+    """With one byte every layer is a group of its own, and everything lies in temporary files.
+
+    The joint refit alone needs its vectors in memory; it is left out with a warning.
+    """
     options = {"method": method, "sparsity": 0.6, "scope": "global", "cleanup": False}
+    if onnx_ecp.METHODS[method].compensation == "joint":
+        options["compensation"] = "refit"
     little, much = (
         onnx_ecp.optimize(original(net), inputs(net), max_memory=memory, **options)
         for memory in (1, "1G")
