@@ -12,10 +12,10 @@ from onnx_ecp.methods.method import Method
 from onnx_ecp.methods.obs import importance
 
 # benchmarks/choices.py holds each choice against its alternatives on training digits, over six
-# networks: ranking by `obs` leaves a lower output error than by `ecp` on six of eight points, and 16
-# stages a lower one than 8 and 4 on average (32 stages win 1 % in twice the time); without the joint
-# refit a tenth more is left; shrinkages of 0 to 0.5 are alike within 3 %. The floor matters only
-# where a global ranking would empty a layer.
+# networks: ranking by `obs` leaves a lower output error than by `ecp` on six of eight points, 16
+# stages a lower one than 8 and 4 on average (32 stages win 1 % in twice the time), no joint refit a
+# tenth more; shrinkages of 0 to 0.5 are alike within 3 %. The floor matters only where a global
+# ranking would empty a layer.
 ECP_REFIT = Method(
     importance,
     compensation="joint",
