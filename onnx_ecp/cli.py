@@ -134,7 +134,7 @@ CALIBRATION = click.option(
 PRUNING = (
     _choice(
         "--compensation", "NAME", None,
-        "none, bias, refit, sparsegpt, obc, woodfisher or cbs.  [default: the method's own]",
+        "none, bias, refit, joint, sparsegpt, obc, woodfisher or cbs.  [default: the method's own]",
     ),
     click.option(
         "--damping", type=float, metavar="X",

@@ -108,9 +108,10 @@ def _diagonal(
     for layer in observer.layers:
         moments = measured.moments[layer.name]
         moments = moments.recentred(np.zeros_like(moments.centre))
-        stored = layer.weight.layout(moments.ww) * layer.weight.scale**2 / moments.count
         tensor = layer.weight.tensor
-        weights[tensor] = weights[tensor] + stored if tensor in weights else stored
+        part = theta.kept(tensor, layer.weight.layout(moments.ww))
+        part *= layer.weight.scale**2 / moments.count
+        weights[tensor] = weights[tensor] + part if tensor in weights else part
         shifts[layer.name] = moments.bb / moments.count
     return theta.vector(weights, shifts)
 
@@ -179,10 +180,10 @@ class _System:
 
     def _times(self, d: np.ndarray) -> np.ndarray:
         """(E[J^T H J] + ridge) d."""
-        size = np.sqrt(d**2 @ self._diagonal)
-        if not size > 0:
+        size, whole = (np.sqrt(x**2 @ self._diagonal) for x in (d, self.point))
+        if not size * whole > 0:  # nothing moves, or there is nothing to take a share of
             return np.zeros_like(d)
-        step = DISTURBANCE * np.sqrt(self.point**2 @ self._diagonal) / size
+        step = DISTURBANCE * whole / size
         moved = self._theta.state(self.state, self.point + step * d)
         total = np.zeros_like(d)
         for batch, y in self._seen():

@@ -93,9 +93,9 @@ class Objective:
         for layer in self.observer.layers:
             a, g = seen.inputs[layer.name], seen.adjoints[layer.name][0]
             by_matrix = np.asarray(g.swapaxes(1, 2) @ a).reshape(layer.shape)
-            stored = layer.weight.layout(by_matrix.astype(np.float64)) * layer.weight.scale
             tensor = layer.weight.tensor
-            weights[tensor] = weights[tensor] + stored if tensor in weights else stored
+            part = theta.kept(tensor, layer.weight.layout(by_matrix)) * layer.weight.scale
+            weights[tensor] = weights[tensor] + part if tensor in weights else part
             shifts[layer.name] = g.sum(axis=1, dtype=np.float64).reshape(-1)
         return theta.vector(weights, shifts)
 
@@ -131,14 +131,19 @@ class Parameters:
     def vector(
         self, weights: Mapping[str, np.ndarray], shifts: Mapping[str, np.ndarray]
     ) -> np.ndarray:
-        """Values by stored tensor, in its layout, and by layer name (out,), as one vector."""
-        parts = [weights[name][kept] for name, kept in self._kept.items()]
+        """Kept values by stored tensor, see ``kept``, and by layer name (out,), as one vector."""
+        parts = [weights[name] for name in self._kept]
         parts += [shifts[name] for name in self._units]
-        return np.concatenate(parts).astype(np.float64)
+        return np.concatenate(parts)
+
+    def kept(self, tensor: str, values: np.ndarray) -> np.ndarray:
+        """(kept,) float64: of values in the layout of a stored tensor, those of kept weights."""
+        return values[self._kept[tensor]].astype(np.float64)
 
     def of(self, state: State) -> np.ndarray:
         """The vector of a state."""
-        return self.vector(state.weights, state.shifts)
+        weights = {name: self.kept(name, state.weights[name]) for name in self._kept}
+        return self.vector(weights, state.shifts)
 
     def parts(self, vector: np.ndarray) -> Iterator[np.ndarray]:
         """The vector's views of each stored tensor and each layer's shift."""

@@ -79,7 +79,8 @@ class Result:
     Args:
         model: the pruned model; in memory also where it was written.
         report: what was done and what it did.
-        masks: by stored tensor, True where the weight stays, in the stored layout.
+        masks: by stored tensor, True where the weight stays, in the stored layout; of heads in the
+            bases that they were turned to, unless ``masks`` was asked for.
     """
 
     model: onnx.ModelProto
@@ -162,7 +163,7 @@ def optimize(
             source, remarks = reordered(given, layers, data, options)
             layers, skips = choose_layers(source, options)
         network, blocked = observe_network(source, layers, data, options)
-        if options.granularity == "unit":
+        if options.granularity == "unit" and options.masks is None:  # masks are of the bases given
             turned = in_own_bases(source, network, options)
             if turned is not source:
                 network.observer.close()

@@ -216,8 +216,11 @@ def jointly_refitted(
 
     Finite differences at every layer would take too long for it: with them it is left out.
     """
-    if not (plan.method.repair.joint and network.observer.reverses):
+    if not plan.method.repair.joint:
         return result
+    if not network.observer.reverses:
+        text = "the joint refit was left out: it would take too long by finite differences."
+        return replace(result, warnings=(text,))
     needed = 8 * VECTORS * Parameters.count(network.layers, result.state.keep)
     share = network.share(2)
     if share is not None and needed > share:
@@ -432,9 +435,15 @@ def with_grams(
 
 def plain_grams(network: Network, names: Collection[str]) -> dict[str, Gram]:
     """By layer name, sums of the original inputs of some layers, all rows weighing alike."""
-    run = _Run(network, network.fit, with_original=False)
-    grams = {x.layer.name: run.gram(x, network.original, None, 0.0) for x in network.segments}
-    return {name: grams[name] for name in names}
+    run, grams = _Run(network, network.fit, with_original=False), dict[str, Gram]()
+    for segment in network.segments:
+        if segment.layer.name in names:
+            grams[segment.layer.name] = run.gram(segment, network.original, None, 0.0)
+        else:
+            run.skip(segment, network.original)
+        if len(grams) == len(names):
+            break
+    return grams
 
 
 def summed(layers: Sequence[Layer], scores: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -639,6 +648,11 @@ class _Run:
             first += rows
         assert total is not None, "a calibration has at least one sample"
         return total
+
+    def skip(self, segment: Segment, state: State) -> None:
+        """Go on past the next layer without looking at its inputs."""
+        for _ in self._rows(segment, state):
+            pass
 
     def _rows(self, segment: Segment, state: State) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         now = self._now.advance(segment, state)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from onnx_ecp import pipeline
 from onnx_ecp.cli import main
 from onnx_ecp.doctor import Check, Diagnosis, diagnose
 from onnx_ecp.errors import QualityError
-from onnx_ecp.methods import METHODS
+from onnx_ecp.methods import COMPENSATIONS, METHODS
 from onnx_ecp.options import Options
 from onnx_ecp.report import Report
 
@@ -154,8 +155,11 @@ def test_the_options_are_those_of_the_library_with_the_same_defaults(given):
     assert Options.of(**options) == Options.of()
 
 
-def test_the_help_names_every_method():
-    assert all(name in command("optimize", "--help").stdout for name in METHODS)
+def test_the_help_names_every_method_and_compensation():
+    shown = command("optimize", "--help").stdout
+    assert all(name in shown for name in METHODS)
+    listed = shown.partition("--compensation NAME")[2].partition("[default")[0]
+    assert set(re.findall(r"\w+", listed)) - {"or"} == set(COMPENSATIONS)
 
 
 @pytest.mark.parametrize("name", ["optimize", "inspect", "compare", "doctor"])

@@ -146,3 +146,24 @@ def test_joint_is_the_refit_with_one_step_more_and_needs_memory(rng):
     assert whole.report.gap.relative_error < by_layer.report.gap.relative_error
     assert squeezed.report.gap.relative_error == by_layer.report.gap.relative_error
     assert any("joint refit was left out" in text for text in squeezed.report.warnings)
+
+
+def test_joint_is_left_out_by_finite_differences_and_said_to_be(rng):
+    model, samples, *_ = network(MLP, rng)
+    choices = {"gradients": "numeric", "sparsity": 0.5, "stages": 1, "cleanup": False}
+    made, by_layer = (
+        onnx_ecp.optimize(model, samples.arrays, compensation=name, **choices).report
+        for name in ("joint", "refit")
+    )
+    assert made.gap.relative_error == by_layer.gap.relative_error
+    left_out = ["joint refit was left out" in " ".join(x.warnings) for x in (made, by_layer)]
+    assert left_out == [True, False]
+
+
+def test_where_all_that_stays_is_zero_there_is_no_step_to_take(rng):
+    _, samples, objective, state = network(LINEAR, rng)
+    keep = {name: np.zeros_like(kept) for name, kept in state.keep.items()}
+    nothing = {name: np.zeros_like(state.weights[name]) for name in keep}
+    state = replace(state, weights=state.weights.of(nothing), keep=keep)
+    found = joint.refit_jointly(objective, state, samples, samples, size=50, damping=1e-2)
+    assert found.state is state

@@ -578,6 +578,28 @@ def test_directions_that_heads_do_not_use_leave_without_a_trace(method, rng):
     )
 
 
+def test_masks_are_of_heads_in_the_bases_given(rng, tmp_path):
+    """Dimensions that no head uses go, and masks say which: no other basis knows their numbers."""
+    model = build(NETWORKS["attention: heads"], rng)
+    for tensor in model.proto.graph.initializer:
+        if tensor.name in "QKV":
+            values = rng.standard_normal((5, 8)).astype(np.float32)
+            values[:, ::2] *= 1e-3
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    made = onnx_ecp.optimize(
+        model.proto,
+        inputs(model, rng, 200),
+        granularity="unit",
+        sparsity=0.45,
+        stages=2,
+        masks=tmp_path / "masks.npz",
+    )
+    with np.load(tmp_path / "masks.npz") as masks:
+        for name in "QKV":
+            np.testing.assert_array_equal(masks[name], np.tile([False, True], 4)[None].repeat(5, 0))
+            np.testing.assert_array_equal(masks[name], made.masks[name])
+
+
 def test_fine_tuning_goes_on_without_the_units_that_went(rng):
     model = build(NETWORKS["attention: one merged layer, biases, masked"], rng)
     data = inputs(model, rng, 200)

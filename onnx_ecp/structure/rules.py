@@ -313,14 +313,15 @@ def _is_softmax(walk: Walk, node: gs.Node, logits: gs.Tensor) -> bool:
     if domain:
         return False
     if op == "Softmax":
-        (opset,) = (o.version for o in walk.scope.proto.opset_import if o.domain in ("", "ai.onnx"))
+        imports = walk.scope.proto.opset_import
+        opset = next(o.version for o in imports if o.domain in ("", "ai.onnx"))
         axis = int(node.attrs.get("axis", -1 if opset >= _SOFTMAX_OF_LAST else 1))
         return axis in (-1, len(walk.shape(logits)) - 1)
     if op in ("Mul", "Div"):
         # A scale that is computed from shapes would follow the size of heads.
         scales = node.inputs[0] is logits or op == "Mul"
         numbers = all(walk.scope.is_constant(x) and np.prod(walk.shape(x)) == 1 for x in others)
-        if not (scales and numbers):
+        if not (others and scales and numbers):
             return False
     elif op not in ("Add", "Sub", "Where", "Cast", "Identity"):
         return False
