@@ -558,7 +558,8 @@ def unit_step(
         share = 1 - 1 / options.speedup
         target = "latency" if options.cost == "latency" else "flops"
     assert not isinstance(share, NM), "Options refuses N:M of units"
-    goal = Goal(share, target, options.cost, options.unit_multiple)
+    required = options.limit is None or options.sparsity is not None
+    goal = Goal(share, target, options.cost, options.unit_multiple, required)
     watch = None
     if options.cost == "latency":
         watch = Watch(
@@ -630,8 +631,7 @@ def finished(
     masked, created = stored(source, network, pruned.state, late=late)
     if step is not None:
         assert isinstance(pruned, PrunedUnits), "a UnitStep gives them"
-        if options.limit is None or options.sparsity is not None:
-            step.check_reached(pruned.keep)
+        step.check_reached(pruned.keep)
         return smaller(source, masked, network, step.structure, pruned, options.session)
     if cleans and large:
         why = ("units without weights were left in: the model takes more than 2 GB.",)

@@ -200,6 +200,16 @@ def test_an_error_target_ends_a_run_before_its_speed_does(by_size, rng):
     assert 1 <= report.speedup.reached < report.speedup.asked == 8.0
 
 
+def test_a_speed_that_units_cannot_reach_is_no_error_where_an_error_ends_the_run(by_size, rng):
+    model = build(CHAIN, rng)
+    data = inputs(model, rng, 60)
+    by_size["idle"] = elements(model.proto)  # at most twice as fast
+    choices = CHOICES | {"method": "flap", "speedup": 4.0, "max_error": 0.3}
+    report = onnx_ecp.optimize(model.proto, data, **choices).report
+    assert report.gap.relative_error <= 0.3
+    assert 1 <= report.speedup.reached < 2
+
+
 def test_time_ranks_units_for_other_targets(rng):
     model = build(CHAIN, rng)
     data = inputs(model, rng, 40)

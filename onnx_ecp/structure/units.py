@@ -57,12 +57,14 @@ class Goal:
         cost: what importance is divided by, a name in COSTS.
         multiple: the number of units that stay in a group is a multiple of it; with 1, and a cost
             in time, one that kernels like.
+        required: whether less is an error, or the share is only where a search ends at the latest.
     """
 
     share: float
     target: str = "params"
     cost: str = "params"
     multiple: int = 1
+    required: bool = True
 
 
 @dataclass(frozen=True)
@@ -160,16 +162,16 @@ class UnitStep:
         return choose(scores, keep, groups, self._ranked_by, fits, floor=floor, stops=self._stops)
 
     def _by_clock(self, plan: Plan, scores: np.ndarray, keep: np.ndarray) -> list[int]:
-        """By group, how many units stay in a model that is fast enough.
+        """By group, how many units stay in a model that is fast enough, or as fast as can be.
 
         Raises:
-            TargetError: it is not, whatever goes.
+            TargetError: it is not fast enough, whatever goes, and that is required.
         """
         assert self._watch is not None, "a target in time needs one"
         ratio, wanted = self._watch.ratio, 1 - self.goal.share
         floor = plan.method.floor * wanted
         least = ratio(self._chosen(scores, keep, lambda rest: False, floor))
-        if least > wanted:
+        if least > wanted and self.goal.required:
             raise too_slow(1 / wanted, least)
         rest = self._chosen(scores, keep, lambda x: ratio(x) <= self._margin * wanted, floor)
         return [int(rest[group.units].sum()) for group in self.structure.groups]
@@ -194,7 +196,9 @@ class UnitStep:
         return UnitStep(self._network, self.structure, self.goal, self._watch, margin)
 
     def check_reached(self, keep: np.ndarray) -> None:
-        """TargetError where the floors kept more than the goal allows; time is not asked here."""
+        """TargetError where the floors kept more than a required goal allows, but of time."""
+        if not self.goal.required:
+            return
         whole, left = self.costs.total(np.ones_like(keep)), self.costs.total(keep)
         if self.goal.target != "latency" and left > (1 - self.goal.share) * whole:
             what = {"params": "weights", "flops": "multiplications"}[self.goal.target]
