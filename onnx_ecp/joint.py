@@ -15,13 +15,14 @@ step has seen say where to stop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from onnx_ecp.calibration import Batch, Calibration
 from onnx_ecp.finetune import Tuned
 from onnx_ecp.gradients.observer import State
+from onnx_ecp.layers import Layer
 from onnx_ecp.measurement import Progress, measure, silent
 from onnx_ecp.objective import Objective, Parameters
 from onnx_ecp.runtime import check_deadline
@@ -39,8 +40,20 @@ CHECK = 2
 # Size of the disturbance that J d is measured with, as a share of theta, both in units of the
 # outputs: float32 outputs have seven digits, of which a difference this small keeps four.
 DISTURBANCE = 3e-3
-# Vectors as long as theta that are in memory at a time, sums of a batch included.
-VECTORS = 12
+# Vectors as long as theta, in float64, and states with all weights, mostly float32, that are in
+# memory at a time, sums of a batch included.
+VECTORS, STATES = 12, 3
+
+
+def memory_needed(layers: Sequence[Layer], keep: Mapping[str, np.ndarray]) -> int:
+    """Bytes that ``refit_jointly`` takes for weights, whatever the samples.
+
+    Args:
+        layers: that are refitted.
+        keep: by stored tensor, (out, in), True where the weight stays.
+    """
+    dense = sum(keep[name].size for name in {layer.weight.tensor for layer in layers})
+    return 8 * VECTORS * Parameters.count(layers, keep) + 4 * STATES * dense
 
 
 def refit_jointly(

@@ -19,7 +19,7 @@ from onnx_ecp.curvature import CurvatureObserver
 from onnx_ecp.errors import ModelError
 from onnx_ecp.finetune import finetune
 from onnx_ecp.gradients.observer import Observer, State
-from onnx_ecp.joint import ROUNDS, VECTORS, refit_jointly
+from onnx_ecp.joint import ROUNDS, memory_needed, refit_jointly
 from onnx_ecp.layers import Layer
 from onnx_ecp.measurement import (
     Measured,
@@ -40,7 +40,7 @@ from onnx_ecp.methods import (
     bias_shift,
 )
 from onnx_ecp.model import printable
-from onnx_ecp.objective import BATCH, Objective, Parameters
+from onnx_ecp.objective import BATCH, Objective
 from onnx_ecp.refit import Gram, excess, mean_shift
 from onnx_ecp.runtime import check_deadline
 from onnx_ecp.selection import NM, Group, select
@@ -221,7 +221,7 @@ def jointly_refitted(
     if not network.observer.reverses:
         text = "the joint refit was left out: it would take too long by finite differences."
         return replace(result, warnings=(text,))
-    needed = 8 * VECTORS * Parameters.count(network.layers, result.state.keep)
+    needed = memory_needed(network.layers, result.state.keep)
     share = network.share(2)
     if share is not None and needed > share:
         text = (
