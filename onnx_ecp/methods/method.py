@@ -235,7 +235,9 @@ class Compensation:
 
 
 def _refitted(problem: LayerProblem) -> Solved:
-    weight, shift = refit(problem.gram, problem.original, problem.keep, problem.damping)
+    weight, shift = refit(
+        problem.gram, problem.original, problem.keep, problem.damping, problem.weight
+    )
     return Solved(weight, problem.keep, shift)
 
 
