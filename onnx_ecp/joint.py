@@ -4,13 +4,13 @@ The refit brings every layer close to the original layer; what the layers make t
 concern there. Here the kept weights and shifts of all layers, theta, are moved so that the outputs
 y come close to the original ones:
 
-    min over d of  E[ |J d|_H^2 / 2 + slope(y)^T J d ] + ridge |d|^2 / 2
+    min over d of  E[ |J d|_H^2 / 2 + slope(y)^T J d ] + |d|_R^2 / 2
 
-with J = dy/dtheta and H the curvature of the loss in y (docs/method.md, section 3). Conjugate
-gradients need products with J and J^T alone: J d is a difference of two forward runs, J^T u one run
-of the reverse graph (Schraudolph 2002; Martens 2010, "Hessian-free optimization"). The squared
-sensitivities that ECP measures are the diagonal of the system, and precondition it. Samples that no
-step has seen say where to stop.
+with J = dy/dtheta, H the curvature of the loss in y and R a ridge (docs/method.md, section 3).
+Conjugate gradients need products with J and J^T alone: J d is a difference of two forward runs,
+J^T u one run of the reverse graph (Schraudolph 2002; Martens 2010, "Hessian-free optimization").
+What ECP measures, the variance that a weight adds to the outputs beside its bias, is the diagonal
+of the system, and preconditions it. Samples that no step has seen say where to stop.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ PATIENCE = 4
 LEAST_GAIN = 0.01
 # The loss on held-out samples is looked at every so many steps.
 CHECK = 2
-# Size of the disturbance that J d is measured with, as a share of theta, both in units of the
+# Size of the disturbance that J d is measured with, as a share of the weights, both in units of the
 # outputs: float32 outputs have seven digits, of which a difference this small keeps four.
 DISTURBANCE = 3e-3
 # Vectors as long as theta, in float64, and states with all weights, mostly float32, that are in
 # memory at a time, sums of a batch included.
-VECTORS, STATES = 12, 3
+VECTORS, STATES = 15, 3
 
 
 def memory_needed(layers: Sequence[Layer], keep: Mapping[str, np.ndarray]) -> int:
@@ -76,24 +76,25 @@ def refit_jointly(
         fit: samples to learn from.
         guard: other samples: the best state on them is what comes back.
         size: batch size.
-        damping: ridge as a share of the mean diagonal of the system.
+        damping: ridge as a share of the mean diagonal of the system, tensor by tensor.
         rounds: how many times the network is linearised, at most.
         memory: bytes that outputs of all samples may take; beyond, they lie in a temporary file.
         progress: called after every step.
     """
     theta = Parameters(objective.observer.layers, state.keep)
-    diagonal = _diagonal(objective, state, fit, size, memory, theta)
+    centred, diagonal = _coordinates(objective, state, fit, size, memory, theta)
     best, best_loss = state, objective.loss(state, guard, size)
     before = best_loss
     for turn in range(rounds):
         around = best_loss
-        system = _System(objective, best, list(fit.batches(size)), theta, diagonal, damping, memory)
+        batches = list(fit.batches(size))
+        system = _System(objective, best, batches, theta, centred, diagonal, damping, memory)
         found = 0
         for step, d in enumerate(system.steps(), 1):
             progress("joint refit", turn * STEPS + step, rounds * STEPS)
             if step % CHECK:
                 continue
-            tried = theta.state(system.state, system.point + d)
+            tried = theta.state(system.state, system.point + centred.moved(d))
             loss = objective.loss(tried, guard, size)
             if loss < best_loss:
                 best, best_loss, found = tried, loss, step
@@ -105,40 +106,85 @@ def refit_jointly(
     return Tuned(best, before, best_loss)
 
 
-def _diagonal(
+class _Centred:
+    """Displacements d of theta in coordinates whose shifts are those at the mean input.
+
+    There a layer is ``z = W (a - m) + b'``: a change of W is none of b' as well, whatever the mean
+    of its inputs, and the system is as well conditioned as if they had none.
+
+    Args:
+        theta: what moves.
+        layers: of the network.
+        means: by layer name, (kept,), the mean input m of every kept weight, weighted by the
+            sensitivities of its unit, in units of the stored weight.
+        units: by stored tensor, (kept,) int, the unit of every kept weight.
+    """
+
+    def __init__(
+        self,
+        theta: Parameters,
+        layers: Sequence[Layer],
+        means: Mapping[str, np.ndarray],
+        units: Mapping[str, np.ndarray],
+    ) -> None:
+        self._theta, self._means = theta, means
+        self._units = {x.name: (x.weight.tensor, units[x.weight.tensor]) for x in layers}
+
+    def moved(self, d: np.ndarray) -> np.ndarray:
+        """(theta.size,): how d moves theta, b = b' - W m."""
+        weights, shifts = self._theta.named(d)
+        for name, (tensor, units) in self._units.items():
+            lost = np.bincount(units, weights[tensor] * self._means[name], len(shifts[name]))
+            shifts[name] = shifts[name] - lost
+        return self._theta.vector(weights, shifts)
+
+    def pulled(self, gradient: np.ndarray) -> np.ndarray:
+        """(theta.size,): the gradient in d, from that in theta."""
+        weights, shifts = self._theta.named(gradient)
+        for name, (tensor, units) in self._units.items():
+            weights[tensor] = weights[tensor] - shifts[name][units] * self._means[name]
+        return self._theta.vector(weights, shifts)
+
+
+def _coordinates(
     objective: Objective,
     state: State,
     fit: Calibration,
     size: int,
     memory: int | None,
     theta: Parameters,
-) -> np.ndarray:
-    """(theta.size,): E[(dy/dtheta)^2], in the metric and summed over the outputs."""
+) -> tuple[_Centred, np.ndarray]:
+    """Centred coordinates, and (theta.size,) the diagonal E[(dy/dd)^2] in them.
+
+    The diagonal is in the metric, and summed over the outputs.
+    """
     observer = objective.observer
     measured = measure(observer, state, fit, size=size, memory=memory)
     weights: dict[str, np.ndarray] = {}
-    shifts = {}
+    shifts, means, units = {}, {}, {}
     for layer in observer.layers:
-        moments = measured.moments[layer.name]
-        moments = moments.recentred(np.zeros_like(moments.centre))
-        tensor = layer.weight.tensor
-        part = theta.kept(tensor, layer.weight.layout(moments.ww))
-        part *= layer.weight.scale**2 / moments.count
-        weights[tensor] = weights[tensor] + part if tensor in weights else part
+        moments, view = measured.moments[layer.name], layer.weight
+        part = theta.kept(view.tensor, view.layout(moments.variance)) * view.scale**2
+        weights[view.tensor] = weights.get(view.tensor, 0.0) + part
         shifts[layer.name] = moments.bb / moments.count
-    return theta.vector(weights, shifts)
+        means[layer.name] = theta.kept(view.tensor, view.layout(moments.gain)) * view.scale
+        rows = np.broadcast_to(np.arange(layer.shape[0])[:, None], layer.shape)
+        units[view.tensor] = theta.kept(view.tensor, view.layout(rows)).astype(np.intp)
+    return _Centred(theta, observer.layers, means, units), theta.vector(weights, shifts)
 
 
 class _System:
-    """The linearised problem around one state: ``(E[J^T H J] + ridge) d = -E[J^T slope]``.
+    """The linearised problem around one state: ``(E[J^T H J] + R) d = -E[J^T slope]``.
 
     Args:
         objective: whose loss it is.
         state: the point.
         batches: all samples.
         theta: what may move.
+        centred: the coordinates of d.
         diagonal: of E[J^T H J], about.
-        damping: ridge as a share of its mean.
+        damping: ridge as a share of its mean over each stored tensor, and over each layer's shifts:
+            one mean for all would hold back the layers that move the outputs least per unit.
         memory: bytes that the outputs may take.
     """
 
@@ -148,6 +194,7 @@ class _System:
         state: State,
         batches: list[Batch],
         theta: Parameters,
+        centred: _Centred,
         diagonal: np.ndarray,
         damping: float,
         memory: int | None,
@@ -155,8 +202,11 @@ class _System:
         self.state, self.point = state, theta.of(state)
         self._objective, self._theta, self._batches = objective, theta, batches
         self._count = sum(batch.samples for batch in batches)
-        self._diagonal = diagonal
-        self._ridge = damping * float(diagonal.mean())
+        self._centred, self._diagonal = centred, diagonal
+        means = [np.full(x.size, x.mean() if x.size else 0.0) for x in theta.parts(diagonal)]
+        self._ridge = damping * np.concatenate(means)
+        weights, _ = theta.named(self.point**2 * diagonal)
+        self._whole = float(np.sqrt(sum(x.sum() for x in weights.values())))
         self._outputs = Shelf(memory)
         for number, batch in enumerate(batches):
             for name, y in objective.observer.heads(state, batch).items():
@@ -189,22 +239,22 @@ class _System:
         for batch, y in self._seen():
             slopes = self._objective.slopes(y, self._objective.targets(batch))
             total += self._objective.gradient(self.state, batch, slopes, self._theta)
-        return total / self._count
+        return self._centred.pulled(total) / self._count
 
     def _times(self, d: np.ndarray) -> np.ndarray:
-        """(E[J^T H J] + ridge) d."""
-        size, whole = (np.sqrt(x**2 @ self._diagonal) for x in (d, self.point))
-        if not size * whole > 0:  # nothing moves, or there is nothing to take a share of
+        """(E[J^T H J] + R) d."""
+        size = float(np.sqrt(d**2 @ self._diagonal))
+        if not size * self._whole > 0:  # nothing moves, or there is nothing to take a share of
             return np.zeros_like(d)
-        step = DISTURBANCE * whole / size
-        moved = self._theta.state(self.state, self.point + step * d)
+        step = DISTURBANCE * self._whole / size
+        moved = self._theta.state(self.state, self.point + step * self._centred.moved(d))
         total = np.zeros_like(d)
         for batch, y in self._seen():
             there = self._objective.observer.heads(moved, batch)
             change = {n: (there[n].astype(np.float64) - y[n]) / step for n in y}
             bends = self._objective.bends(y, change)
             total += self._objective.gradient(self.state, batch, bends, self._theta)
-        return total / self._count + self._ridge * d
+        return self._centred.pulled(total) / self._count + self._ridge * d
 
     def _seen(self) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
         """Every batch with the outputs that the state makes of it."""

@@ -151,6 +151,11 @@ class Parameters:
         ends = np.cumsum([*sizes, *self._units.values()])
         yield from np.split(vector, ends[:-1])
 
+    def named(self, vector: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """The vector's views by stored tensor, and by layer name: what ``vector`` takes."""
+        parts = self.parts(vector)
+        return {name: next(parts) for name in self._kept}, {n: next(parts) for n in self._units}
+
     def state(self, state: State, vector: np.ndarray) -> State:
         """The state with the values of a vector; what was removed stays as it is."""
         parts = self.parts(vector)

@@ -85,26 +85,82 @@ def test_a_state_made_from_its_own_vector_is_the_same(rng):
 
 
 def test_on_a_linear_network_the_steps_end_at_the_ridge_regression(rng):
+    """In coordinates in which inputs have mean zero, with a ridge for W and one for b."""
     _, samples, objective, state = network(LINEAR, rng)
     theta = Parameters(objective.observer.layers, state.keep)
     damping = 0.05
-    diagonal = joint._diagonal(objective, state, samples, 50, None, theta)
+    centred, diagonal = joint._coordinates(objective, state, samples, 50, None, theta)
     batches = list(samples.batches(20))
-    system = joint._System(objective, state, batches, theta, diagonal, damping, None)
+    system = joint._System(objective, state, batches, theta, centred, diagonal, damping, None)
     *_, found = islice(system.steps(), theta.of(state).size)
     x = samples.arrays["x"]
     kept = np.argwhere(objective.observer.layers[0].weight.layout(state.keep["W"]))
     jacobian = np.zeros((50, 4, len(kept) + 4))
     for column, (i, o) in enumerate(kept):
-        jacobian[:, o, column] = 2 * x[:, i]
+        jacobian[:, o, column] = 2 * (x[:, i] - x[:, i].mean())
     jacobian[:, :, len(kept) :] = np.eye(4)
     flat = jacobian.reshape(200, -1)
     gap = 2 * x @ (state.weights["W"] - objective.original.weights["W"])
     np.testing.assert_allclose(diagonal, (flat**2).sum(axis=0) / 50, rtol=1e-9)
-    ridge = damping * diagonal.mean()
-    matrix = flat.T @ flat / 50 + ridge * np.eye(flat.shape[1])
+    of_weights, of_shifts = diagonal[: len(kept)], diagonal[len(kept) :]
+    ridge = damping * np.repeat([of_weights.mean(), of_shifts.mean()], [len(kept), 4])
+    matrix = flat.T @ flat / 50 + np.diag(ridge)
     expected = np.linalg.solve(matrix, -flat.T @ gap.reshape(-1) / 50)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_centred_coordinates_pull_back_what_they_move(rng):
+    _, samples, objective, state = network(MLP, rng)
+    theta = Parameters(objective.observer.layers, state.keep)
+    centred, diagonal = joint._coordinates(objective, state, samples, 50, None, theta)
+    d, g = rng.normal(size=(2, diagonal.size))
+    assert g @ centred.moved(d) == pytest.approx(centred.pulled(g) @ d)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ({"x": lambda v: 255 * v, "W1": lambda v: v / 255}),
+        ({"W2": lambda v: 1e-3 * v, "b2": lambda v: 1e-3 * v}),
+        ({"x": lambda v: v + 100, "b1": lambda v, w: v - 100 * w.sum(axis=1)}),
+    ],
+    ids=["inputs in another unit", "outputs in another unit", "inputs with an offset"],
+)
+def test_it_gains_as_much_in_any_unit(rng, changed):
+    """The same function of other numbers is refitted as well."""
+    model, samples, _, state = network(MLP, rng)
+
+    def gained(change):
+        other = onnx.ModelProto()
+        other.CopyFrom(model)
+        stored = {t.name: t for t in other.graph.initializer}
+        for name, of in change.items():
+            if name == "x":
+                continue
+            value, args = onnx.numpy_helper.to_array(stored[name]), ()
+            if name == "b1":
+                args = (onnx.numpy_helper.to_array(stored["W1"]),)
+            stored[name].CopyFrom(onnx.numpy_helper.from_array(of(value, *args), name))
+        x = change.get("x", lambda v: v)(samples.arrays["x"])
+        data = Calibration({"x": x}, True, "", False, 0)
+        loaded, layers = modelling.load(other), find_layers(other).layers
+        observer = Observer(loaded, layers, next(data.batches(2)))
+        whole = original_state(loaded, layers)
+        views = {y.weight.tensor: y.weight for y in layers}
+        cut = {n: np.where(views[n].layout(k), whole.weights[n], 0) for n, k in state.keep.items()}
+        start = replace(whole, weights=whole.weights.of(cut), keep=state.keep)
+        # Removed weights take their mean with them, as the bias shift before any refit does.
+        gone = {n: whole.weights[n] - cut[n] for n in cut}
+        mean = x.mean(axis=0)
+        first = next(y.name for y in layers if y.weight.tensor == "W1")
+        shifts = {**start.shifts, first: gone["W1"] @ mean}
+        start = replace(start, shifts=shifts)
+        objective = Objective(observer, whole)
+        fit, guard = data.take(np.arange(40)), data.take(np.arange(40, 50))
+        found = joint.refit_jointly(objective, start, fit, guard, size=16, damping=1e-2)
+        return found.after / found.before
+
+    assert gained(changed) == pytest.approx(gained({}), rel=2e-2)
 
 
 @pytest.mark.parametrize("metric", ["l2", "kl"])
