@@ -371,8 +371,9 @@ def _steps(
         What solves the system but for the rest, and the number of steps.
     """
     x, direction = np.zeros_like(residual), residual.copy()
-    product = _dots(residual, residual)
-    for step in range(1, most + 1):
+    product, taken = _dots(residual, residual), 0
+    while taken < most:
+        taken += 1
         image = direction @ system
         image *= keep
         length = _ratio(product, _dots(direction, image))
@@ -384,7 +385,7 @@ def _steps(
             break
         direction *= _ratio(product, previous)
         direction += residual
-    return x, step
+    return x, taken
 
 
 def _dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -393,7 +394,7 @@ def _dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a / b, zero where b is not positive: that row is solved."""
+    """The quotient, zero where b is not positive: that row is solved."""
     return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
 
 
