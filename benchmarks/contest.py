@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import onnx
 from networks import NETWORKS, accuracy, outputs, relative_error
-from outcome import text
+from outcome import Claim, Row, shown, text
+from scipy.stats import binomtest
 
 import onnx_ecp
 from onnx_ecp.inspection import inspect
@@ -137,21 +138,49 @@ def compete_on(
             scores = judged(model, pruned, test, labels)
             row = {"network": name, "method": label, "sparsity": sparsity, **scores}
             row |= {"seconds": seconds, "samples": len(next(iter(feeds.values())))}
-            print(" ".join(map(text, row.values())), file=sys.stderr, flush=True)
+            print(" ".join(map(text, shown(row).values())), file=sys.stderr, flush=True)
             yield row
 
 
 def judged(
     model: onnx.ModelProto, pruned: onnx.ModelProto, test: Feeds, labels: np.ndarray
-) -> dict[str, float]:
-    """Accuracy and relative output error of a pruned model, and the share of its weights gone."""
+) -> dict[str, Any]:
+    """Accuracy and relative output error of a pruned model, and the share of its weights gone.
+
+    ``right`` (n,) bool tells the samples whose class it finds.
+    """
     before, after = outputs(model, test), outputs(pruned, test)
     return {
+        "right": after.argmax(axis=1) == labels,
         "accuracy": accuracy(after, labels),
         "dense": accuracy(before, labels),
         "error": relative_error(after, before),
         "zeros": gone(model, pruned),
     }
+
+
+# A difference in accuracy counts from here on: the probability of one as large by chance alone.
+BY_CHANCE = 0.05
+
+
+def not_behind(where: str, mine: Row, peers: Sequence[Row]) -> Claim:
+    """The claim that no peer is more accurate, as far as the samples can tell.
+
+    A peer may have a few more right by chance: the exact test of McNemar (1947) asks how likely so
+    many of the samples that only one of the two has right fall to the peer where both are as good.
+    """
+    best = max(peers, key=lambda row: float(row["accuracy"]))
+    ours, theirs = (
+        int((mine["right"] & ~best["right"]).sum()),
+        int((best["right"] & ~mine["right"]).sum()),
+    )
+    chance = binomtest(theirs, ours + theirs, alternative="greater").pvalue if theirs else 1.0
+    ahead = "ahead" if ours >= theirs else f"behind, p = {chance:.2g}"
+    text = (
+        f"{where}: accuracy of {mine['method']} {mine['accuracy']:.2f}, of {best['method']} "
+        f"{best['accuracy']:.2f} ({ours} right only here, {theirs} only there: {ahead})"
+    )
+    return Claim(text, ours >= theirs or chance > BY_CHANCE)
 
 
 def gone(model: onnx.ModelProto, pruned: onnx.ModelProto) -> float:

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 RESULTS = Path(__file__).resolve().parent / "results"
 Row = Mapping[str, Any]
 
@@ -33,9 +35,15 @@ def near(what: str, value: float, wanted: float, by: float) -> Claim:
     return Claim(f"{what}: {value:.2f}, {wanted:.2f} to {by:.2f}", abs(value - wanted) <= by + 1e-9)
 
 
+def shown(row: Row) -> dict[str, Any]:
+    """What of a row is for people: no arrays."""
+    return {k: v for k, v in row.items() if not isinstance(v, np.ndarray)}
+
+
 def publish(name: str, rows: Sequence[Row]) -> None:
     """Write ``results/NAME.csv``; rows have the same keys."""
     RESULTS.mkdir(exist_ok=True)
+    rows = [shown(row) for row in rows]
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
