@@ -242,6 +242,12 @@ def sidecar(model_path: str | Path) -> Path | None:
     return path if path.is_file() else None
 
 
+def file_of(source: str | Path) -> Path:
+    """The file or folder that a source given as a path is read from."""
+    script = _SCRIPT.fullmatch(str(source))
+    return Path(script["path"] if script else source)
+
+
 def is_stream(source: Any) -> bool:
     """Whether a source gives one sample after another, perhaps without an end."""
     kind = next((kind for kind in SOURCES.values() if kind.accepts(source)), None)

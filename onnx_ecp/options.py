@@ -136,6 +136,10 @@ class Options:
             raise UsageError(f"--finetune-steps is {self.finetune_steps}; it cannot be negative.")
         if self.method != "cbs" and not (self.cbs_select and self.cbs_update):
             raise UsageError("--no-cbs-select and --no-cbs-update need --method cbs.")
+        if self.masks is not None and Path(self.masks).suffix != ".npz":
+            raise UsageError(
+                f"--masks {self.masks}: masks are written as .npz.", hint="Name the file *.npz."
+            )
         self._check_limits()
         self._check_units()
         if self.damping is not None and not self.damping > 0:

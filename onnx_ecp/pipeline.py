@@ -20,6 +20,7 @@ from onnx_ecp import calibration as calibrating
 from onnx_ecp import model as modelling
 from onnx_ecp.arrays import npz_names, read_npz
 from onnx_ecp.calibration import Batch, Calibration
+from onnx_ecp.destinations import Named, check_destinations, same_file
 from onnx_ecp.errors import (
     CalibrationError,
     ModelError,
@@ -42,6 +43,7 @@ from onnx_ecp.report import (
     LayerRow,
     Recipe,
     Report,
+    check_target,
 )
 from onnx_ecp.runtime import deadline, free_memory, threads_of
 from onnx_ecp.selection import NM, Group, Sparsity
@@ -133,6 +135,7 @@ def optimize(
     calibration: Any = None,
     *,
     output: str | Path | None = None,
+    report: str | Path | Sequence[str | Path] = (),
     progress: Progress = silent,
     **choices: Any,
 ) -> Result:
@@ -143,6 +146,7 @@ def optimize(
         calibration: see ``calibration.load``; None takes MODEL.npz beside the model, else made-up
             inputs, which the report warns of.
         output: where to write; None writes nothing.
+        report: where to write the report, .json or .html; one path or several.
         progress: called with (what, done, of) as work goes on.
         choices: fields of ``Options``, such as ``method="ecp", sparsity=0.8``.
 
@@ -151,11 +155,12 @@ def optimize(
     """
     began = time.monotonic()
     options = Options.of(**choices)
+    reports = [report] if isinstance(report, str | Path) else list(report)
     with ExitStack() as running:
         running.enter_context(deadline(options.timeout))
         running.enter_context(threads_of(options.threads))
         source = given = load(model)
-        check_outputs(source, output, options)
+        check_outputs(source, calibration, output, reports, options)
         layers, skips = choose_layers(source, options)
         data = gather(source, calibration, options)
         remarks: dict[str, str] = {}
@@ -200,7 +205,7 @@ def optimize(
             save_masks(masks, options.masks)
         if output is None or options.dry_run:
             result = held(result)
-    report = Report(
+    told = Report(
         original=original,
         result=comparison.b,
         versions=doctor.versions(),
@@ -219,6 +224,7 @@ def optimize(
             *warnings(data, network, pruned, comparison),
             *target_warnings(data, options, curve),
             *made.warnings,
+            *replaced(given, output, options),
         ),
         units=made.rows,
         work_before=made.before,
@@ -227,7 +233,9 @@ def optimize(
         speedup=speedup,
         sparse_kernels=kernels,
     )
-    return Result(result.proto, report, masks)
+    for path in reports:
+        told.save(path)
+    return Result(result.proto, told, masks)
 
 
 def importance(
@@ -270,15 +278,49 @@ def load(model: str | Path | onnx.ModelProto) -> Model:
     return source
 
 
-def check_outputs(source: Model, output: str | Path | None, options: Options) -> None:
-    """Find out before the long work what cannot be written in the end.
+def check_outputs(
+    source: Model,
+    calibration: Any,
+    output: str | Path | None,
+    reports: Sequence[str | Path],
+    options: Options,
+) -> None:
+    """Find out before the long work what cannot, or must not, be written in the end.
 
     Raises:
+        UsageError: a file would replace another, or what is read; a report has no known format.
         OutputError: a file cannot be written.
     """
+    named = (("OUTPUT", output), ("--masks", options.masks), *(("--report", x) for x in reports))
+    results = [(what, path) for what, path in named if path is not None]
+    check_destinations(results, sources_of(source, calibration, output, options))
     for path in (output, options.masks):
         if path is not None and not options.dry_run:
             modelling.check_output(path, force=options.force, source=source.path)
+    for path in reports:
+        check_target(path, force=options.force)
+
+
+def sources_of(
+    source: Model, calibration: Any, output: str | Path | None, options: Options
+) -> Iterator[Named]:
+    """The files that are read; not the model where OUTPUT is to replace it, which --force allows.
+
+    Masks and reports must not replace it, whatever is said, nor may anything its external data.
+    """
+    if source.path is not None:
+        if output is None or not same_file(output, source.path):
+            yield "the model", source.path
+        for file in modelling.data_files(source.proto, source.path.parent):
+            yield "external data of the model", file
+        if calibration is None:
+            calibration = calibrating.sidecar(source.path)
+    if isinstance(calibration, str | Path):
+        yield "the calibration data", calibrating.file_of(calibration)
+    if isinstance(options.labels, str | Path):
+        yield "the labels", options.labels
+    if options.apply_masks is not None:
+        yield "the masks to apply", options.apply_masks
 
 
 def _label(source: Model) -> str:
@@ -902,6 +944,13 @@ def warnings(data: Data, network: Network, pruned: Pruned, comparison: Compariso
         )
     yield from pruned.warnings
     yield from comparison.gap.warnings
+
+
+def replaced(given: Model, output: str | Path | None, options: Options) -> Iterator[str]:
+    """Says so where the result stands in the place of the model."""
+    written = None if options.dry_run else output
+    if given.path is not None and written is not None and same_file(given.path, written):
+        yield "OUTPUT is MODEL: the result has replaced the model, as --force allows."
 
 
 def target_warnings(data: Data, options: Options, curve: Sequence[Point]) -> Iterator[str]:

@@ -20,6 +20,7 @@ import onnx
 from onnx_ecp import calibration as calibrating
 from onnx_ecp import doctor
 from onnx_ecp.calibration import Calibration
+from onnx_ecp.destinations import check_destinations
 from onnx_ecp.errors import UsageError, did_you_mean
 from onnx_ecp.evaluate import Comparison, ModelFacts, expected_rows, measure_gap, model_facts
 from onnx_ecp.layers import Layer
@@ -221,6 +222,29 @@ def sweep(
         seconds=time.monotonic() - began,
         warnings=(*uneven(shared.networks), *merged(runs)),
     )
+
+
+def check_outputs(
+    model: str | Path, read: Mapping[str, str | Path | None], outputs: Sequence[str | Path]
+) -> None:
+    """Refuse files of points that would overwrite each other, or what is read.
+
+    Args:
+        model: path of the model.
+        read: paths of data and labels by what they are; without calibration data, what lies beside
+            the model is read.
+        outputs: paths of the files of points.
+
+    Raises:
+        UsageError: two are one file.
+    """
+    data = {**read, "calibration": read["calibration"] or calibrating.sidecar(model)}
+    sources = [
+        (f"the {what.replace('_', ' ')}", calibrating.file_of(path))
+        for what, path in {"model": model, **data}.items()
+        if path is not None
+    ]
+    check_destinations([("--output", path) for path in outputs], sources)
 
 
 def grid_of(

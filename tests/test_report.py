@@ -23,7 +23,6 @@ from onnx_ecp.report import (
     check_target,
     html,
     text,
-    write,
 )
 from onnx_ecp.report.as_json import dumps
 from onnx_ecp.structure.outcome import Speedup, UnitRow, Work
@@ -335,7 +334,7 @@ def test_html_shows_what_the_report_says():
 def test_writing_leaves_one_whole_file(tmp_path, name):
     path = tmp_path / name
     path.write_text("old")
-    write(report(), path)
+    report().save(path)
     assert path.read_text().rstrip().endswith(("}", "</html>"))
     assert [p.name for p in tmp_path.iterdir()] == [name]
 

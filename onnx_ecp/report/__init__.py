@@ -205,6 +205,10 @@ class Report:
 
         return report_to_dict(self)
 
+    def save(self, path: str | Path) -> None:
+        """Write it as *.json or *.html, whole or not at all; it replaces a file; see ``write``."""
+        write(self, path)
+
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Report:
         """The inverse of ``to_dict``.
