@@ -222,11 +222,13 @@ OPTIONS = (
     ),
     click.option(
         "--max-error", type=float, metavar="E",
-        help="Prune as far as the relative output error on held-out samples stays within E.",
+        help="Prune as far as the relative output error on held-out samples stays within E; with "
+        "--sparsity or --speedup a gate: exit code 7 where it is missed.",
     ),
     click.option(
         "--max-accuracy-drop", type=float, metavar="P",
-        help="Prune as far as top-1 accuracy on held-out --labels drops P points at most.",
+        help="Prune as far as top-1 accuracy on held-out --labels drops P points at most; a gate "
+        "as --max-error is.",
     ),
     _choice(
         "--granularity", "weight|unit", "weight",

@@ -160,7 +160,7 @@ class Options:
                 "--max-accuracy-drop needs labels.",
                 hint="Name them with --labels, or use --max-error.",
             )
-        if self.limit is None or self.sparsity is not None:
+        if not self.searches:
             return
         if self.apply_masks is not None:
             raise UsageError("--apply-masks leaves nothing for a target to choose.")
@@ -219,17 +219,22 @@ class Options:
 
     @property
     def limit(self) -> Limit | None:
-        """What the result must not exceed; without ``sparsity`` it is the target of a search."""
+        """What the result must not exceed: the target of a search, or a gate."""
         if self.max_error is None and self.max_accuracy_drop is None:
             return None
         return Limit(self.max_error, self.max_accuracy_drop)
+
+    @property
+    def searches(self) -> bool:
+        """Whether the limit is the target; beside a sparsity or a speedup it is a gate."""
+        return self.limit is not None and self.sparsity is None and self.speedup is None
 
     @property
     def end(self) -> Sparsity:
         """The sparsity to prune to; a search may go all the way."""
         if self.sparsity is not None:
             return self.sparsity
-        return 0.5 if self.limit is None else 1.0
+        return 1.0 if self.searches else 0.5
 
     @property
     def resolved_metric(self) -> str:

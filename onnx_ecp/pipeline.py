@@ -178,13 +178,15 @@ def optimize(
         step = None
         if options.granularity == "unit":
             step = unit_step(source, network, data, options, progress)
-        pruned, curve = prune_within(network, plan, data, options, step, progress)
+        judge = judge_of(network, data, options)
+        pruned, curve = prune_within(network, plan, judge, options, step, progress)
         made = finished(source, network, step, pruned, options)
         speedup = None
         if step is not None and step.goal.target == "latency":
             pruned, made, speedup = fast_enough(
                 source, network, plan, step, pruned, made, data, options, progress
             )
+        curve = curve or gate(pruned, judge, options)
         predicted = predicted_error(network, plan, pruned)
         network.observer.close()
         result, created = made.model, made.created
@@ -600,8 +602,7 @@ def unit_step(
         share = 1 - 1 / options.speedup
         target = "latency" if options.cost == "latency" else "flops"
     assert not isinstance(share, NM), "Options refuses N:M of units"
-    required = options.limit is None or options.sparsity is not None
-    goal = Goal(share, target, options.cost, options.unit_multiple, required)
+    goal = Goal(share, target, options.cost, options.unit_multiple, not options.searches)
     watch = None
     if options.cost == "latency":
         watch = Watch(
@@ -634,8 +635,6 @@ def fast_enough(
 ) -> tuple[Pruned, Smaller, Speedup]:
     """Measure what was made, and prune on until it is as fast as was asked for.
 
-    What an error target ended earlier is measured only.
-
     Raises:
         TargetError: it is not, after ATTEMPTS.
     """
@@ -649,7 +648,7 @@ def fast_enough(
             latency = evaluate.measure_latency(
                 source, made.model, batch, seconds=LONGER, **options.session
             )
-        if latency.ratio <= wanted or options.limit is not None:
+        if latency.ratio <= wanted:
             return pruned, made, Speedup(options.speedup, step.predicted(pruned.keep), latency)
         closest = min(closest, latency.ratio)
         step = step.with_more(latency.ratio)
@@ -695,35 +694,56 @@ def _any_dead(network: Network, state: State) -> bool:
 def prune_within(
     network: Network,
     plan: Plan,
-    data: Data,
+    judge: Judge | None,
     options: Options,
     step: UnitStep | None,
     progress: Progress,
 ) -> tuple[Pruned, tuple[Point, ...]]:
-    """Prune to the sparsity asked for, or as far as the limit allows; and the points on the way.
+    """Prune to what was asked for, or as far as the limit allows; and the points of that search.
 
     Raises:
         TargetError: no sparsity meets the limit.
-        QualityError: the sparsity asked for does not meet it.
     """
-    limit = options.limit
-    if limit is None:
+    if not options.searches:
         return prune(network, plan, progress, step=step), ()
+    assert judge is not None, "a search has a limit"
+    assert options.limit is not None, "a search has a limit"
+    return seek(network, plan, options.limit, judge, progress, step=step or stage)
+
+
+def judge_of(network: Network, data: Data, options: Options) -> Judge | None:
+    """What says how far a state is from the original; None where no limit was asked for.
+
+    Raises:
+        TargetError: the model has no output that an error could be measured at.
+        CalibrationError: the labels fit no output.
+    """
+    if options.limit is None:
+        return None
     parts = (data.guard, data.held_out)
     try:
-        judge = Judge(network.observer, network.original, parts, network.size)
+        return Judge(network.observer, network.original, parts, network.size)
     except CalibrationError as error:
         raise CalibrationError(f"{options.labels}: {error.message}", hint=error.hint) from error
-    if options.sparsity is None and options.apply_masks is None:
-        return seek(network, plan, limit, judge, progress, step=step or stage)
-    pruned = prune(network, plan, progress, step=step)
+
+
+def gate(pruned: Pruned, judge: Judge | None, options: Options) -> tuple[Point, ...]:
+    """The point where the result stands, where a limit goes with another target; else none.
+
+    Raises:
+        QualityError: it is beyond the limit.
+    """
+    if judge is None or options.limit is None or options.searches:
+        return ()
     point = judge.point(pruned.state)
-    if not limit.allows(point):
+    if not options.limit.allows(point):
+        target = "--sparsity" if options.speedup is None else "--speedup"
         raise QualityError(
             f"the result misses the target: {point.described}.",
-            hint="Nothing was written. Lower --sparsity, or leave it out to have it found.",
+            hint=f"Nothing was written. Lower {target}, or leave it out to go as far as the limit "
+            "allows.",
         )
-    return pruned, (replace(point, within=True),)
+    return (replace(point, within=True),)
 
 
 def _group(tensors: tuple[str, ...], layers: Mapping[str, Layer], sparsity: Sparsity) -> Group:
@@ -964,7 +984,7 @@ def target_warnings(data: Data, options: Options, curve: Sequence[Point]) -> Ite
                 f"{100 / samples:.2g} percentage points: --max-accuracy-drop "
                 f"{options.max_accuracy_drop:g} needs more labelled samples to mean something."
             )
-    if curve and options.sparsity is None and all(point.within for point in curve):
+    if options.searches and all(point.within for point in curve):
         yield (
             "every step of the search was within the target: it ended where almost nothing is left "
             "to remove, not at the target."

@@ -136,6 +136,17 @@ def test_a_sparsity_with_a_target_is_a_gate(model, data, tmp_path):
     assert passed.report.sparsity == pytest.approx(0.1, abs=0.01)
 
 
+def test_a_speedup_with_a_target_is_a_gate_too(model, data, tmp_path):
+    output = tmp_path / "out.onnx"
+    choices = {"granularity": "unit", "speedup": 2.0, "output": output}
+    with pytest.raises(QualityError, match="misses the target") as error:
+        onnx_ecp.optimize(model, data, max_error=1e-6, **choices)
+    assert "--speedup" in error.value.hint
+    assert not output.exists()
+    report = onnx_ecp.optimize(model, data, max_error=10.0, **choices).report
+    assert report.work_after.flops <= report.work_before.flops / 2
+
+
 @pytest.mark.parametrize(
     ("choices", "words"),
     [

@@ -177,7 +177,8 @@ class Report:
     @property
     def searched(self) -> bool:
         """Whether the sparsity was found by a search for a target."""
-        return bool(self.curve) and self.options.get("sparsity") is None
+        targets = (self.options.get("sparsity"), self.options.get("speedup"))
+        return bool(self.curve) and targets == (None, None)
 
     @property
     def gone(self) -> str:
