@@ -136,14 +136,30 @@ class Options:
             raise UsageError(f"--finetune-steps is {self.finetune_steps}; it cannot be negative.")
         if self.method != "cbs" and not (self.cbs_select and self.cbs_update):
             raise UsageError("--no-cbs-select and --no-cbs-update need --method cbs.")
-        if self.masks is not None and Path(self.masks).suffix != ".npz":
-            raise UsageError(
-                f"--masks {self.masks}: masks are written as .npz.", hint="Name the file *.npz."
-            )
+        self._check_masks()
         self._check_limits()
         self._check_units()
         if self.damping is not None and not self.damping > 0:
             raise UsageError(f"--damping is {self.damping}; it must be greater than 0.")
+
+    def _check_masks(self) -> None:
+        if self.masks is not None and Path(self.masks).suffix != ".npz":
+            raise UsageError(
+                f"--masks {self.masks}: masks are written as .npz.", hint="Name the file *.npz."
+            )
+        if self.apply_masks is None:
+            return
+        ignored = {
+            "--sparsity": self.sparsity is not None,
+            "--layer-sparsity": bool(self.layer_sparsity),
+            "--importance": self.importance is not None,
+        }
+        for name, given in ignored.items():
+            if given:
+                raise UsageError(
+                    f"--apply-masks leaves nothing for {name} to choose.",
+                    hint="The masks say which weights go: give one of the two.",
+                )
 
     def _check_limits(self) -> None:
         if self.bound and self.limit is not None:

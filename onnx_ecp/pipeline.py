@@ -44,11 +44,13 @@ from onnx_ecp.report import (
     Recipe,
     Report,
     check_target,
+    counted,
 )
 from onnx_ecp.runtime import deadline, free_memory, threads_of
 from onnx_ecp.selection import NM, Group, Sparsity
 from onnx_ecp.shelf import Computed
 from onnx_ecp.structure import Structure
+from onnx_ecp.structure.bases import heads_of
 from onnx_ecp.structure.latency import Watch
 from onnx_ecp.structure.outcome import Speedup
 from onnx_ecp.structure.smaller import (
@@ -70,6 +72,8 @@ HELD_OUT, HELD_OUT_MOST = 0.1, 512
 ATTEMPTS = 5
 # Seconds for which a model that seems to miss its target is measured once more.
 LONGER = 3.0
+# So many candidates are listed in an error.
+_MOST_LISTED = 3
 # Below this effective sample size the user is warned that few samples carry all the weight.
 FEW_SAMPLES = 32
 
@@ -81,13 +85,14 @@ class Result:
     Args:
         model: the pruned model; in memory also where it was written.
         report: what was done and what it did.
-        masks: by stored tensor, True where the weight stays, in the stored layout; of heads in the
-            bases that they were turned to, unless ``masks`` was asked for.
+        masks: by stored tensor of the given model, True where the weight stays, in the stored
+            layout. None where none would fit it: ``permute`` puts inputs in another order, and
+            units are removed from heads in other bases, unless a file of ``masks`` is asked for.
     """
 
     model: onnx.ModelProto
     report: Report
-    masks: dict[str, np.ndarray]
+    masks: dict[str, np.ndarray] | None
 
 
 @dataclass(frozen=True)
@@ -224,6 +229,8 @@ def optimize(
         seconds=time.monotonic() - began,
         warnings=(
             *warnings(data, network, pruned, comparison),
+            *misfit_warnings(skips),
+            *mask_warnings(network, step, options),
             *target_warnings(data, options, curve),
             *made.warnings,
             *replaced(given, output, options),
@@ -237,7 +244,7 @@ def optimize(
     )
     for path in reports:
         told.save(path)
-    return Result(result.proto, told, masks)
+    return Result(result.proto, told, masks if source is given else None)
 
 
 def importance(
@@ -330,12 +337,32 @@ def _label(source: Model) -> str:
 
 
 def choose_layers(source: Model, options: Options) -> tuple[list[Layer], list[Skip]]:
+    """The layers that will be pruned, and all others with the reason.
+
+    Raises:
+        UsageError: a regular expression matches no layer.
+        TargetError: no layer is left.
+    """
+    layers, skips = wanted_layers(source, options)
+    dense = misfits(layers, options)
+    skips += dense.values()
+    layers = [layer for layer in layers if layer.name not in dense]
+    if not layers:
+        raise nothing_to_prune(skips)
+    return layers, skips
+
+
+def wanted_layers(source: Model, options: Options) -> tuple[list[Layer], list[Skip]]:
     """The layers that the user wants pruned, and all others with the reason.
 
     Raises:
+        UsageError: an --include or --exclude matches nothing.
         TargetError: no layer is left.
     """
     found = find_layers(modelling.decode_sparse(source.proto))
+    if found.layers:
+        names = [x.name for x in found.layers] + [x.name for x in found.skips]
+        _check_matches(options, names)
     layers, skips = [], list(found.skips)
     for layer in found.layers:
         reason = _unwanted_weight(layer, found.layers, options)
@@ -348,12 +375,72 @@ def choose_layers(source: Model, options: Options) -> tuple[list[Layer], list[Sk
     return layers, skips
 
 
+def _check_matches(options: Options, names: Sequence[str]) -> None:
+    """A pattern without a match is a slip that would prune what it was to protect."""
+    for flag in ("include", "exclude"):
+        for pattern in getattr(options, flag):
+            if not any(re.search(pattern, name) for name in names):
+                raise UsageError(
+                    f"--{flag} {pattern!r} matches no layer.", hint=did_you_mean(pattern, names)
+                )
+
+
+def own_sparsities(layers: Sequence[Layer], options: Options) -> dict[str, Sparsity]:
+    """By stored tensor, the sparsities that --layer-sparsity gives; the last match wins.
+
+    A weight that several layers share has that of any of them.
+    """
+    return {
+        layer.weight.tensor: sparsity
+        for pattern, sparsity in options.layer_sparsity.items()
+        for layer in layers
+        if re.search(pattern, layer.name)
+    }
+
+
+# What the reason says where N:M is not for a layer.
+_NO_FIT = "does not fit it"
+
+
+def misfits(layers: Sequence[Layer], options: Options) -> dict[str, Skip]:
+    """By name, the layers that cannot have the N:M that they are to get, with the reason.
+
+    Raises:
+        UsageError: a --layer-sparsity that no layer matches.
+    """
+    for pattern in options.layer_sparsity:
+        if not any(re.search(pattern, layer.name) for layer in layers):
+            raise UsageError(
+                f"--layer-sparsity {pattern!r} matches no prunable layer.",
+                hint=did_you_mean(pattern, [layer.name for layer in layers]),
+            )
+    own, found = own_sparsities(layers, options), {}
+    for layer in layers:
+        wanted = own.get(layer.weight.tensor, options.end)
+        if isinstance(wanted, NM) and layer.reduction % wanted.m:
+            length = f"{wanted.m} does not divide the {layer.reduction} of its reduction axis"
+            found[layer.name] = Skip(layer.name, layer.op, f"{wanted} {_NO_FIT}: {length}")
+    return found
+
+
+def misfit_warnings(skips: Sequence[Skip]) -> Iterator[str]:
+    """Says so where layers stayed dense because a pattern does not fit them."""
+    dense = [skip for skip in skips if _NO_FIT in skip.reason]
+    if dense:
+        first = modelling.printable(dense[0].name)
+        yield (
+            f"{counted(len(dense), 'layer')}, such as {first}, stayed dense: the pattern does not "
+            "fit; the table of what was not pruned says why."
+        )
+
+
 def nothing_to_prune(skips: Sequence[Skip]) -> TargetError:
-    """The error that names every candidate with its reason."""
-    listed = [f"{modelling.printable(s.name)} ({s.op}): {s.reason}" for s in skips]
+    """The error that names the first candidates, each with its reason."""
+    listed = [f"{modelling.printable(s.name)} ({s.op}): {s.reason}" for s in skips[:_MOST_LISTED]]
+    more = f"; and {len(skips) - len(listed)} more" if len(skips) > len(listed) else ""
     return TargetError(
-        "no layer can be pruned" + (": " + "; ".join(listed) if listed else "."),
-        hint="`onnx-ecp inspect MODEL` shows every candidate."
+        "no layer can be pruned" + (f": {'; '.join(listed)}{more}" if listed else "."),
+        hint="`onnx-ecp inspect MODEL` lists every candidate."
         if listed
         else "The model has no Gemm, MatMul or Conv with constant weights.",
     )
@@ -482,21 +569,9 @@ def observe_network(
 
 
 def make_plan(layers: Sequence[Layer], options: Options) -> Plan:
-    """Which tensors are ranked together, and how sparse each is to become.
-
-    Raises:
-        UsageError: a --layer-sparsity that no layer matches, or N:M that does not fit a layer.
-    """
+    """Which tensors are ranked together, and how sparse each is to become."""
     by_tensor = {layer.weight.tensor: layer for layer in layers}
-    own: dict[str, Sparsity] = {}
-    for pattern, value in options.layer_sparsity.items():
-        matched = [x.weight.tensor for x in layers if re.search(pattern, x.name)]
-        if not matched:
-            raise UsageError(
-                f"--layer-sparsity {pattern!r} matches no prunable layer.",
-                hint=did_you_mean(pattern, [layer.name for layer in layers]),
-            )
-        own |= dict.fromkeys(matched, value)
+    own = own_sparsities(layers, options)
     pooled = [t for t in by_tensor if t not in own]
     if options.resolved_scope == "layer" or isinstance(options.end, NM):
         own |= dict.fromkeys(pooled, options.end)
@@ -547,14 +622,29 @@ def load_masks(path: str | Path, layers: Mapping[str, Layer]) -> dict[str, np.nd
     return masks
 
 
+def mask_warnings(network: Network, step: UnitStep | None, options: Options) -> Iterator[str]:
+    """Says so where a file of masks leaves out layers, or to write one changes the result."""
+    if options.masks is not None and step is not None and heads_of(step.structure, network.layers):
+        yield (
+            "--masks are of the heads given, so these were pruned in their own bases; without it "
+            "the result is another one."
+        )
+    if options.apply_masks is None:
+        return
+    named = set(npz_names(Path(options.apply_masks)))
+    bare = [x for x in network.layers if x.weight.tensor not in named]
+    if bare:
+        yield (
+            f"{Path(options.apply_masks).name} has no mask for {len(bare)} of "
+            f"{counted(len(network.layers), 'layer')}, such as "
+            f"{modelling.printable(bare[0].name)}: they stayed as they were."
+        )
+
+
 def reordered(
     given: Model, layers: Sequence[Layer], data: Data, options: Options
 ) -> tuple[Model, dict[str, str]]:
-    """The model with its units in an order that suits the pattern, and remarks by layer name.
-
-    Raises:
-        UsageError: N:M does not fit a layer.
-    """
+    """The model with its units in an order that suits the pattern, and remarks by layer name."""
     network, _ = observe_network(given, layers, data, options)
     plan = make_plan(network.layers, options)
     patterns = {
@@ -747,14 +837,6 @@ def gate(pruned: Pruned, judge: Judge | None, options: Options) -> tuple[Point, 
 
 
 def _group(tensors: tuple[str, ...], layers: Mapping[str, Layer], sparsity: Sparsity) -> Group:
-    for name in tensors:
-        layer = layers[name]
-        if isinstance(sparsity, NM) and layer.reduction % sparsity.m:
-            raise UsageError(
-                f"{sparsity} does not fit layer {layer.name!r}: its reduction axis has length "
-                f"{layer.reduction}, which {sparsity.m} does not divide.",
-                hint=f"Leave it out with --exclude '^{re.escape(layer.name)}$'.",
-            )
     return Group(tensors, sparsity, {name: layers[name].nm_order() for name in tensors})
 
 

@@ -8,6 +8,7 @@ bit, what ``optimize`` makes with the same options.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,16 +31,17 @@ from onnx_ecp.model import Model, signature
 from onnx_ecp.options import Options
 from onnx_ecp.pipeline import (
     Data,
-    choose_layers,
     finished,
     gather,
     load,
     make_plan,
+    misfits,
     observe_network,
+    wanted_layers,
     warnings,
 )
 from onnx_ecp.pruning import Network, Plan, observe, prune
-from onnx_ecp.report import CalibrationFacts
+from onnx_ecp.report import CalibrationFacts, counted
 from onnx_ecp.runtime import deadline, threads_of
 
 METHODS_SWEPT = ("ecp-refit", "ecp", "wanda", "magnitude")
@@ -321,7 +323,7 @@ def prepare(
 ) -> Shared:
     """Do once what all points need; whatever could be refused is refused here."""
     source = load(model)
-    layers, _ = choose_layers(source, grid[0])
+    layers = layers_of(source, grid)
     data = gather(source, calibration, grid[0])
     judge = judge_of(source, data, evaluation, labels)
     networks = networks_of(source, layers, data, grid)
@@ -332,6 +334,24 @@ def prepare(
         for needs, plan in one_each.items()
     }
     return Shared(source, model_facts(source), data, judge, networks, plans, measured)
+
+
+def layers_of(source: Model, grid: Sequence[Options]) -> list[Layer]:
+    """The layers that all points prune.
+
+    Raises:
+        UsageError: a pattern does not fit all: points would prune different layers.
+    """
+    layers, _ = wanted_layers(source, grid[0])
+    for options in grid:
+        names = [re.escape(name) for name in misfits(layers, options)]
+        if names:
+            raise UsageError(
+                f"{options.sparsity} does not fit {counted(len(names), 'layer')}, and all points "
+                "are to prune the same.",
+                hint=f"Leave them out with --exclude '^({'|'.join(names)})$'.",
+            )
+    return layers
 
 
 def judge_of(source: Model, data: Data, evaluation: Any, labels: str | Path | None) -> Judge:

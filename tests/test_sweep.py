@@ -235,7 +235,7 @@ REFUSED = {
     "an option of one run": ({"masks": "m.npz"}, UsageError, "Known: batch_size"),
     "a misspelt option": ({"stage": 3}, UsageError, "Did you mean 'stages'?"),
     "N:M that does not fit": ({"sparsities": "0.5,2:5"}, UsageError, "--exclude"),
-    "no layer left": ({"include": "nothing"}, TargetError, ""),
+    "no layer left": ({"exclude": ".*"}, TargetError, ""),
     "labels without a file": ({"labels": "missing.npz"}, CalibrationError, ""),
 }
 

@@ -40,6 +40,15 @@ ROUNDING = 1e-12
 WORK = {"weights": "weights", "multiplications": "flops"}
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "layer"), counted(1_200, "sample")
+    ('1 layer', '1,200 samples')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What was done in the end, defaults resolved; what was asked for is ``Report.options``."""
