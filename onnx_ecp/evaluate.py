@@ -10,6 +10,8 @@ one batch.
 from __future__ import annotations
 
 import math
+import os
+import reprlib
 import statistics
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -22,7 +24,7 @@ import onnx
 
 from onnx_ecp import calibration
 from onnx_ecp.calibration import Batch, Calibration
-from onnx_ecp.errors import CalibrationError, ModelError
+from onnx_ecp.errors import CalibrationError, ModelError, UsageError
 from onnx_ecp.measurement import Progress, silent
 from onnx_ecp.model import (
     LARGEST_DENSE,
@@ -348,7 +350,7 @@ def compare(
         CalibrationError: data or labels do not fit the models.
         ProviderError: ONNX Runtime cannot run a model.
     """
-    first, second = _model(a), _model(b)
+    first, second = model_of(a), model_of(b)
     samples = calibration.load(data, signature(first.proto))
     if isinstance(labels, str | Path):
         labels = calibration.load_labels(labels, expected_rows(samples))
@@ -489,8 +491,21 @@ def _size(model: Model) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _model(given: str | Path | onnx.ModelProto | Model) -> Model:
-    return given if isinstance(given, Model) else load(given)
+def model_of(given: str | Path | onnx.ModelProto | Model) -> Model:
+    """A validated model of whatever stands for one.
+
+    Raises:
+        UsageError: nothing that does.
+        ModelError: the model is unreadable or invalid.
+    """
+    if isinstance(given, Model):
+        return given
+    if not isinstance(given, str | os.PathLike | onnx.ModelProto):
+        raise UsageError(
+            f"a model cannot be {reprlib.repr(given)}.",
+            hint="Give the path of a file, or an onnx.ModelProto: of bytes, onnx.load_from_string.",
+        )
+    return load(Path(given) if isinstance(given, os.PathLike) else given)
 
 
 def expected_rows(data: Calibration) -> int:

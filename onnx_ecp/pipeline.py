@@ -277,7 +277,7 @@ def load(model: str | Path | onnx.ModelProto) -> Model:
     Raises:
         ModelError: it is not valid, or too new.
     """
-    source = modelling.load(model)
+    source = evaluate.model_of(model)
     refusal = modelling.runtime_support(source.proto)
     if refusal is not None:
         raise ModelError(
@@ -814,7 +814,9 @@ def judge_of(network: Network, data: Data, options: Options) -> Judge | None:
     try:
         return Judge(network.observer, network.original, parts, network.size)
     except CalibrationError as error:
-        raise CalibrationError(f"{options.labels}: {error.message}", hint=error.hint) from error
+        assert options.labels is not None, "they fit no output"
+        name = calibrating.labels_name(options.labels)
+        raise CalibrationError(f"{name}: {error.message}", hint=error.hint) from error
 
 
 def gate(pruned: Pruned, judge: Judge | None, options: Options) -> tuple[Point, ...]:

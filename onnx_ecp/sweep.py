@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +172,8 @@ def sweep(
     methods: str | Sequence[str] = METHODS_SWEPT,
     sparsities: str | Sequence[Any] = SPARSITIES,
     evaluation: Any = None,
-    labels: str | Path | None = None,
-    calibration_labels: str | Path | None = None,
+    labels: str | Path | np.ndarray | None = None,
+    calibration_labels: str | Path | np.ndarray | None = None,
     progress: Progress = silent,
     **choices: Any,
 ) -> Sweep:
@@ -186,9 +186,9 @@ def sweep(
         sparsities: numbers or N:M, or one text with commas between them.
         evaluation: samples to judge on, any source that ``calibration.load`` reads; None takes the
             held-out part of the calibration data.
-        labels: path of the labels of the evaluation samples; without ``evaluation``, of all
+        labels: of the evaluation samples, a path or an array; without ``evaluation``, of all
             calibration samples.
-        calibration_labels: path of the labels of the calibration samples, for methods that look
+        calibration_labels: the same of the calibration samples, for methods that look
             at the loss; without ``evaluation``, ``labels`` are these.
         progress: called with (what, done, of) as work goes on.
         choices: the options of ``optimize`` named in ``COMMON``; they hold for all points.
@@ -218,12 +218,17 @@ def sweep(
         calibration=shared.data.facts,
         evaluation=shared.judge.facts,
         points=tuple(run.point for run in runs),
-        options={name: value for name, value in grid[0].as_json().items() if name in COMMON},
+        options={**common(grid[0]), "blocks": choices.get("blocks", "network")},
         versions=doctor.versions(),
         shared_seconds=prepared - began,
         seconds=time.monotonic() - began,
         warnings=(*uneven(shared.networks), *merged(runs)),
     )
+
+
+def common(options: Options) -> dict[str, Any]:
+    """What all points have in common: JSON values by name."""
+    return {name: value for name, value in options.as_json().items() if name in COMMON}
 
 
 def check_outputs(
@@ -253,7 +258,7 @@ def grid_of(
     methods: str | Sequence[str],
     sparsities: str | Sequence[Any],
     choices: Mapping[str, Any],
-    labels: str | Path | None = None,
+    labels: str | Path | np.ndarray | None = None,
 ) -> list[Options]:
     """The options of every point, method by method; what is named twice is run once.
 
@@ -263,11 +268,20 @@ def grid_of(
     for name in choices:
         if name not in COMMON:
             raise UsageError(f"a sweep has no option {name!r}.", hint=did_you_mean(name, COMMON))
+    plain = {name: value for name, value in choices.items() if name != "blocks"}
+
+    def options(method: str, sparsity: Any) -> Options:
+        found = Options.of(method=method, sparsity=sparsity, labels=labels, **plain)
+        looks = found.recipe.measures == "curvature"  # the others have no use for blocks
+        return replace(found, blocks=choices["blocks"]) if looks and "blocks" in choices else found
+
     grid = [
-        Options.of(method=method, sparsity=sparsity, labels=labels, **choices)
+        options(method, sparsity)
         for method in _listed("methods", methods)
         for sparsity in _listed("sparsities", sparsities)
     ]
+    if all(point.recipe.measures != "curvature" for point in grid):
+        grid = [replace(point, blocks=choices.get("blocks", "network")) for point in grid]
     return list({(o.method, o.sparsity): o for o in grid}.values())
 
 
@@ -318,7 +332,7 @@ def prepare(
     calibration: Any,
     grid: Sequence[Options],
     evaluation: Any,
-    labels: str | Path | None,
+    labels: str | Path | np.ndarray | None,
     progress: Progress = silent,
 ) -> Shared:
     """Do once what all points need; whatever could be refused is refused here."""
@@ -354,13 +368,15 @@ def layers_of(source: Model, grid: Sequence[Options]) -> list[Layer]:
     return layers
 
 
-def judge_of(source: Model, data: Data, evaluation: Any, labels: str | Path | None) -> Judge:
+def judge_of(
+    source: Model, data: Data, evaluation: Any, labels: str | Path | np.ndarray | None
+) -> Judge:
     """The evaluation samples: those given, else the held-out part of the calibration data.
 
     Raises:
         CalibrationError: samples or labels do not fit the model.
     """
-    named = None if labels is None else str(labels)
+    named = None if labels is None else calibrating.labels_name(labels)
     if evaluation is None:
         held_out = data.held_out
         facts = EvaluationFacts(held_out.source, len(held_out), True, named)

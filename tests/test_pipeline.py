@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import re
 import signal
 import subprocess
@@ -24,7 +25,14 @@ from onnx import helper, numpy_helper
 
 import onnx_ecp
 from onnx_ecp import pipeline
-from onnx_ecp.errors import ModelError, OnnxEcpError, ProviderError, TargetError, UsageError
+from onnx_ecp.errors import (
+    CalibrationError,
+    ModelError,
+    OnnxEcpError,
+    ProviderError,
+    TargetError,
+    UsageError,
+)
 from onnx_ecp.layers import edit, find_layers
 from onnx_ecp.measurement import measure
 from onnx_ecp.methods import METHODS
@@ -32,7 +40,7 @@ from onnx_ecp.model import constants, decode_sparse, read_tensor, signature
 from onnx_ecp.model import load as load_model
 from onnx_ecp.options import Options
 from onnx_ecp.pipeline import Result, choose_layers, gather, load, observe_network
-from onnx_ecp.report import SYNTHETIC_WARNING
+from onnx_ecp.report import SYNTHETIC_WARNING, Report
 from onnx_ecp.runtime import OutOfMemory, Session
 from onnx_ecp.selection import zeros_wanted
 
@@ -411,6 +419,34 @@ def test_an_error_lists_a_few_of_the_layers_that_cannot_be_pruned():
     with pytest.raises(TargetError, match=r"q .*; k .*; v .*; and 1 more$") as caught:
         onnx_ecp.optimize(original("attention"), inputs("attention"), exclude=".")
     assert "lists every candidate" in caught.value.hint
+
+
+@pytest.mark.parametrize("thing", [123, b"abc", None], ids=repr)
+@pytest.mark.parametrize(
+    "call",
+    [onnx_ecp.optimize, onnx_ecp.inspect, lambda m: onnx_ecp.compare(m, m, {})],
+    ids=["optimize", "inspect", "compare"],
+)
+def test_what_stands_for_no_model_is_told(call, thing):
+    with pytest.raises(UsageError, match="a model cannot be") as caught:
+        call(thing)
+    assert "ModelProto" in caught.value.hint
+
+
+def test_ids_beyond_the_vocabulary_are_a_fault_of_the_data():
+    given = inputs("ids and numbers")
+    with pytest.raises(CalibrationError, match="index") as caught:
+        onnx_ecp.optimize(original("ids and numbers"), given | {"ids": given["ids"] + 10})
+    assert (caught.value.exit_code, "vocabulary" in caught.value.hint) == (4, True)
+
+
+def test_reports_are_written_in_the_formats_asked_for(tmp_path):
+    paths = [tmp_path / "r.json", tmp_path / "r.html"]
+    result = onnx_ecp.optimize(original("gemm"), inputs("gemm"), report=paths)
+    assert Report.from_dict(json.loads(paths[0].read_text())) == result.report
+    assert paths[1].read_text().startswith("<!DOCTYPE html>")
+    with pytest.raises(UsageError, match=r"r\.pdf"):
+        onnx_ecp.optimize(original("gemm"), inputs("gemm"), report=tmp_path / "r.pdf")
 
 
 # Masks.
