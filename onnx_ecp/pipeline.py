@@ -29,7 +29,7 @@ from onnx_ecp.errors import (
     UsageError,
     did_you_mean,
 )
-from onnx_ecp.evaluate import Comparison, ModelFacts
+from onnx_ecp.evaluate import Comparison, Gap, ModelFacts
 from onnx_ecp.gradients.observer import Observer, State, original_state
 from onnx_ecp.layers import Layer, Skip, find_layers
 from onnx_ecp.measurement import Progress, batch_size, silent
@@ -37,6 +37,7 @@ from onnx_ecp.model import Model
 from onnx_ecp.options import Options
 from onnx_ecp.pruning import Network, Plan, Pruned, importances, observe, polished, prune, stage
 from onnx_ecp.report import (
+    PATTERN_SPEED,
     SYNTHETIC_WARNING,
     UNSTRUCTURED_SPEED,
     CalibrationFacts,
@@ -74,6 +75,10 @@ ATTEMPTS = 5
 LONGER = 3.0
 # So many candidates are listed in an error.
 _MOST_LISTED = 3
+# From this relative error on little of the network is left: outputs of zeros have 1.
+DESTROYED = 0.9
+# An error beyond so many times the predicted one is told, if it is no trifle.
+FAR_BEYOND, TRIFLE = 2.0, 0.01
 # Below this effective sample size the user is warned that few samples carry all the weight.
 FEW_SAMPLES = 32
 
@@ -229,6 +234,7 @@ def optimize(
         seconds=time.monotonic() - began,
         warnings=(
             *warnings(data, network, pruned, comparison),
+            *prediction_warning(predicted, comparison.gap),
             *misfit_warnings(skips),
             *mask_warnings(network, step, options),
             *target_warnings(data, options, curve),
@@ -238,9 +244,10 @@ def optimize(
         units=made.rows,
         work_before=made.before,
         work_after=made.after,
-        speed=speed_of(made, comparison, speedup),
+        speed=speed_of(made, comparison, speedup, options),
         speedup=speedup,
         sparse_kernels=kernels,
+        latency=comparison.latency if speedup is None else speedup.measured,
     )
     for path in reports:
         told.save(path)
@@ -939,15 +946,16 @@ def compare(
     return Comparison(original, evaluate.model_facts(result), gap, latency)
 
 
-def speed_of(made: Smaller, comparison: Comparison, speedup: Speedup | None) -> str:
+def speed_of(
+    made: Smaller, comparison: Comparison, speedup: Speedup | None, options: Options
+) -> str:
     """What the result does for latency, in words, and in numbers where they were asked for."""
-    expected = made.speed or UNSTRUCTURED_SPEED
+    expected = made.speed or (PATTERN_SPEED if options.patterns else UNSTRUCTURED_SPEED)
     latency = comparison.latency if speedup is None else speedup.measured
     if latency is None:
         return expected
-    threads = "all threads" if latency.threads is None else f"{latency.threads} threads"
     runs = (
-        f"batch {latency.batch}, {threads} "
+        f"{latency.conditions} "
         f"({1e3 * latency.seconds_a:.3g} ms, {1e3 * latency.seconds_b:.3g} ms)."
     )
     if speedup is None:
@@ -1028,6 +1036,17 @@ def predicted_error(network: Network, plan: Plan, pruned: Pruned) -> float | Non
     return float(np.sqrt(sum(pruned.removed.values()) / energy)) if energy else None
 
 
+def prediction_warning(predicted: float | None, gap: Gap) -> Iterator[str]:
+    """Says so where the sum of the importances tells nothing of the error."""
+    if predicted is not None and gap.relative_error > max(FAR_BEYOND * predicted, TRIFLE):
+        yield (
+            f"the error is more than {FAR_BEYOND:g} times what the importances add up to "
+            f"({gap.relative_error:.3g}, not {predicted:.3g}): at this sparsity the linearisation "
+            "behind them does not hold; more --stages, or --method ecp-refit, look again on the "
+            "way."
+        )
+
+
 def warnings(data: Data, network: Network, pruned: Pruned, comparison: Comparison) -> Iterator[str]:
     """What the user must know, one sentence each."""
     if data.fit.synthetic:
@@ -1036,15 +1055,25 @@ def warnings(data: Data, network: Network, pruned: Pruned, comparison: Compariso
         yield data.warning
     few = [name for name, ess in pruned.ess.items() if ess < FEW_SAMPLES]
     if few:
+        layers = f"{counted(len(few), 'layer')}, such as {modelling.printable(few[0])},"
         yield (
-            f"the sensitivities of {len(few)} layers, such as {modelling.printable(few[0])}, rest "
-            f"on fewer than {FEW_SAMPLES} effective samples; give more calibration data."
+            f"the sensitivities of {layers} rest on few samples (of tokens and patches: positions),"
+            f" as if there were fewer than {FEW_SAMPLES} of equal weight; give more calibration "
+            "data."
         )
     for name in network.observer.probabilities:
         yield (
             f"--metric {network.observer.metric} takes outputs as logits, but the values of "
             f"{modelling.printable(name)!r} look like probabilities: give the model before "
             "its softmax, or use --metric l2."
+        )
+    if not any(keep.any() for keep in pruned.state.keep.values()):
+        yield "no weight is left in any of these layers: the outputs no longer depend on them."
+    elif comparison.gap.relative_error >= DESTROYED:
+        yield (
+            "the outputs are hardly nearer to the original's than zeros would be, or further away "
+            f"(a relative error of {DESTROYED:g} or more; zeros have 1): ask for a lower sparsity, "
+            "or name a limit with --max-error."
         )
     yield from pruned.warnings
     yield from comparison.gap.warnings

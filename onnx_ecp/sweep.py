@@ -125,7 +125,7 @@ class EvaluationFacts:
         """One phrase for people."""
         part = "held-out part of " if self.held_out else ""
         labels = f", labels {self.labels}" if self.labels else ", no labels"
-        return f"{part}{self.source}: {self.samples:,} samples{labels}"
+        return f"{part}{self.source}: {counted(self.samples, 'sample')}{labels}"
 
 
 @dataclass(frozen=True)

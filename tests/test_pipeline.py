@@ -889,6 +889,26 @@ def test_finite_differences_bear_large_numbers():
 # Where the samples come from.
 
 
+DESTROYED = {
+    "worse than zeros": ({"method": "magnitude", "sparsity": 0.95}, "than zeros would be"),
+    "nothing left": ({"method": "magnitude", "sparsity": 1.0}, "no weight is left"),
+    "far from linear": ({"method": "ecp", "sparsity": 0.9}, "linearisation"),
+}
+
+
+@pytest.mark.parametrize(("choices", "words"), DESTROYED.values(), ids=DESTROYED)
+def test_a_destroyed_network_is_told(choices, words):
+    report = onnx_ecp.optimize(original("digits"), inputs("digits"), **choices).report
+    assert any(words in text for text in report.warnings), (report.predicted_error, report.gap)
+    mild = onnx_ecp.optimize(original("digits"), inputs("digits"), **choices | {"sparsity": 0.1})
+    assert not any(words in text for text in mild.report.warnings)
+
+
+def test_the_line_on_speed_is_that_of_the_pattern():
+    report = onnx_ecp.optimize(original("gemm"), inputs("gemm"), sparsity="2:4").report
+    assert report.speed.startswith("N:M makes the compressed file smaller")
+
+
 def test_made_up_inputs_are_told_loudly():
     report = onnx_ecp.optimize(original("ids and numbers")).report
     assert report.calibration.synthetic

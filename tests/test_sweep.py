@@ -102,7 +102,8 @@ def assert_like_optimize(proto, x, methods, sparsities, **options):
         assert point.comparison.b.sha256 == alone.result.sha256, chosen.method
         assert point.comparison.gap == alone.gap
         assert (point.point.zeros, point.point.weights) == (alone.zeros_after, alone.weights)
-        assert point.warnings == alone.warnings
+        told = [text for text in alone.warnings if "linearisation" not in text]  # no prediction
+        assert list(point.warnings) == told
 
 
 OPTIONS = {
