@@ -242,23 +242,34 @@ def sidecar(model_path: str | Path) -> Path | None:
     return path if path.is_file() else None
 
 
+def file_of(source: str | Path) -> Path:
+    """The file or folder that a source given as a path is read from."""
+    script = _SCRIPT.fullmatch(str(source))
+    return Path(script["path"] if script else source)
+
+
 def is_stream(source: Any) -> bool:
     """Whether a source gives one sample after another, perhaps without an end."""
     kind = next((kind for kind in SOURCES.values() if kind.accepts(source)), None)
     return kind is not None and kind.stream
 
 
-def count_labels(path: str | Path) -> int:
-    """How many labels a file has; see ``load_labels``."""
-    labels = _labels_array(Path(path))
+def count_labels(source: str | Path | np.ndarray) -> int:
+    """How many labels a file or an array has; see ``load_labels``."""
+    labels = _labels_array(source)
     return len(labels) if labels.ndim else 1
 
 
-def load_labels(path: str | Path, n: int) -> np.ndarray:
-    """Labels from a .npy file or from ``y`` or ``labels`` of an .npz file.
+def labels_name(source: str | Path | np.ndarray) -> str:
+    """How labels are called in errors and reports."""
+    return "the labels given" if isinstance(source, np.ndarray) else str(source)
+
+
+def load_labels(source: str | Path | np.ndarray, n: int) -> np.ndarray:
+    """Labels from an array, a .npy file, or ``y`` or ``labels`` of an .npz file.
 
     Args:
-        path: of the file.
+        source: path of the file, or the array.
         n: number of samples.
 
     Returns:
@@ -267,8 +278,7 @@ def load_labels(path: str | Path, n: int) -> np.ndarray:
     Raises:
         CalibrationError: when they are missing, are neither, or are not ``n``.
     """
-    path = Path(path)
-    labels = _labels_array(path)
+    path, labels = labels_name(source), _labels_array(source)
     regression = labels.dtype.kind == "f" and labels.ndim > 0
     if (labels.shape[:1] if regression else labels.shape) != (n,) or labels.dtype.kind not in "iuf":
         raise CalibrationError(
@@ -284,13 +294,16 @@ def load_labels(path: str | Path, n: int) -> np.ndarray:
     return np.array(labels, dtype=np.int64)
 
 
-def _check_targets(path: Path, targets: np.ndarray) -> None:
+def _check_targets(path: str, targets: np.ndarray) -> None:
     bad = ~np.isfinite(targets).reshape(len(targets), -1).all(axis=1)
     if bad.any():
         raise CalibrationError(f"{path}: the target of sample {int(bad.argmax())} is not finite.")
 
 
-def _labels_array(path: Path) -> np.ndarray:
+def _labels_array(source: str | Path | np.ndarray) -> np.ndarray:
+    if isinstance(source, np.ndarray):
+        return source
+    path = Path(source)
     if not path.is_file():
         raise CalibrationError(f"{path}: no such file.")
     if path.suffix == ".npy":

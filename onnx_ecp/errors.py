@@ -76,8 +76,12 @@ class Interrupted(OnnxEcpError):
         self.exit_code = 128 + signal_number
 
 
+# So many known names fit into a hint.
+_MOST_NAMES = 20
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint that names the closest known names, or all of them when none is close.
+    """A hint that names the closest known names, or all of them, if few, when none is close.
 
     >>> did_you_mean("magnitud", ["magnitude", "random"])
     "Did you mean 'magnitude'?"
@@ -88,4 +92,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3)
     if close:
         return f"Did you mean {' or '.join(repr(c) for c in close)}?"
-    return f"Known: {', '.join(known)}."
+    more = f" and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
+    return f"Known: {', '.join(known[:_MOST_NAMES])}{more}."

@@ -10,19 +10,21 @@ one batch.
 from __future__ import annotations
 
 import math
+import os
+import reprlib
 import statistics
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 
 from onnx_ecp import calibration
 from onnx_ecp.calibration import Batch, Calibration
-from onnx_ecp.errors import CalibrationError, ModelError
+from onnx_ecp.errors import CalibrationError, ModelError, ProviderError, UsageError
 from onnx_ecp.measurement import Progress, silent
 from onnx_ecp.model import (
     LARGEST_DENSE,
@@ -39,6 +41,9 @@ from onnx_ecp.model import (
     signature,
 )
 from onnx_ecp.runtime import OutOfMemory, Session
+
+if TYPE_CHECKING:
+    from onnx_ecp.structure.outcome import Work
 
 # What the inputs of a batch may take together, unless the user chooses the batch size.
 BATCH_BYTES = 16 * 2**20
@@ -135,8 +140,8 @@ class Gap:
 
     @property
     def agreement(self) -> float | None:
-        """Top-1 agreement in percent of the first output that has one."""
-        return next((d.agreement for d in self.outputs if d.agreement is not None), None)
+        """Agreement in percent of the output that agrees least, of those that have one."""
+        return min((d.agreement for d in self.outputs if d.agreement is not None), default=None)
 
     @property
     def largest(self) -> Deviation | None:
@@ -158,15 +163,17 @@ class Gap:
 class Latency:
     """Seconds of one run of both models, measured in turns.
 
-    They are the least of many runs: on an idle machine all are alike, on a busy one other work
-    makes most of them longer and none shorter.
+    The ratio is that of the least of many runs: on an idle machine all are alike, on a busy one
+    other work makes most of them longer and none shorter. Medians far above say that it was busy.
 
     Args:
-        seconds_a: of model a.
-        seconds_b: of model b.
+        seconds_a: of model a, the least.
+        seconds_b: of model b, the least.
         ratio: seconds_b / seconds_a; below 1 when b is faster.
-        threads: threads within an operator; None is ONNX Runtime's choice.
+        threads: threads within an operator, as many as were there; None where nothing tells.
         batch: samples a run.
+        median_a: median of the seconds of model a.
+        median_b: median of those of model b.
     """
 
     seconds_a: float
@@ -174,16 +181,35 @@ class Latency:
     ratio: float
     threads: int | None
     batch: int
+    median_a: float | None = None
+    median_b: float | None = None
+
+    @property
+    def conditions(self) -> str:
+        """How it was measured, for people."""
+        threads = f", {self.threads} thread{'s' * (self.threads != 1)}" if self.threads else ""
+        return f"batch {self.batch}{threads}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models side by side."""
+    """Two models side by side.
+
+    Args:
+        a: the original.
+        b: the other one.
+        gap: their outputs.
+        latency: of both, where it was measured.
+        work_a: what the layers of a take; None where it was not counted.
+        work_b: what those of b take.
+    """
 
     a: ModelFacts
     b: ModelFacts
     gap: Gap
     latency: Latency | None = None
+    work_a: Work | None = None
+    work_b: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -348,7 +374,7 @@ def compare(
         CalibrationError: data or labels do not fit the models.
         ProviderError: ONNX Runtime cannot run a model.
     """
-    first, second = _model(a), _model(b)
+    first, second = model_of(a), model_of(b)
     samples = calibration.load(data, signature(first.proto))
     if isinstance(labels, str | Path):
         labels = calibration.load_labels(labels, expected_rows(samples))
@@ -361,7 +387,19 @@ def compare(
         latency = measure_latency(
             first, second, next(samples.batches(size)), provider=provider, threads=threads
         )
-    return Comparison(model_facts(first), model_facts(second), gap, latency)
+    settings = {"provider": provider, "threads": threads}
+    works = (_work(model, samples, settings) for model in (first, second))
+    return Comparison(model_facts(first), model_facts(second), gap, latency, *works)
+
+
+def _work(model: Model, samples: Calibration, settings: Mapping[str, Any]) -> Work | None:
+    """What the layers take; None where the shapes of all tensors cannot be had in one run."""
+    from onnx_ecp.structure.smaller import work  # it measures latency: by what is here
+
+    try:
+        return work(model, next(samples.batches(1)).feeds, settings)
+    except ProviderError:
+        return None
 
 
 def measure_gap(
@@ -440,10 +478,13 @@ def measure_latency(
         turns: so many at least.
         seconds: for so long at least.
     """
+    before = _threads_now()
     sessions = [
         Session(m.proto, provider=provider, threads=threads, base=m.base, packed=True)
         for m in (a, b)
     ]
+    # Each session starts its threads at once, all but the one that calls it.
+    started = None if before is None else (_threads_now() or 0) - before
     for _ in range(3):  # the first runs allocate
         for session in sessions:
             session.seconds(batch.feeds)
@@ -452,8 +493,18 @@ def measure_latency(
     while len(times[0]) < turns or time.monotonic() - began < seconds:
         for session, taken in zip(sessions, times, strict=True):
             taken.append(session.seconds(batch.feeds))
+    used = threads or (None if started is None else max(started // 2, 0) + 1)
     seconds_a, seconds_b = map(min, times)
-    return Latency(seconds_a, seconds_b, seconds_b / seconds_a, threads, batch.samples)
+    medians = map(statistics.median, times)
+    return Latency(seconds_a, seconds_b, seconds_b / seconds_a, used, batch.samples, *medians)
+
+
+def _threads_now() -> int | None:
+    """Threads of this process; None where the system does not tell."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        return None
 
 
 def model_facts(model: Model) -> ModelFacts:
@@ -489,8 +540,21 @@ def _size(model: Model) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _model(given: str | Path | onnx.ModelProto | Model) -> Model:
-    return given if isinstance(given, Model) else load(given)
+def model_of(given: str | Path | onnx.ModelProto | Model) -> Model:
+    """A validated model of whatever stands for one.
+
+    Raises:
+        UsageError: nothing that does.
+        ModelError: the model is unreadable or invalid.
+    """
+    if isinstance(given, Model):
+        return given
+    if not isinstance(given, str | os.PathLike | onnx.ModelProto):
+        raise UsageError(
+            f"a model cannot be {reprlib.repr(given)}.",
+            hint="Give the path of a file, or an onnx.ModelProto: of bytes, onnx.load_from_string.",
+        )
+    return load(Path(given) if isinstance(given, os.PathLike) else given)
 
 
 def expected_rows(data: Calibration) -> int:

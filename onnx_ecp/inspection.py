@@ -14,7 +14,8 @@ import numpy as np
 import onnx
 
 from onnx_ecp import calibration, tensorrt
-from onnx_ecp.errors import OnnxEcpError, ProviderError
+from onnx_ecp.errors import CalibrationError, OnnxEcpError, ProviderError
+from onnx_ecp.evaluate import model_of
 from onnx_ecp.gradients.observer import Observer
 from onnx_ecp.gradients.reverse import NO_OUTPUT
 from onnx_ecp.layers import Layer, Skip, find_layers
@@ -23,7 +24,6 @@ from onnx_ecp.model import (
     Model,
     constants,
     decode_sparse,
-    load,
     read_tensor,
     runtime_support,
     signature,
@@ -112,7 +112,7 @@ def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
     Raises:
         ModelError: the model is unreadable or invalid.
     """
-    given = load(model)
+    given = model_of(model)
     dense = Model(decode_sparse(given.proto), given.path, given.base)
     found = find_layers(dense.proto)
     stored = constants(dense.proto)
@@ -153,7 +153,7 @@ def _with_sensitivities(
             inputs = signature(model.proto)
             made_up = calibration.synthetic(model.proto, inputs, samples=2)
             blocked = Observer(model, layers, next(made_up.batches(2))).blocked
-    except ProviderError as error:
+    except (ProviderError, CalibrationError) as error:  # made-up inputs may be at fault
         return tuple(replace(row, blocked=error.message) for row in rows)
     except OnnxEcpError as error:
         return tuple(replace(row, sensitivity="none", blocked=error.message) for row in rows)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 import os
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -29,6 +30,10 @@ from onnx_ecp.targets import Limit
 
 # What is removed: single weights, or whole neurons, channels and heads.
 GRANULARITIES = ("weight", "unit")
+# Beside a larger ridge nothing that was measured is left in double precision.
+MOST_DAMPING = 1 / float(np.finfo(np.float64).eps)
+# No limit can be larger: percentage points of accuracy, and any number that is one.
+MOST = {"max_error": float(np.finfo(np.float64).max), "max_accuracy_drop": 100.0}
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Options:
     threads: int | None = None
     timeout: float | None = None
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    labels: str | Path | None = None
+    labels: str | Path | np.ndarray | None = None
     bound: bool = False
     measure: bool = False
     masks: str | Path | None = None
@@ -136,10 +141,39 @@ class Options:
             raise UsageError(f"--finetune-steps is {self.finetune_steps}; it cannot be negative.")
         if self.method != "cbs" and not (self.cbs_select and self.cbs_update):
             raise UsageError("--no-cbs-select and --no-cbs-update need --method cbs.")
+        self._check_masks()
         self._check_limits()
         self._check_units()
-        if self.damping is not None and not self.damping > 0:
-            raise UsageError(f"--damping is {self.damping}; it must be greater than 0.")
+        if self.damping is not None and not 0 < self.damping <= MOST_DAMPING:
+            raise UsageError(
+                f"--damping is {self.damping}; it must be greater than 0, and {MOST_DAMPING:.1g} "
+                "at most."
+            )
+        if self.blocks != "network" and self.recipe.measures != "curvature":
+            raise UsageError(
+                "--blocks says what the curvature couples; "
+                f"--method {self.method} does not look at it.",
+                hint="It goes with woodfisher and cbs.",
+            )
+
+    def _check_masks(self) -> None:
+        if self.masks is not None and Path(self.masks).suffix != ".npz":
+            raise UsageError(
+                f"--masks {self.masks}: masks are written as .npz.", hint="Name the file *.npz."
+            )
+        if self.apply_masks is None:
+            return
+        ignored = {
+            "--sparsity": self.sparsity is not None,
+            "--layer-sparsity": bool(self.layer_sparsity),
+            "--importance": self.importance is not None,
+        }
+        for name, given in ignored.items():
+            if given:
+                raise UsageError(
+                    f"--apply-masks leaves nothing for {name} to choose.",
+                    hint="The masks say which weights go: give one of the two.",
+                )
 
     def _check_limits(self) -> None:
         if self.bound and self.limit is not None:
@@ -147,16 +181,17 @@ class Options:
                 "--bound needs samples that chose nothing; a target uses the held-out ones.",
                 hint="Bound the result on other inputs: onnx-ecp bound MODEL OUTPUT -d FILE.",
             )
-        for name in ("max_error", "max_accuracy_drop"):
+        for name, most in MOST.items():
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be 0 or more.")
+            if value is not None and not 0 <= value <= most:
+                wanted = "0 or more, and finite" if name == "max_error" else f"from 0 to {most:g}"
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be {wanted}.")
         if self.max_accuracy_drop is not None and self.labels is None:
             raise UsageError(
                 "--max-accuracy-drop needs labels.",
                 hint="Name them with --labels, or use --max-error.",
             )
-        if self.limit is None or self.sparsity is not None:
+        if not self.searches:
             return
         if self.apply_masks is not None:
             raise UsageError("--apply-masks leaves nothing for a target to choose.")
@@ -168,6 +203,11 @@ class Options:
             )
 
     def _check_units(self) -> None:
+        if self.unread_inputs != "faster" and not self.cleans:
+            raise UsageError(
+                "--unread-inputs says what clean-up drops, and there is none.",
+                hint="It goes with single weights, without --no-cleanup, N:M and --apply-masks.",
+            )
         if self.cleanup and self.patterns:
             raise UsageError("--cleanup does not go with N:M: it would break the pattern.")
         if self.permute and not self.patterns:
@@ -188,8 +228,8 @@ class Options:
         for what, given in refused.items():
             if given:
                 raise UsageError(f"--granularity unit does not go with {what}.")
-        if self.speedup is not None and not self.speedup >= 1:
-            raise UsageError(f"--speedup is {self.speedup}; it must be at least 1.")
+        if self.speedup is not None and not 1 <= self.speedup < math.inf:
+            raise UsageError(f"--speedup is {self.speedup}; it must be at least 1, and finite.")
         if self.speedup == 1 and self.cost == "latency":
             raise UsageError("--speedup is 1: with --cost latency it must be greater.")
         if self.speedup is not None and self.sparsity is not None:
@@ -215,17 +255,22 @@ class Options:
 
     @property
     def limit(self) -> Limit | None:
-        """What the result must not exceed; without ``sparsity`` it is the target of a search."""
+        """What the result must not exceed: the target of a search, or a gate."""
         if self.max_error is None and self.max_accuracy_drop is None:
             return None
         return Limit(self.max_error, self.max_accuracy_drop)
+
+    @property
+    def searches(self) -> bool:
+        """Whether the limit is the target; beside a sparsity or a speedup it is a gate."""
+        return self.limit is not None and self.sparsity is None and self.speedup is None
 
     @property
     def end(self) -> Sparsity:
         """The sparsity to prune to; a search may go all the way."""
         if self.sparsity is not None:
             return self.sparsity
-        return 0.5 if self.limit is None else 1.0
+        return 1.0 if self.searches else 0.5
 
     @property
     def resolved_metric(self) -> str:
@@ -280,7 +325,7 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     if name in _OWN:
         convert, wanted = _OWN[name]
         if value is None:  # the command line's word for nothing said
-            return None if name in ("sparsity", "max_memory") else convert(())
+            return None if name in ("sparsity", "max_memory", "labels") else convert(())
     else:
         allowed = get_args(kind) or (kind,)
         if value is None and type(None) in allowed:
@@ -323,6 +368,16 @@ def _path(value: Any) -> str | Path:
     return value if isinstance(value, str) else Path(value)
 
 
+def _labels(value: Any) -> str | Path | np.ndarray:
+    return _path(value) if isinstance(value, str | os.PathLike) else _array(value)
+
+
+def _array(value: Any) -> np.ndarray:
+    if not (hasattr(value, "__array__") or isinstance(value, Sequence)):
+        raise TypeError
+    return np.asarray(value)
+
+
 def _texts(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(_text(item) for item in value)
 
@@ -352,6 +407,7 @@ _OWN: dict[str, Convert] = {
     "exclude": (_texts, "one or several regular expressions"),
     "layer_sparsity": (_sparsities, "sparsities by regular expression"),
     "max_memory": (parse_size, "a size such as 500M or 8G"),
+    "labels": (_labels, "a path or an array"),
     "input_shapes": (_shapes, "shapes by the name of the input"),
 }
 
@@ -361,6 +417,8 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, tuple):
         return [_plain(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return f"array {value.dtype} {value.shape}"
     return str(value) if isinstance(value, NM | Path) else value
 
 

@@ -20,6 +20,7 @@ from onnx_ecp import calibration as calibrating
 from onnx_ecp import model as modelling
 from onnx_ecp.arrays import npz_names, read_npz
 from onnx_ecp.calibration import Batch, Calibration
+from onnx_ecp.destinations import Named, check_destinations, same_file
 from onnx_ecp.errors import (
     CalibrationError,
     ModelError,
@@ -28,7 +29,7 @@ from onnx_ecp.errors import (
     UsageError,
     did_you_mean,
 )
-from onnx_ecp.evaluate import Comparison, ModelFacts
+from onnx_ecp.evaluate import Comparison, Gap, ModelFacts
 from onnx_ecp.gradients.observer import Observer, State, original_state
 from onnx_ecp.layers import Layer, Skip, find_layers
 from onnx_ecp.measurement import Progress, batch_size, silent
@@ -36,17 +37,21 @@ from onnx_ecp.model import Model
 from onnx_ecp.options import Options
 from onnx_ecp.pruning import Network, Plan, Pruned, importances, observe, polished, prune, stage
 from onnx_ecp.report import (
+    PATTERN_SPEED,
     SYNTHETIC_WARNING,
     UNSTRUCTURED_SPEED,
     CalibrationFacts,
     LayerRow,
     Recipe,
     Report,
+    check_target,
+    counted,
 )
 from onnx_ecp.runtime import deadline, free_memory, threads_of
 from onnx_ecp.selection import NM, Group, Sparsity
 from onnx_ecp.shelf import Computed
 from onnx_ecp.structure import Structure
+from onnx_ecp.structure.bases import heads_of
 from onnx_ecp.structure.latency import Watch
 from onnx_ecp.structure.outcome import Speedup
 from onnx_ecp.structure.smaller import (
@@ -68,6 +73,12 @@ HELD_OUT, HELD_OUT_MOST = 0.1, 512
 ATTEMPTS = 5
 # Seconds for which a model that seems to miss its target is measured once more.
 LONGER = 3.0
+# So many candidates are listed in an error.
+_MOST_LISTED = 3
+# From this relative error on little of the network is left: outputs of zeros have 1.
+DESTROYED = 0.9
+# An error beyond so many times the predicted one is told, if it is no trifle.
+FAR_BEYOND, TRIFLE = 2.0, 0.01
 # Below this effective sample size the user is warned that few samples carry all the weight.
 FEW_SAMPLES = 32
 
@@ -79,13 +90,14 @@ class Result:
     Args:
         model: the pruned model; in memory also where it was written.
         report: what was done and what it did.
-        masks: by stored tensor, True where the weight stays, in the stored layout; of heads in the
-            bases that they were turned to, unless ``masks`` was asked for.
+        masks: by stored tensor of the given model, True where the weight stays, in the stored
+            layout. None where none would fit it: ``permute`` puts inputs in another order, and
+            units are removed from heads in other bases, unless a file of ``masks`` is asked for.
     """
 
     model: onnx.ModelProto
     report: Report
-    masks: dict[str, np.ndarray]
+    masks: dict[str, np.ndarray] | None
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,7 @@ def optimize(
     calibration: Any = None,
     *,
     output: str | Path | None = None,
+    report: str | Path | Sequence[str | Path] = (),
     progress: Progress = silent,
     **choices: Any,
 ) -> Result:
@@ -143,6 +156,7 @@ def optimize(
         calibration: see ``calibration.load``; None takes MODEL.npz beside the model, else made-up
             inputs, which the report warns of.
         output: where to write; None writes nothing.
+        report: where to write the report, .json or .html; one path or several.
         progress: called with (what, done, of) as work goes on.
         choices: fields of ``Options``, such as ``method="ecp", sparsity=0.8``.
 
@@ -151,11 +165,12 @@ def optimize(
     """
     began = time.monotonic()
     options = Options.of(**choices)
+    reports = [report] if isinstance(report, str | Path) else list(report)
     with ExitStack() as running:
         running.enter_context(deadline(options.timeout))
         running.enter_context(threads_of(options.threads))
         source = given = load(model)
-        check_outputs(source, output, options)
+        check_outputs(source, calibration, output, reports, options)
         layers, skips = choose_layers(source, options)
         data = gather(source, calibration, options)
         remarks: dict[str, str] = {}
@@ -173,13 +188,15 @@ def optimize(
         step = None
         if options.granularity == "unit":
             step = unit_step(source, network, data, options, progress)
-        pruned, curve = prune_within(network, plan, data, options, step, progress)
+        judge = judge_of(network, data, options)
+        pruned, curve = prune_within(network, plan, judge, options, step, progress)
         made = finished(source, network, step, pruned, options)
         speedup = None
         if step is not None and step.goal.target == "latency":
             pruned, made, speedup = fast_enough(
                 source, network, plan, step, pruned, made, data, options, progress
             )
+        curve = curve or gate(pruned, judge, options)
         predicted = predicted_error(network, plan, pruned)
         network.observer.close()
         result, created = made.model, made.created
@@ -200,7 +217,7 @@ def optimize(
             save_masks(masks, options.masks)
         if output is None or options.dry_run:
             result = held(result)
-    report = Report(
+    told = Report(
         original=original,
         result=comparison.b,
         versions=doctor.versions(),
@@ -217,17 +234,24 @@ def optimize(
         seconds=time.monotonic() - began,
         warnings=(
             *warnings(data, network, pruned, comparison),
+            *prediction_warning(predicted, comparison.gap),
+            *misfit_warnings(skips),
+            *mask_warnings(network, step, options),
             *target_warnings(data, options, curve),
             *made.warnings,
+            *replaced(given, output, options),
         ),
         units=made.rows,
         work_before=made.before,
         work_after=made.after,
-        speed=speed_of(made, comparison, speedup),
+        speed=speed_of(made, comparison, speedup, options),
         speedup=speedup,
         sparse_kernels=kernels,
+        latency=comparison.latency if speedup is None else speedup.measured,
     )
-    return Result(result.proto, report, masks)
+    for path in reports:
+        told.save(path)
+    return Result(result.proto, told, masks if source is given else None)
 
 
 def importance(
@@ -260,7 +284,7 @@ def load(model: str | Path | onnx.ModelProto) -> Model:
     Raises:
         ModelError: it is not valid, or too new.
     """
-    source = modelling.load(model)
+    source = evaluate.model_of(model)
     refusal = modelling.runtime_support(source.proto)
     if refusal is not None:
         raise ModelError(
@@ -270,15 +294,49 @@ def load(model: str | Path | onnx.ModelProto) -> Model:
     return source
 
 
-def check_outputs(source: Model, output: str | Path | None, options: Options) -> None:
-    """Find out before the long work what cannot be written in the end.
+def check_outputs(
+    source: Model,
+    calibration: Any,
+    output: str | Path | None,
+    reports: Sequence[str | Path],
+    options: Options,
+) -> None:
+    """Find out before the long work what cannot, or must not, be written in the end.
 
     Raises:
+        UsageError: a file would replace another, or what is read; a report has no known format.
         OutputError: a file cannot be written.
     """
+    named = (("OUTPUT", output), ("--masks", options.masks), *(("--report", x) for x in reports))
+    results = [(what, path) for what, path in named if path is not None]
+    check_destinations(results, sources_of(source, calibration, output, options))
     for path in (output, options.masks):
         if path is not None and not options.dry_run:
             modelling.check_output(path, force=options.force, source=source.path)
+    for path in reports:
+        check_target(path, force=options.force)
+
+
+def sources_of(
+    source: Model, calibration: Any, output: str | Path | None, options: Options
+) -> Iterator[Named]:
+    """The files that are read; not the model where OUTPUT is to replace it, which --force allows.
+
+    Masks and reports must not replace it, whatever is said, nor may anything its external data.
+    """
+    if source.path is not None:
+        if output is None or not same_file(output, source.path):
+            yield "the model", source.path
+        for file in modelling.data_files(source.proto, source.path.parent):
+            yield "external data of the model", file
+        if calibration is None:
+            calibration = calibrating.sidecar(source.path)
+    if isinstance(calibration, str | Path):
+        yield "the calibration data", calibrating.file_of(calibration)
+    if isinstance(options.labels, str | Path):
+        yield "the labels", options.labels
+    if options.apply_masks is not None:
+        yield "the masks to apply", options.apply_masks
 
 
 def _label(source: Model) -> str:
@@ -286,12 +344,32 @@ def _label(source: Model) -> str:
 
 
 def choose_layers(source: Model, options: Options) -> tuple[list[Layer], list[Skip]]:
+    """The layers that will be pruned, and all others with the reason.
+
+    Raises:
+        UsageError: a regular expression matches no layer.
+        TargetError: no layer is left.
+    """
+    layers, skips = wanted_layers(source, options)
+    dense = misfits(layers, options)
+    skips += dense.values()
+    layers = [layer for layer in layers if layer.name not in dense]
+    if not layers:
+        raise nothing_to_prune(skips)
+    return layers, skips
+
+
+def wanted_layers(source: Model, options: Options) -> tuple[list[Layer], list[Skip]]:
     """The layers that the user wants pruned, and all others with the reason.
 
     Raises:
+        UsageError: an --include or --exclude matches nothing.
         TargetError: no layer is left.
     """
     found = find_layers(modelling.decode_sparse(source.proto))
+    if found.layers:
+        names = [x.name for x in found.layers] + [x.name for x in found.skips]
+        _check_matches(options, names)
     layers, skips = [], list(found.skips)
     for layer in found.layers:
         reason = _unwanted_weight(layer, found.layers, options)
@@ -304,12 +382,72 @@ def choose_layers(source: Model, options: Options) -> tuple[list[Layer], list[Sk
     return layers, skips
 
 
+def _check_matches(options: Options, names: Sequence[str]) -> None:
+    """A pattern without a match is a slip that would prune what it was to protect."""
+    for flag in ("include", "exclude"):
+        for pattern in getattr(options, flag):
+            if not any(re.search(pattern, name) for name in names):
+                raise UsageError(
+                    f"--{flag} {pattern!r} matches no layer.", hint=did_you_mean(pattern, names)
+                )
+
+
+def own_sparsities(layers: Sequence[Layer], options: Options) -> dict[str, Sparsity]:
+    """By stored tensor, the sparsities that --layer-sparsity gives; the last match wins.
+
+    A weight that several layers share has that of any of them.
+    """
+    return {
+        layer.weight.tensor: sparsity
+        for pattern, sparsity in options.layer_sparsity.items()
+        for layer in layers
+        if re.search(pattern, layer.name)
+    }
+
+
+# What the reason says where N:M is not for a layer.
+_NO_FIT = "does not fit it"
+
+
+def misfits(layers: Sequence[Layer], options: Options) -> dict[str, Skip]:
+    """By name, the layers that cannot have the N:M that they are to get, with the reason.
+
+    Raises:
+        UsageError: a --layer-sparsity that no layer matches.
+    """
+    for pattern in options.layer_sparsity:
+        if not any(re.search(pattern, layer.name) for layer in layers):
+            raise UsageError(
+                f"--layer-sparsity {pattern!r} matches no prunable layer.",
+                hint=did_you_mean(pattern, [layer.name for layer in layers]),
+            )
+    own, found = own_sparsities(layers, options), {}
+    for layer in layers:
+        wanted = own.get(layer.weight.tensor, options.end)
+        if isinstance(wanted, NM) and layer.reduction % wanted.m:
+            length = f"{wanted.m} does not divide the {layer.reduction} of its reduction axis"
+            found[layer.name] = Skip(layer.name, layer.op, f"{wanted} {_NO_FIT}: {length}")
+    return found
+
+
+def misfit_warnings(skips: Sequence[Skip]) -> Iterator[str]:
+    """Says so where layers stayed dense because a pattern does not fit them."""
+    dense = [skip for skip in skips if _NO_FIT in skip.reason]
+    if dense:
+        first = modelling.printable(dense[0].name)
+        yield (
+            f"{counted(len(dense), 'layer')}, such as {first}, stayed dense: the pattern does not "
+            "fit; the table of what was not pruned says why."
+        )
+
+
 def nothing_to_prune(skips: Sequence[Skip]) -> TargetError:
-    """The error that names every candidate with its reason."""
-    listed = [f"{modelling.printable(s.name)} ({s.op}): {s.reason}" for s in skips]
+    """The error that names the first candidates, each with its reason."""
+    listed = [f"{modelling.printable(s.name)} ({s.op}): {s.reason}" for s in skips[:_MOST_LISTED]]
+    more = f"; and {len(skips) - len(listed)} more" if len(skips) > len(listed) else ""
     return TargetError(
-        "no layer can be pruned" + (": " + "; ".join(listed) if listed else "."),
-        hint="`onnx-ecp inspect MODEL` shows every candidate."
+        "no layer can be pruned" + (f": {'; '.join(listed)}{more}" if listed else "."),
+        hint="`onnx-ecp inspect MODEL` lists every candidate."
         if listed
         else "The model has no Gemm, MatMul or Conv with constant weights.",
     )
@@ -438,21 +576,9 @@ def observe_network(
 
 
 def make_plan(layers: Sequence[Layer], options: Options) -> Plan:
-    """Which tensors are ranked together, and how sparse each is to become.
-
-    Raises:
-        UsageError: a --layer-sparsity that no layer matches, or N:M that does not fit a layer.
-    """
+    """Which tensors are ranked together, and how sparse each is to become."""
     by_tensor = {layer.weight.tensor: layer for layer in layers}
-    own: dict[str, Sparsity] = {}
-    for pattern, value in options.layer_sparsity.items():
-        matched = [x.weight.tensor for x in layers if re.search(pattern, x.name)]
-        if not matched:
-            raise UsageError(
-                f"--layer-sparsity {pattern!r} matches no prunable layer.",
-                hint=did_you_mean(pattern, [layer.name for layer in layers]),
-            )
-        own |= dict.fromkeys(matched, value)
+    own = own_sparsities(layers, options)
     pooled = [t for t in by_tensor if t not in own]
     if options.resolved_scope == "layer" or isinstance(options.end, NM):
         own |= dict.fromkeys(pooled, options.end)
@@ -503,14 +629,29 @@ def load_masks(path: str | Path, layers: Mapping[str, Layer]) -> dict[str, np.nd
     return masks
 
 
+def mask_warnings(network: Network, step: UnitStep | None, options: Options) -> Iterator[str]:
+    """Says so where a file of masks leaves out layers, or to write one changes the result."""
+    if options.masks is not None and step is not None and heads_of(step.structure, network.layers):
+        yield (
+            "--masks are of the heads given, so these were pruned in their own bases; without it "
+            "the result is another one."
+        )
+    if options.apply_masks is None:
+        return
+    named = set(npz_names(Path(options.apply_masks)))
+    bare = [x for x in network.layers if x.weight.tensor not in named]
+    if bare:
+        yield (
+            f"{Path(options.apply_masks).name} has no mask for {len(bare)} of "
+            f"{counted(len(network.layers), 'layer')}, such as "
+            f"{modelling.printable(bare[0].name)}: they stayed as they were."
+        )
+
+
 def reordered(
     given: Model, layers: Sequence[Layer], data: Data, options: Options
 ) -> tuple[Model, dict[str, str]]:
-    """The model with its units in an order that suits the pattern, and remarks by layer name.
-
-    Raises:
-        UsageError: N:M does not fit a layer.
-    """
+    """The model with its units in an order that suits the pattern, and remarks by layer name."""
     network, _ = observe_network(given, layers, data, options)
     plan = make_plan(network.layers, options)
     patterns = {
@@ -558,8 +699,7 @@ def unit_step(
         share = 1 - 1 / options.speedup
         target = "latency" if options.cost == "latency" else "flops"
     assert not isinstance(share, NM), "Options refuses N:M of units"
-    required = options.limit is None or options.sparsity is not None
-    goal = Goal(share, target, options.cost, options.unit_multiple, required)
+    goal = Goal(share, target, options.cost, options.unit_multiple, not options.searches)
     watch = None
     if options.cost == "latency":
         watch = Watch(
@@ -592,8 +732,6 @@ def fast_enough(
 ) -> tuple[Pruned, Smaller, Speedup]:
     """Measure what was made, and prune on until it is as fast as was asked for.
 
-    What an error target ended earlier is measured only.
-
     Raises:
         TargetError: it is not, after ATTEMPTS.
     """
@@ -607,7 +745,7 @@ def fast_enough(
             latency = evaluate.measure_latency(
                 source, made.model, batch, seconds=LONGER, **options.session
             )
-        if latency.ratio <= wanted or options.limit is not None:
+        if latency.ratio <= wanted:
             return pruned, made, Speedup(options.speedup, step.predicted(pruned.keep), latency)
         closest = min(closest, latency.ratio)
         step = step.with_more(latency.ratio)
@@ -653,46 +791,61 @@ def _any_dead(network: Network, state: State) -> bool:
 def prune_within(
     network: Network,
     plan: Plan,
-    data: Data,
+    judge: Judge | None,
     options: Options,
     step: UnitStep | None,
     progress: Progress,
 ) -> tuple[Pruned, tuple[Point, ...]]:
-    """Prune to the sparsity asked for, or as far as the limit allows; and the points on the way.
+    """Prune to what was asked for, or as far as the limit allows; and the points of that search.
 
     Raises:
         TargetError: no sparsity meets the limit.
-        QualityError: the sparsity asked for does not meet it.
     """
-    limit = options.limit
-    if limit is None:
+    if not options.searches:
         return prune(network, plan, progress, step=step), ()
+    assert judge is not None, "a search has a limit"
+    assert options.limit is not None, "a search has a limit"
+    return seek(network, plan, options.limit, judge, progress, step=step or stage)
+
+
+def judge_of(network: Network, data: Data, options: Options) -> Judge | None:
+    """What says how far a state is from the original; None where no limit was asked for.
+
+    Raises:
+        TargetError: the model has no output that an error could be measured at.
+        CalibrationError: the labels fit no output.
+    """
+    if options.limit is None:
+        return None
     parts = (data.guard, data.held_out)
     try:
-        judge = Judge(network.observer, network.original, parts, network.size)
+        return Judge(network.observer, network.original, parts, network.size)
     except CalibrationError as error:
-        raise CalibrationError(f"{options.labels}: {error.message}", hint=error.hint) from error
-    if options.sparsity is None and options.apply_masks is None:
-        return seek(network, plan, limit, judge, progress, step=step or stage)
-    pruned = prune(network, plan, progress, step=step)
+        assert options.labels is not None, "they fit no output"
+        name = calibrating.labels_name(options.labels)
+        raise CalibrationError(f"{name}: {error.message}", hint=error.hint) from error
+
+
+def gate(pruned: Pruned, judge: Judge | None, options: Options) -> tuple[Point, ...]:
+    """The point where the result stands, where a limit goes with another target; else none.
+
+    Raises:
+        QualityError: it is beyond the limit.
+    """
+    if judge is None or options.limit is None or options.searches:
+        return ()
     point = judge.point(pruned.state)
-    if not limit.allows(point):
+    if not options.limit.allows(point):
+        target = "--sparsity" if options.speedup is None else "--speedup"
         raise QualityError(
             f"the result misses the target: {point.described}.",
-            hint="Nothing was written. Lower --sparsity, or leave it out to have it found.",
+            hint=f"Nothing was written. Lower {target}, or leave it out to go as far as the limit "
+            "allows.",
         )
-    return pruned, (replace(point, within=True),)
+    return (replace(point, within=True),)
 
 
 def _group(tensors: tuple[str, ...], layers: Mapping[str, Layer], sparsity: Sparsity) -> Group:
-    for name in tensors:
-        layer = layers[name]
-        if isinstance(sparsity, NM) and layer.reduction % sparsity.m:
-            raise UsageError(
-                f"{sparsity} does not fit layer {layer.name!r}: its reduction axis has length "
-                f"{layer.reduction}, which {sparsity.m} does not divide.",
-                hint=f"Leave it out with --exclude '^{re.escape(layer.name)}$'.",
-            )
     return Group(tensors, sparsity, {name: layers[name].nm_order() for name in tensors})
 
 
@@ -793,15 +946,16 @@ def compare(
     return Comparison(original, evaluate.model_facts(result), gap, latency)
 
 
-def speed_of(made: Smaller, comparison: Comparison, speedup: Speedup | None) -> str:
+def speed_of(
+    made: Smaller, comparison: Comparison, speedup: Speedup | None, options: Options
+) -> str:
     """What the result does for latency, in words, and in numbers where they were asked for."""
-    expected = made.speed or UNSTRUCTURED_SPEED
+    expected = made.speed or (PATTERN_SPEED if options.patterns else UNSTRUCTURED_SPEED)
     latency = comparison.latency if speedup is None else speedup.measured
     if latency is None:
         return expected
-    threads = "all threads" if latency.threads is None else f"{latency.threads} threads"
     runs = (
-        f"batch {latency.batch}, {threads} "
+        f"{latency.conditions} "
         f"({1e3 * latency.seconds_a:.3g} ms, {1e3 * latency.seconds_b:.3g} ms)."
     )
     if speedup is None:
@@ -882,6 +1036,17 @@ def predicted_error(network: Network, plan: Plan, pruned: Pruned) -> float | Non
     return float(np.sqrt(sum(pruned.removed.values()) / energy)) if energy else None
 
 
+def prediction_warning(predicted: float | None, gap: Gap) -> Iterator[str]:
+    """Says so where the sum of the importances tells nothing of the error."""
+    if predicted is not None and gap.relative_error > max(FAR_BEYOND * predicted, TRIFLE):
+        yield (
+            f"the error is more than {FAR_BEYOND:g} times what the importances add up to "
+            f"({gap.relative_error:.3g}, not {predicted:.3g}): at this sparsity the linearisation "
+            "behind them does not hold; more --stages, or --method ecp-refit, look again on the "
+            "way."
+        )
+
+
 def warnings(data: Data, network: Network, pruned: Pruned, comparison: Comparison) -> Iterator[str]:
     """What the user must know, one sentence each."""
     if data.fit.synthetic:
@@ -890,9 +1055,11 @@ def warnings(data: Data, network: Network, pruned: Pruned, comparison: Compariso
         yield data.warning
     few = [name for name, ess in pruned.ess.items() if ess < FEW_SAMPLES]
     if few:
+        layers = f"{counted(len(few), 'layer')}, such as {modelling.printable(few[0])},"
         yield (
-            f"the sensitivities of {len(few)} layers, such as {modelling.printable(few[0])}, rest "
-            f"on fewer than {FEW_SAMPLES} effective samples; give more calibration data."
+            f"the sensitivities of {layers} rest on few samples (of tokens and patches: positions),"
+            f" as if there were fewer than {FEW_SAMPLES} of equal weight; give more calibration "
+            "data."
         )
     for name in network.observer.probabilities:
         yield (
@@ -900,8 +1067,23 @@ def warnings(data: Data, network: Network, pruned: Pruned, comparison: Compariso
             f"{modelling.printable(name)!r} look like probabilities: give the model before "
             "its softmax, or use --metric l2."
         )
+    if not any(keep.any() for keep in pruned.state.keep.values()):
+        yield "no weight is left in any of these layers: the outputs no longer depend on them."
+    elif comparison.gap.relative_error >= DESTROYED:
+        yield (
+            "the outputs are hardly nearer to the original's than zeros would be, or further away "
+            f"(a relative error of {DESTROYED:g} or more; zeros have 1): ask for a lower sparsity, "
+            "or name a limit with --max-error."
+        )
     yield from pruned.warnings
     yield from comparison.gap.warnings
+
+
+def replaced(given: Model, output: str | Path | None, options: Options) -> Iterator[str]:
+    """Says so where the result stands in the place of the model."""
+    written = None if options.dry_run else output
+    if given.path is not None and written is not None and same_file(given.path, written):
+        yield "OUTPUT is MODEL: the result has replaced the model, as --force allows."
 
 
 def target_warnings(data: Data, options: Options, curve: Sequence[Point]) -> Iterator[str]:
@@ -915,7 +1097,7 @@ def target_warnings(data: Data, options: Options, curve: Sequence[Point]) -> Ite
                 f"{100 / samples:.2g} percentage points: --max-accuracy-drop "
                 f"{options.max_accuracy_drop:g} needs more labelled samples to mean something."
             )
-    if curve and options.sparsity is None and all(point.within for point in curve):
+    if options.searches and all(point.within for point in curve):
         yield (
             "every step of the search was within the target: it ended where almost nothing is left "
             "to remove, not at the target."

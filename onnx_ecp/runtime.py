@@ -22,7 +22,7 @@ import onnx
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 from threadpoolctl import ThreadpoolController
 
-from onnx_ecp.errors import OnnxEcpError, ProviderError, UsageError, did_you_mean
+from onnx_ecp.errors import CalibrationError, OnnxEcpError, ProviderError, UsageError, did_you_mean
 
 _DEADLINE: contextvars.ContextVar[tuple[float, float] | None] = contextvars.ContextVar(
     "deadline", default=None
@@ -33,6 +33,8 @@ _DEVICES = {"CUDAExecutionProvider": "cuda"}
 # An array, or one that lies in a session's memory: an OrtValue.
 Value = Any
 T = TypeVar("T")
+# Words by which a Gather, and embeddings that are an operator of their own, refuse an index.
+_INDEX_WORDS = ("out of data bounds", "index out of range")
 # Words by which ONNX Runtime and the C++ library say that memory ran out.
 _MEMORY_WORDS = ("bad_alloc", "allocate memory", "out of memory", "bad allocation")
 
@@ -267,6 +269,7 @@ class Session:
 
         Raises:
             OutOfMemory: there was not enough memory for this batch.
+            CalibrationError: an index in the samples is none that the model knows.
             ProviderError: the run failed, or the deadline passed.
         """
         names = list(dict.fromkeys(self.outputs if outputs is None else outputs))
@@ -330,12 +333,17 @@ class Session:
             raise _translated(error, "failed to run the model") from error
 
 
-def _translated(error: Exception, what: str) -> ProviderError:
+def _translated(error: Exception, what: str) -> OnnxEcpError:
     """ONNX Runtime's exception as ours, cut to its first line."""
     text = " ".join(str(error).split())[:300]
     if any(word in text.lower() for word in _MEMORY_WORDS):
         return OutOfMemory(
             f"ONNX Runtime ran out of memory: {text}", hint="Use a smaller --batch-size."
+        )
+    if any(word in text.lower() for word in _INDEX_WORDS):
+        return CalibrationError(
+            f"the samples hold an index that the model does not know: {text}",
+            hint="Look for ids beyond the vocabulary, or negative ones, in the data.",
         )
     hint = ""
     if "INVALID_ARGUMENT" in text and "run" in what:

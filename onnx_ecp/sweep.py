@@ -8,9 +8,10 @@ bit, what ``optimize`` makes with the same options.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import onnx
 from onnx_ecp import calibration as calibrating
 from onnx_ecp import doctor
 from onnx_ecp.calibration import Calibration
+from onnx_ecp.destinations import check_destinations
 from onnx_ecp.errors import UsageError, did_you_mean
 from onnx_ecp.evaluate import Comparison, ModelFacts, expected_rows, measure_gap, model_facts
 from onnx_ecp.layers import Layer
@@ -29,16 +31,17 @@ from onnx_ecp.model import Model, signature
 from onnx_ecp.options import Options
 from onnx_ecp.pipeline import (
     Data,
-    choose_layers,
     finished,
     gather,
     load,
     make_plan,
+    misfits,
     observe_network,
+    wanted_layers,
     warnings,
 )
 from onnx_ecp.pruning import Network, Plan, observe, prune
-from onnx_ecp.report import CalibrationFacts
+from onnx_ecp.report import CalibrationFacts, counted
 from onnx_ecp.runtime import deadline, threads_of
 
 METHODS_SWEPT = ("ecp-refit", "ecp", "wanda", "magnitude")
@@ -122,7 +125,7 @@ class EvaluationFacts:
         """One phrase for people."""
         part = "held-out part of " if self.held_out else ""
         labels = f", labels {self.labels}" if self.labels else ", no labels"
-        return f"{part}{self.source}: {self.samples:,} samples{labels}"
+        return f"{part}{self.source}: {counted(self.samples, 'sample')}{labels}"
 
 
 @dataclass(frozen=True)
@@ -169,8 +172,8 @@ def sweep(
     methods: str | Sequence[str] = METHODS_SWEPT,
     sparsities: str | Sequence[Any] = SPARSITIES,
     evaluation: Any = None,
-    labels: str | Path | None = None,
-    calibration_labels: str | Path | None = None,
+    labels: str | Path | np.ndarray | None = None,
+    calibration_labels: str | Path | np.ndarray | None = None,
     progress: Progress = silent,
     **choices: Any,
 ) -> Sweep:
@@ -183,9 +186,9 @@ def sweep(
         sparsities: numbers or N:M, or one text with commas between them.
         evaluation: samples to judge on, any source that ``calibration.load`` reads; None takes the
             held-out part of the calibration data.
-        labels: path of the labels of the evaluation samples; without ``evaluation``, of all
+        labels: of the evaluation samples, a path or an array; without ``evaluation``, of all
             calibration samples.
-        calibration_labels: path of the labels of the calibration samples, for methods that look
+        calibration_labels: the same of the calibration samples, for methods that look
             at the loss; without ``evaluation``, ``labels`` are these.
         progress: called with (what, done, of) as work goes on.
         choices: the options of ``optimize`` named in ``COMMON``; they hold for all points.
@@ -215,7 +218,7 @@ def sweep(
         calibration=shared.data.facts,
         evaluation=shared.judge.facts,
         points=tuple(run.point for run in runs),
-        options={name: value for name, value in grid[0].as_json().items() if name in COMMON},
+        options={**common(grid[0]), "blocks": choices.get("blocks", "network")},
         versions=doctor.versions(),
         shared_seconds=prepared - began,
         seconds=time.monotonic() - began,
@@ -223,11 +226,39 @@ def sweep(
     )
 
 
+def common(options: Options) -> dict[str, Any]:
+    """What all points have in common: JSON values by name."""
+    return {name: value for name, value in options.as_json().items() if name in COMMON}
+
+
+def check_outputs(
+    model: str | Path, read: Mapping[str, str | Path | None], outputs: Sequence[str | Path]
+) -> None:
+    """Refuse files of points that would overwrite each other, or what is read.
+
+    Args:
+        model: path of the model.
+        read: paths of data and labels by what they are; without calibration data, what lies beside
+            the model is read.
+        outputs: paths of the files of points.
+
+    Raises:
+        UsageError: two are one file.
+    """
+    data = {**read, "calibration": read["calibration"] or calibrating.sidecar(model)}
+    sources = [
+        (f"the {what.replace('_', ' ')}", calibrating.file_of(path))
+        for what, path in {"model": model, **data}.items()
+        if path is not None
+    ]
+    check_destinations([("--output", path) for path in outputs], sources)
+
+
 def grid_of(
     methods: str | Sequence[str],
     sparsities: str | Sequence[Any],
     choices: Mapping[str, Any],
-    labels: str | Path | None = None,
+    labels: str | Path | np.ndarray | None = None,
 ) -> list[Options]:
     """The options of every point, method by method; what is named twice is run once.
 
@@ -237,11 +268,20 @@ def grid_of(
     for name in choices:
         if name not in COMMON:
             raise UsageError(f"a sweep has no option {name!r}.", hint=did_you_mean(name, COMMON))
+    plain = {name: value for name, value in choices.items() if name != "blocks"}
+
+    def options(method: str, sparsity: Any) -> Options:
+        found = Options.of(method=method, sparsity=sparsity, labels=labels, **plain)
+        looks = found.recipe.measures == "curvature"  # the others have no use for blocks
+        return replace(found, blocks=choices["blocks"]) if looks and "blocks" in choices else found
+
     grid = [
-        Options.of(method=method, sparsity=sparsity, labels=labels, **choices)
+        options(method, sparsity)
         for method in _listed("methods", methods)
         for sparsity in _listed("sparsities", sparsities)
     ]
+    if all(point.recipe.measures != "curvature" for point in grid):
+        grid = [replace(point, blocks=choices.get("blocks", "network")) for point in grid]
     return list({(o.method, o.sparsity): o for o in grid}.values())
 
 
@@ -292,12 +332,12 @@ def prepare(
     calibration: Any,
     grid: Sequence[Options],
     evaluation: Any,
-    labels: str | Path | None,
+    labels: str | Path | np.ndarray | None,
     progress: Progress = silent,
 ) -> Shared:
     """Do once what all points need; whatever could be refused is refused here."""
     source = load(model)
-    layers, _ = choose_layers(source, grid[0])
+    layers = layers_of(source, grid)
     data = gather(source, calibration, grid[0])
     judge = judge_of(source, data, evaluation, labels)
     networks = networks_of(source, layers, data, grid)
@@ -310,13 +350,33 @@ def prepare(
     return Shared(source, model_facts(source), data, judge, networks, plans, measured)
 
 
-def judge_of(source: Model, data: Data, evaluation: Any, labels: str | Path | None) -> Judge:
+def layers_of(source: Model, grid: Sequence[Options]) -> list[Layer]:
+    """The layers that all points prune.
+
+    Raises:
+        UsageError: a pattern does not fit all: points would prune different layers.
+    """
+    layers, _ = wanted_layers(source, grid[0])
+    for options in grid:
+        names = [re.escape(name) for name in misfits(layers, options)]
+        if names:
+            raise UsageError(
+                f"{options.sparsity} does not fit {counted(len(names), 'layer')}, and all points "
+                "are to prune the same.",
+                hint=f"Leave them out with --exclude '^({'|'.join(names)})$'.",
+            )
+    return layers
+
+
+def judge_of(
+    source: Model, data: Data, evaluation: Any, labels: str | Path | np.ndarray | None
+) -> Judge:
     """The evaluation samples: those given, else the held-out part of the calibration data.
 
     Raises:
         CalibrationError: samples or labels do not fit the model.
     """
-    named = None if labels is None else str(labels)
+    named = None if labels is None else calibrating.labels_name(labels)
     if evaluation is None:
         held_out = data.held_out
         facts = EvaluationFacts(held_out.source, len(held_out), True, named)

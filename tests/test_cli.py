@@ -149,7 +149,9 @@ def test_options_reach_the_library(folder, monkeypatch):
 def test_the_options_are_those_of_the_library_with_the_same_defaults(given):
     command("optimize", "in.onnx", "out.onnx")
     options = {
-        name: given[name] for name in given if name not in ("calibration", "output", "progress")
+        name: given[name]
+        for name in given
+        if name not in ("calibration", "output", "report", "progress")
     }
     assert set(options) == {field.name for field in dataclasses.fields(Options)}
     assert Options.of(**options) == Options.of()
@@ -222,6 +224,7 @@ ERRORS = {
         "free axes",
     ),
     "no report format": ([*RUN, "--report", "r.pdf"], 2, "r.pdf", "*.json or *.html"),
+    "masks that are no npz": ([*RUN, "--masks", "m.txt"], 2, "m.txt", "*.npz"),
     "no model there": (["optimize", "gone.onnx", "o.onnx"], 3, "gone.onnx: ", ""),
     "not a model": (["inspect", "data.npz"], 3, "data.npz: ", ""),
     "no data there": ([*RUN, "-c", "gone.npz"], 4, "gone.npz: ", ""),
@@ -250,6 +253,49 @@ def test_an_error_is_one_line_one_hint_one_code_and_no_file(arguments, code, mes
     assert hint in "".join(lines[1:])
     assert result.stdout == ""
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+FILES = ["optimize", "in.onnx", "out.onnx", "-c", "data.npz", "--labels", "test.npz"]
+OVERWRITING = {
+    "masks over the output": ["optimize", "in.onnx", "o.npz", "--masks", "./o.npz"],
+    "a report over the output": ["optimize", "in.onnx", "o.json", "--report", "o.json"],
+    "a report over a report": [*FILES, "--report", "r.json", "--report", "./r.json"],
+    "masks over the model": ["optimize", "in.npz", "in.npz", "--masks", "in.npz"],
+    "masks over the data": [*FILES, "--masks", "data.npz"],
+    "masks over data by another name": [*FILES, "--masks", "link.npz"],
+    "masks over the labels": [*FILES, "--masks", "test.npz"],
+    "masks over masks": [*RUN, "--masks", "test.npz", "--apply-masks", "test.npz"],
+    "the output over the data": ["optimize", "in.onnx", "data.npz", "-c", "data.npz"],
+    "masks among the data": [*RUN, "-c", "data", "--masks", "data/m.npz"],
+    "the output over external data": ["optimize", "large.onnx", "large.bin"],
+    "masks over what lies beside": ["optimize", "large.onnx", "o.onnx", "--masks", "large.npz"],
+    "points over points": ["sweep", "in.onnx", "-o", "p.csv", "-o", "./p.csv"],
+    "points over the data": ["sweep", "in.onnx", "-c", "old.json", "-o", "old.json"],
+}
+
+
+@pytest.mark.parametrize("arguments", OVERWRITING.values(), ids=OVERWRITING)
+def test_nothing_is_written_over_another_result_or_what_is_read(arguments, folder):
+    onnx.save(
+        onnx.load("in.onnx"), "large.onnx", save_as_external_data=True, location="large.bin",
+        size_threshold=0,
+    )  # fmt: skip
+    for copied in ("large.npz", "data/0.npz"):
+        (folder / "data").mkdir(exist_ok=True)
+        (folder / copied).write_bytes((folder / "data.npz").read_bytes())
+    (folder / "in.npz").write_bytes((folder / "in.onnx").read_bytes())
+    (folder / "link.npz").symlink_to("data.npz")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    result = command(*arguments, "--force")
+    assert result.exit_code == 2, result.output
+    assert "overwrite" in result.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_writing_over_the_model_is_told(folder):
+    result = command("optimize", "in.onnx", "in.onnx", "-c", "data.npz", "--force")
+    assert result.exit_code == 0
+    assert "warning: OUTPUT is MODEL: the result has replaced the model" in result.stdout
 
 
 def test_the_package_runs_as_the_command(folder):

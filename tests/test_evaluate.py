@@ -114,6 +114,12 @@ def test_agreement_is_of_the_top_class(x):
     assert 0 < gap.agreement < 100
 
 
+def test_agreement_is_that_of_the_output_that_agrees_least():
+    parts = (None, 99.0, 80.0)
+    outputs = tuple(evaluate.Deviation(str(p), 0.0, 0.0, 0.0, 0, p, 0, 0) for p in parts)
+    assert evaluate.Gap(1, 0.0, outputs).agreement == 80.0
+
+
 def test_ids_are_equal_or_not_and_do_not_count_in_the_overall_error(x):
     a, b = PAIRS["class ids beside scores"]
     gap = measure_gap(a, b, data(x))
@@ -321,6 +327,24 @@ def test_latency_is_measured_in_turns(x, monkeypatch):
     assert order[0] != order[1]
     assert latency.ratio == latency.seconds_b / latency.seconds_a > 0
     assert (latency.batch, latency.threads) == (8, 1)
+    assert (latency.median_a, latency.median_b) >= (latency.seconds_a, latency.seconds_b)
+
+
+def test_latency_says_how_many_threads_were_there(x, monkeypatch):
+    """Two sessions start all threads but one each; where nothing tells, nothing is said."""
+    counts = iter([10, 10 + 2 * 3])
+    monkeypatch.setattr(evaluate, "_threads_now", lambda: next(counts))
+    batch = next(data(x).batches(8))
+    assert evaluate.measure_latency(NET, PRUNED, batch, turns=1, seconds=0).threads == 4
+    monkeypatch.setattr(evaluate, "_threads_now", lambda: None)
+    latency = evaluate.measure_latency(NET, PRUNED, batch, turns=1, seconds=0)
+    assert (latency.threads, latency.conditions) == (None, "batch 8")
+
+
+def test_a_comparison_counts_multiplications(x):
+    comparison = compare(NET.proto, PRUNED.proto, {"x": x})
+    assert comparison.work_a == comparison.work_b
+    assert comparison.work_a.flops > 0
 
 
 def test_labels_and_data_come_from_files(tmp_path, x):

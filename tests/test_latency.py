@@ -10,7 +10,7 @@ from test_structure import NETWORKS, build, each_network, inputs, structure_of
 import onnx_ecp
 from onnx_ecp import evaluate, pipeline
 from onnx_ecp.calibration import Batch
-from onnx_ecp.errors import TargetError, UsageError
+from onnx_ecp.errors import QualityError, TargetError, UsageError
 from onnx_ecp.evaluate import Latency
 from onnx_ecp.layers import find_layers
 from onnx_ecp.report import text
@@ -191,23 +191,29 @@ def test_what_units_cannot_reach_is_said_before_anything_is_pruned(by_size, rng,
     assert not path.exists()
 
 
-def test_an_error_target_ends_a_run_before_its_speed_does(by_size, rng):
+def test_a_speedup_with_an_error_target_is_met_or_nothing_is_written(by_size, rng, tmp_path):
     model = build(CHAIN, rng)
     data = inputs(model, rng, 60)
-    choices = CHOICES | {"method": "flap", "speedup": 8.0, "max_error": 0.3}
-    report = onnx_ecp.optimize(model.proto, data, **choices).report
-    assert report.gap.relative_error <= 0.3
-    assert 1 <= report.speedup.reached < report.speedup.asked == 8.0
+    by_size["final"] = 1.2  # more must go after the stages: the gate looks at what stays then
+    path = tmp_path / "out.onnx"
+    choices = CHOICES | {"method": "flap", "speedup": 2.0, "output": path}
+    with pytest.raises(QualityError, match="misses the target"):
+        onnx_ecp.optimize(model.proto, data, max_error=0.01, **choices)
+    assert not path.exists()
+    report = onnx_ecp.optimize(model.proto, data, max_error=10.0, **choices).report
+    assert report.speedup.reached >= 2
+    (point,) = report.curve
+    assert (point.within, report.searched) == (True, False)
+    assert point.error >= report.gap.relative_error > 0.01
 
 
-def test_a_speed_that_units_cannot_reach_is_no_error_where_an_error_ends_the_run(by_size, rng):
+def test_a_speed_that_units_cannot_reach_is_an_error_with_an_error_target_too(by_size, rng):
     model = build(CHAIN, rng)
     data = inputs(model, rng, 60)
     by_size["idle"] = elements(model.proto)  # at most twice as fast
     choices = CHOICES | {"method": "flap", "speedup": 4.0, "max_error": 0.3}
-    report = onnx_ecp.optimize(model.proto, data, **choices).report
-    assert report.gap.relative_error <= 0.3
-    assert 1 <= report.speedup.reached < 2
+    with pytest.raises(TargetError, match="cannot be 4 times as fast"):
+        onnx_ecp.optimize(model.proto, data, **choices)
 
 
 def test_time_ranks_units_for_other_targets(rng):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import re
 import signal
 import subprocess
@@ -24,7 +25,14 @@ from onnx import helper, numpy_helper
 
 import onnx_ecp
 from onnx_ecp import pipeline
-from onnx_ecp.errors import ModelError, OnnxEcpError, ProviderError, UsageError
+from onnx_ecp.errors import (
+    CalibrationError,
+    ModelError,
+    OnnxEcpError,
+    ProviderError,
+    TargetError,
+    UsageError,
+)
 from onnx_ecp.layers import edit, find_layers
 from onnx_ecp.measurement import measure
 from onnx_ecp.methods import METHODS
@@ -32,7 +40,7 @@ from onnx_ecp.model import constants, decode_sparse, read_tensor, signature
 from onnx_ecp.model import load as load_model
 from onnx_ecp.options import Options
 from onnx_ecp.pipeline import Result, choose_layers, gather, load, observe_network
-from onnx_ecp.report import SYNTHETIC_WARNING
+from onnx_ecp.report import SYNTHETIC_WARNING, Report
 from onnx_ecp.runtime import OutOfMemory, Session
 from onnx_ecp.selection import zeros_wanted
 
@@ -379,6 +387,125 @@ def test_layers_are_chosen_by_name():
         assert [(skip.name, skip.reason) for skip in result.report.skips] == [("y", reason)]
         assert bits(tensors(result.model)["W2"]) == bits(tensors(model)["W2"])
         assert result.report.zeros_after == 64
+
+
+@pytest.mark.parametrize("flag", ["include", "exclude"])
+def test_a_pattern_that_matches_no_layer_is_a_slip(flag):
+    with pytest.raises(UsageError, match=f"--{flag} 'zz' matches no layer") as caught:
+        onnx_ecp.optimize(original("gemm"), inputs("gemm"), **{flag: ["^h", "zz"]})
+    assert caught.value.hint == "Known: h, y."
+
+
+@pytest.mark.parametrize(
+    "choices", [{"sparsity": "2:4"}, {"sparsity": 0.5, "layer_sparsity": {".": "2:4"}}], ids=str
+)
+def test_layers_that_n_of_m_does_not_fit_stay_dense_and_are_named(choices):
+    model = Net(
+        "(float[n,6] x) => (float[n,3] y) { h = MatMul(x, W) r = Relu(h) y = MatMul(r, W2) }",
+        {"W": (6, 8), "W2": (8, 3)},
+    ).model()
+    x = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
+    result = onnx_ecp.optimize(model, {"x": x}, **choices)
+    assert [row.name for row in result.report.layers] == ["y"]
+    (skip,) = result.report.skips
+    assert (skip.name, "4 does not divide the 6" in skip.reason) == ("h", True)
+    assert any("1 layer, such as h, stayed dense" in text for text in result.report.warnings)
+    assert bits(tensors(result.model)["W"]) == bits(tensors(model)["W"])
+    with pytest.raises(TargetError, match="2:4 does not fit it"):
+        onnx_ecp.optimize(model, {"x": x}, **choices, exclude="y")
+
+
+def test_an_error_lists_a_few_of_the_layers_that_cannot_be_pruned():
+    with pytest.raises(TargetError, match=r"q .*; k .*; v .*; and 1 more$") as caught:
+        onnx_ecp.optimize(original("attention"), inputs("attention"), exclude=".")
+    assert "lists every candidate" in caught.value.hint
+
+
+@pytest.mark.parametrize("thing", [123, b"abc", None], ids=repr)
+@pytest.mark.parametrize(
+    "call",
+    [onnx_ecp.optimize, onnx_ecp.inspect, lambda m: onnx_ecp.compare(m, m, {})],
+    ids=["optimize", "inspect", "compare"],
+)
+def test_what_stands_for_no_model_is_told(call, thing):
+    with pytest.raises(UsageError, match="a model cannot be") as caught:
+        call(thing)
+    assert "ModelProto" in caught.value.hint
+
+
+def test_ids_beyond_the_vocabulary_are_a_fault_of_the_data():
+    given = inputs("ids and numbers")
+    with pytest.raises(CalibrationError, match="index") as caught:
+        onnx_ecp.optimize(original("ids and numbers"), given | {"ids": given["ids"] + 10})
+    assert (caught.value.exit_code, "vocabulary" in caught.value.hint) == (4, True)
+
+
+def test_reports_are_written_in_the_formats_asked_for(tmp_path):
+    paths = [tmp_path / "r.json", tmp_path / "r.html"]
+    result = onnx_ecp.optimize(original("gemm"), inputs("gemm"), report=paths)
+    assert Report.from_dict(json.loads(paths[0].read_text())) == result.report
+    assert paths[1].read_text().startswith("<!DOCTYPE html>")
+    with pytest.raises(UsageError, match=r"r\.pdf"):
+        onnx_ecp.optimize(original("gemm"), inputs("gemm"), report=tmp_path / "r.pdf")
+
+
+# Masks.
+
+
+@pytest.mark.parametrize(
+    "choice", [{"sparsity": 0.5}, {"layer_sparsity": {"h": 0.5}}, {"importance": "wanda"}], ids=str
+)
+def test_masks_leave_nothing_to_choose(choice, tmp_path):
+    np.savez(tmp_path / "m.npz", W=np.ones((16, 8), bool))
+    with pytest.raises(UsageError, match="--apply-masks leaves nothing"):
+        onnx_ecp.optimize(
+            original("gemm"), inputs("gemm"), apply_masks=tmp_path / "m.npz", **choice
+        )
+
+
+@pytest.mark.parametrize(("masked", "missing"), [((), 2), (("W",), 1), (("W", "W2"), 0)])
+def test_layers_without_a_mask_are_counted(masked, missing, tmp_path):
+    stored = tensors(original("gemm"))
+    np.savez(tmp_path / "m.npz", **{name: stored[name] > 0 for name in masked})
+    report = onnx_ecp.optimize(
+        original("gemm"), inputs("gemm"), apply_masks=tmp_path / "m.npz"
+    ).report
+    told = [text for text in report.warnings if "has no mask for" in text]
+    assert [f"for {missing} of 2 layers" in text for text in told] == [True] * bool(missing)
+
+
+HEADS = """(float[n,4,8] x) => (float[n,4,3] y) {
+    c = Constant<value = int64[4] {0, 0, 2, 4}>()  m = Constant<value = int64[3] {0, 0, 8}>()
+    q = MatMul(x, W)  qs = Reshape(q, c)  qh = Transpose<perm=[0,2,1,3]>(qs)
+    k = MatMul(x, W2)  ks = Reshape(k, c)  kh = Transpose<perm=[0,2,3,1]>(ks)
+    v = MatMul(x, W3)  vs = Reshape(v, c)  vh = Transpose<perm=[0,2,1,3]>(vs)
+    l = MatMul(qh, kh)  p = Softmax(l)  o = MatMul(p, vh)  ot = Transpose<perm=[0,2,1,3]>(o)
+    z = Reshape(ot, m)  y = MatMul(z, W4)
+}"""
+
+
+@pytest.fixture
+def heads(rng) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """A network with two attention heads, and samples."""
+    model = Net(HEADS, {"W": (8, 8), "W2": (8, 8), "W3": (8, 8), "W4": (8, 3)}).model()
+    return model, {"x": rng.standard_normal((SAMPLES, 4, 8)).astype(np.float32)}
+
+
+def test_there_are_no_masks_where_they_would_not_fit_the_model_given(heads):
+    assert onnx_ecp.optimize(*heads, granularity="unit", sparsity=0.2).masks is None
+    choices = {"method": "magnitude", "sparsity": "2:4"}
+    assert (
+        onnx_ecp.optimize(original("gemm"), inputs("gemm"), **choices, permute=True).masks is None
+    )
+    assert onnx_ecp.optimize(original("gemm"), inputs("gemm"), **choices).masks is not None
+
+
+def test_masks_of_units_say_that_heads_are_pruned_otherwise(heads, tmp_path):
+    choices = {"granularity": "unit", "sparsity": 0.2, "masks": tmp_path / "m.npz"}
+    result = onnx_ecp.optimize(*heads, **choices)
+    with np.load(tmp_path / "m.npz") as written:
+        assert all(np.array_equal(result.masks[name], written[name]) for name in written)
+    assert any("pruned in their own bases" in text for text in result.report.warnings)
 
 
 @pytest.mark.parametrize(
@@ -760,6 +887,26 @@ def test_finite_differences_bear_large_numbers():
 
 
 # Where the samples come from.
+
+
+DESTROYED = {
+    "worse than zeros": ({"method": "magnitude", "sparsity": 0.95}, "than zeros would be"),
+    "nothing left": ({"method": "magnitude", "sparsity": 1.0}, "no weight is left"),
+    "far from linear": ({"method": "ecp", "sparsity": 0.9}, "linearisation"),
+}
+
+
+@pytest.mark.parametrize(("choices", "words"), DESTROYED.values(), ids=DESTROYED)
+def test_a_destroyed_network_is_told(choices, words):
+    report = onnx_ecp.optimize(original("digits"), inputs("digits"), **choices).report
+    assert any(words in text for text in report.warnings), (report.predicted_error, report.gap)
+    mild = onnx_ecp.optimize(original("digits"), inputs("digits"), **choices | {"sparsity": 0.1})
+    assert not any(words in text for text in mild.report.warnings)
+
+
+def test_the_line_on_speed_is_that_of_the_pattern():
+    report = onnx_ecp.optimize(original("gemm"), inputs("gemm"), sparsity="2:4").report
+    assert report.speed.startswith("N:M makes the compressed file smaller")
 
 
 def test_made_up_inputs_are_told_loudly():

@@ -1,6 +1,7 @@
 """A report says the same in every form, and nothing that a model is called can break one."""
 
 import dataclasses
+import io
 import json
 import math
 import re
@@ -8,6 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from onnx_ecp.bounds import from_gaps
 from onnx_ecp.bounds.sampling import Gaps
@@ -23,7 +25,6 @@ from onnx_ecp.report import (
     check_target,
     html,
     text,
-    write,
 )
 from onnx_ecp.report.as_json import dumps
 from onnx_ecp.structure.outcome import Speedup, UnitRow, Work
@@ -105,6 +106,14 @@ VARIANTS = {
         bounds=from_gaps(Gaps(np.ones(4), np.ones(4), np.zeros(4, bool)), confidence=0.95)
     ),
     "a speedup": report(speedup=Speedup(2.0, 2.2, Latency(1e-3, 4.8e-4, 0.48, 1, 64))),
+    "latency": report(latency=Latency(1e-3, 4.8e-4, 0.48, 2, 64, 1.1e-3, 5e-4)),
+    "units that stay": report(
+        units=(UnitRow(("fc1",), ("fc2",), 1, 40, 40), UnitRow(("fc2",), ("fc3",), 1, 10, 8)),
+        skips=(Skip("fc2", "Gemm", "an output reads it"), Skip("head", "MatMul", "constant")),
+    ),
+    "one sample": report(
+        calibration=CalibrationFacts("in.npz", 1, 1, synthetic=False), gap=gap(samples=1)
+    ),
     "kernels of TensorRT": report(
         sparse_kernels=(
             SparseKernel("fc1", "Gemm", "", "build the engine with FP16"),
@@ -161,6 +170,7 @@ def test_json_schema_is_this_one():
         "bounds": None,
         "speedup": None,
         "sparse_kernels": None,
+        "latency": None,
     }  # fmt: skip
     assert list(values) == ["schema", "totals", *[f.name for f in dataclasses.fields(Report)]]
 
@@ -248,6 +258,19 @@ def test_text_fits_a_hundred_columns(whole):
     assert max(map(len, text.plain(text.report_tables(whole)).splitlines())) <= 100
 
 
+@pytest.mark.parametrize("width", [50, 60, 80])
+def test_a_narrow_terminal_leaves_out_columns_but_no_names(width):
+    rows = (layer("/layers.0/Gemm"), layer("/layers.2/Gemm"))
+    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False)
+    console.print(text.fitted(text.report_tables(report(layers=rows)), console))
+    shown = console.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= width
+    assert "…" not in shown
+    for fact in ("/layers.0/Gemm", "/layers.2/Gemm", "25,088", "logits"):
+        assert fact in shown
+    assert ("no room for" in shown) == (width < 80)
+
+
 @pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_names_break_neither_text_nor_html(name):
     whole = report(
@@ -267,6 +290,31 @@ def test_hostile_names_break_neither_text_nor_html(name):
     assert len(page.encode()) < 500_000
     assert "<script" not in page
     assert _balanced(page)
+
+
+@pytest.mark.parametrize("show", [lambda r: text.plain(text.report_tables(r)), html.page])
+def test_units_that_went_and_units_that_stay_are_called_so(show):
+    shown = show(VARIANTS["units that stay"])
+    assert "unchanged" in shown
+    assert len(re.findall("removed", shown.partition("Units")[2])) == 1
+    rest = shown.partition("Not pruned")[2]
+    between, _, last = rest.partition("Units that stay")
+    assert ("head" in between, "fc2" in between, "fc2" in last) == (True, False, True)
+    assert "Not pruned" not in show(report(skips=(Skip("fc1", "Gemm", "kept"),)))
+
+
+@pytest.mark.parametrize("show", [lambda r: text.plain(text.report_tables(r)), html.page])
+def test_latency_is_shown_where_it_was_measured(show):
+    shown = show(VARIANTS["latency"])
+    for fact in ("latency, least", "latency, median", "1.1 ms", "x0.48", "batch 64, 2 threads"):
+        assert fact in shown
+
+
+@pytest.mark.parametrize("show", [lambda r: text.plain(text.report_tables(r)), html.page])
+def test_one_sample_is_one(show):
+    shown = show(VARIANTS["one sample"])
+    assert "1 sample" in shown or "1 held-out sample:" in shown
+    assert "1 samples" not in shown
 
 
 def test_the_line_for_scripts_is_one_line_of_fields():
@@ -335,7 +383,7 @@ def test_html_shows_what_the_report_says():
 def test_writing_leaves_one_whole_file(tmp_path, name):
     path = tmp_path / name
     path.write_text("old")
-    write(report(), path)
+    report().save(path)
     assert path.read_text().rstrip().endswith(("}", "</html>"))
     assert [p.name for p in tmp_path.iterdir()] == [name]
 

@@ -760,7 +760,7 @@ def test_the_report_measures_latency_where_it_is_asked_for(rng):
     choices = {"granularity": "unit", "sparsity": 0.2, "method": "magnitude", "threads": 1}
     report = onnx_ecp.optimize(model.proto, data, measure=True, **choices).report
     assert re.search(
-        r"need 0\.\d+ of the multiplications.*Measured: x\d.*, batch 4, 1 threads", report.speed
+        r"need 0\.\d+ of the multiplications.*Measured: x\d.*, batch 4, 1 thread ", report.speed
     )
     assert "Measured" not in onnx_ecp.optimize(model.proto, data, **choices).report.speed
 

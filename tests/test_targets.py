@@ -7,6 +7,7 @@ from onnx.reference import ReferenceEvaluator
 
 import onnx_ecp
 from onnx_ecp.errors import CalibrationError, QualityError, TargetError, UsageError
+from onnx_ecp.report import Report
 from onnx_ecp.targets import Limit, Point
 
 MLP = """<ir_version: 8, opset_import: ["" : 17]> g (float[batch, 12] x) => (float[batch, 4] y) {
@@ -109,8 +110,11 @@ def test_a_walk_ends_in_what_a_run_to_its_sparsity_gives(model, data):
     assert walked.model == direct.model
 
 
-def test_accuracy_drop_is_judged_on_labels(model, data, labels):
-    found = onnx_ecp.optimize(model, data, max_accuracy_drop=10.0, labels=labels, stages=2).report
+@pytest.mark.parametrize("kind", ["file", "array", "list"])
+def test_accuracy_drop_is_judged_on_labels(model, data, labels, kind):
+    known = {"file": labels, "array": np.load(labels), "list": np.load(labels).tolist()}[kind]
+    found = onnx_ecp.optimize(model, data, max_accuracy_drop=10.0, labels=known, stages=2).report
+    assert found == Report.from_dict(found.to_dict())
     assert any(p.within for p in found.curve)
     assert all(p.within == (p.drop <= 10.0) for p in found.curve)
     score = found.gap.scores[0]
@@ -136,10 +140,28 @@ def test_a_sparsity_with_a_target_is_a_gate(model, data, tmp_path):
     assert passed.report.sparsity == pytest.approx(0.1, abs=0.01)
 
 
+def test_a_speedup_with_a_target_is_a_gate_too(model, data, tmp_path):
+    output = tmp_path / "out.onnx"
+    choices = {"granularity": "unit", "speedup": 2.0, "output": output}
+    with pytest.raises(QualityError, match="misses the target") as error:
+        onnx_ecp.optimize(model, data, max_error=1e-6, **choices)
+    assert "--speedup" in error.value.hint
+    assert not output.exists()
+    report = onnx_ecp.optimize(model, data, max_error=10.0, **choices).report
+    assert report.work_after.flops <= report.work_before.flops / 2
+
+
 @pytest.mark.parametrize(
     ("choices", "words"),
     [
         ({"max_error": -1.0}, "must be 0 or more"),
+        ({"max_error": float("inf")}, "finite"),
+        ({"max_accuracy_drop": 200.0, "labels": "y.npy"}, "from 0 to 100"),
+        ({"granularity": "unit", "speedup": float("inf")}, "finite"),
+        *(({"damping": x}, "--damping") for x in (0.0, float("inf"), float("nan"), 1e300)),
+        ({"blocks": "layer"}, "--blocks"),
+        ({"unread_inputs": "smaller", "cleanup": False}, "there is none"),
+        ({"unread_inputs": "smaller", "sparsity": "2:4"}, "there is none"),
         ({"max_accuracy_drop": 1.0}, "needs labels"),
         ({"finetune_steps": -1}, "cannot be negative"),
         ({"max_error": 0.1, "apply_masks": "m.npz"}, "leaves nothing"),
@@ -148,6 +170,13 @@ def test_a_sparsity_with_a_target_is_a_gate(model, data, tmp_path):
 def test_targets_that_make_no_sense_are_refused(model, data, choices, words):
     with pytest.raises(UsageError, match=words):
         onnx_ecp.optimize(model, data, **choices)
+
+
+def test_labels_that_are_none_are_refused_by_the_name_they_have(model, data):
+    with pytest.raises(CalibrationError, match="the labels given: labels are float64"):
+        onnx_ecp.optimize(model, data, labels=np.ones(3))
+    with pytest.raises(UsageError, match="a path or an array"):
+        onnx_ecp.optimize(model, data, labels=3)
 
 
 def test_a_drop_needs_class_scores(rng, tmp_path):

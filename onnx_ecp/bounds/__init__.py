@@ -27,8 +27,9 @@ from onnx_ecp.bounds.sampling import Conformal, Share
 from onnx_ecp.bounds.telescoping import EXACT, CannotFollow, Reach, check_known, telescope
 from onnx_ecp.calibration import Calibration
 from onnx_ecp.errors import ModelError, UsageError, did_you_mean
+from onnx_ecp.evaluate import model_of
 from onnx_ecp.layers import find_layers
-from onnx_ecp.model import Model, constants, decode_sparse, load, read_tensor, signature
+from onnx_ecp.model import Model, constants, decode_sparse, read_tensor, signature
 
 # The deterministic bound per sample is computed for so many samples at most: it only shows how far
 # theory is from measurement.
@@ -124,7 +125,7 @@ def bound(
         )
     if data is None and eps is not None:
         raise UsageError("--eps is about held-out samples.", hint="Add --data FILE.")
-    first, second = _model(a), _model(b)
+    first, second = model_of(a), model_of(b)
     result = Bounds(confidence, 0, None, None, None, None, None, None)
     samples = None
     if data is not None:
@@ -207,7 +208,7 @@ def plan(
     check_confidence(confidence)
     if not 0 <= sparsity <= 1:
         raise UsageError(f"sparsity {sparsity} is not in [0, 1].")
-    source = _model(model)
+    source = model_of(model)
     dense = replace(source, proto=decode_sparse(source.proto))
     check_known(dense.proto)
     stored = constants(dense.proto)
@@ -245,10 +246,6 @@ def check_confidence(confidence: float) -> None:
         raise UsageError(
             f"confidence {confidence} is not between 0 and 1.", hint="Example: --confidence 0.95."
         )
-
-
-def _model(given: str | Path | onnx.ModelProto | Model) -> Model:
-    return given if isinstance(given, Model) else load(given)
 
 
 def _per_sample(a: Model, b: Model, data: Calibration, gaps: sampling.Gaps) -> Deterministic:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,21 @@ from typing import Any
 from onnx_ecp.bounds import Bounds
 from onnx_ecp.doctor import Versions as Versions
 from onnx_ecp.errors import UsageError
-from onnx_ecp.evaluate import Gap, ModelFacts
+from onnx_ecp.evaluate import Gap, Latency, ModelFacts
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.model import check_output, write_whole
-from onnx_ecp.structure.outcome import Speedup, UnitRow, Work
+from onnx_ecp.structure.outcome import MEET, Speedup, UnitRow, Work
 from onnx_ecp.targets import Point
 from onnx_ecp.tensorrt import SparseKernel
 
 UNSTRUCTURED_SPEED = (
     "Scattered zeros make the compressed file smaller, not the inference faster: ONNX Runtime "
     "multiplies them like other numbers. --granularity unit removes whole units for that."
+)
+PATTERN_SPEED = (
+    "N:M makes the compressed file smaller; ONNX Runtime multiplies its zeros like other numbers. "
+    "Kernels for 2:4, such as those of TensorRT on NVIDIA's GPUs, can be faster; no other pattern "
+    "has any there."
 )
 # What a reader needs to know to compare the points of a search with the error of the report.
 CURVE_NOTE = (
@@ -34,10 +39,39 @@ SYNTHETIC_WARNING = (
 
 # Title of the list of ``Report.sparse_kernels``.
 KERNELS = "2:4 kernels of TensorRT"
+# Title of the list of ``Report.staying``, and of the same in ``inspect``.
+UNITS_STAY = "Units that stay"
+# What the table of units in ``inspect`` needs besides.
+UNIT_WORDS = (
+    "width: how many rows of the layer make a unit: 1 of a neuron or channel; of a head its size; "
+    f"of a dimension of every head, the number of heads. {MEET}: no layer reads these units, the "
+    "products of attention do."
+)
 # Shifts below this are what is left of sums that cancel.
 ROUNDING = 1e-12
 # Words for the fields of ``Work``.
 WORK = {"weights": "weights", "multiplications": "flops"}
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "layer"), counted(1_200, "sample")
+    ('1 layer', '1,200 samples')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def latency_rows(latency: Latency) -> Iterator[tuple[str, float, float]]:
+    """Seconds of a run of both models, with what they are."""
+    yield "latency, least", latency.seconds_a, latency.seconds_b
+    if latency.median_a is not None and latency.median_b is not None:
+        yield "latency, median", latency.median_a, latency.median_b
+
+
+def fate(row: UnitRow) -> str:
+    """What happened to the units of a row, in one word."""
+    return "unchanged" if row.after == row.before else row.why
 
 
 @dataclass(frozen=True)
@@ -76,7 +110,7 @@ class CalibrationFacts:
     def __str__(self) -> str:
         """How many there are, for people."""
         batches = f" (each a fixed batch of {self.rows})" if self.rows > 1 else ""
-        return f"{self.samples:,} samples{batches}, {self.held_out:,} held out"
+        return f"{counted(self.samples, 'sample')}{batches}, {self.held_out:,} held out"
 
 
 @dataclass(frozen=True)
@@ -131,7 +165,7 @@ class Report:
         seed: seed of everything random.
         calibration: where the inputs came from.
         layers: the pruned layers, in graph order.
-        skips: the candidates that were not pruned.
+        skips: the candidates that were not pruned, and the layers whose units must stay.
         predicted_error: relative output error that the method expected, None if it does not say.
         gap: original against result on held-out data, None if it was not measured.
         seconds: elapsed time.
@@ -143,6 +177,7 @@ class Report:
         curve: the points that a search for a target visited, in order.
         bounds: on the gap, from the held-out samples; None where none were asked for.
         speedup: what was asked for and what was measured, where latency was the target.
+        latency: of both models, where it was measured.
         sparse_kernels: which layers of the result TensorRT's 2:4 kernels may take; empty without
             N:M.
     """
@@ -168,6 +203,7 @@ class Report:
     bounds: Bounds | None = None
     speedup: Speedup | None = None
     sparse_kernels: tuple[SparseKernel, ...] = ()
+    latency: Latency | None = None
 
     @property
     def weights(self) -> int:
@@ -177,7 +213,20 @@ class Report:
     @property
     def searched(self) -> bool:
         """Whether the sparsity was found by a search for a target."""
-        return bool(self.curve) and self.options.get("sparsity") is None
+        targets = (self.options.get("sparsity"), self.options.get("speedup"))
+        return bool(self.curve) and targets == (None, None)
+
+    @property
+    def dense(self) -> tuple[Skip, ...]:
+        """The candidates that were not pruned."""
+        pruned = {row.name for row in self.layers}
+        return tuple(skip for skip in self.skips if skip.name not in pruned)
+
+    @property
+    def staying(self) -> tuple[Skip, ...]:
+        """The layers whose units must stay, whatever else happened to them."""
+        pruned = {row.name for row in self.layers}
+        return tuple(skip for skip in self.skips if skip.name in pruned)
 
     @property
     def gone(self) -> str:
@@ -204,6 +253,10 @@ class Report:
         from onnx_ecp.report.as_json import report_to_dict
 
         return report_to_dict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as *.json or *.html, whole or not at all; it replaces a file; see ``write``."""
+        write(self, path)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Report:

@@ -10,7 +10,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from onnx_ecp.model import printable
-from onnx_ecp.report import CURVE_NOTE, KERNELS, ROUNDING, WORK, LayerRow, Report, bounding
+from onnx_ecp.report import (
+    CURVE_NOTE,
+    KERNELS,
+    ROUNDING,
+    UNITS_STAY,
+    WORK,
+    LayerRow,
+    Report,
+    bounding,
+    counted,
+    fate,
+    latency_rows,
+)
 from onnx_ecp.report.as_json import dumps, encode
 from onnx_ecp.structure.outcome import MEET
 
@@ -25,6 +37,7 @@ _STYLE = """
   --bar: #6aa5f0; --old: #44618a; --warn: #f0a860; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--fg); background: var(--bg);
   max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--soft); text-align: left;
@@ -105,7 +118,7 @@ def _headline(report: Report) -> str:
     error = ""
     if report.gap is not None:
         error = (
-            f" Relative output error on {report.gap.samples:,} held-out samples: "
+            f" Relative output error on {counted(report.gap.samples, 'held-out sample')}: "
             f"<b>{report.gap.relative_error:.4g}</b>."
         )
     return (
@@ -136,6 +149,10 @@ def _sizes(report: Report) -> str:
     for name, (before, after) in counts.items():
         ratio = f"x{after / before:.3f}" if before else ""
         rows.append([name, f"{before:,}", f"{after:,}", ratio])
+    if report.latency is not None:
+        for name, x, y in latency_rows(report.latency):
+            what = f"{name}, {report.latency.conditions}"
+            rows.append([what, f"{1e3 * x:.3g} ms", f"{1e3 * y:.3g} ms", f"x{y / x:.2f}"])
     return table("Model", ["", "original", "result", "change>"], rows)
 
 
@@ -228,7 +245,7 @@ def _units(report: Report) -> str:
     for row in report.units:
         ends = (row.producers, row.consumers or (MEET,))
         made, read = (shown(" + ".join(names), 200) for names in ends)
-        rows.append([made, read, f"{row.before:,}", f"{row.after:,}", row.why])
+        rows.append([made, read, f"{row.before:,}", f"{row.after:,}", fate(row)])
     before, after = report.work_before, report.work_after
     if before is not None and after is not None:
         for what, field in WORK.items():
@@ -251,8 +268,16 @@ def _kernels(report: Report) -> str:
 
 
 def _skips(report: Report) -> str:
-    rows = [[shown(s.name), shown(s.op, 30), shown(s.reason, 120)] for s in report.skips]
-    return table("Not pruned", ["node", "op", "reason"], rows)
+    lists = {"Not pruned": report.dense, UNITS_STAY: report.staying}
+    return "\n".join(
+        table(
+            title,
+            ["node", "op", "reason"],
+            [[shown(s.name), shown(s.op, 30), shown(s.reason, 120)] for s in skips],
+        )
+        for title, skips in lists.items()
+        if skips
+    )
 
 
 def _origin(report: Report) -> str:

@@ -6,6 +6,7 @@ nothing as markup.
 
 from __future__ import annotations
 
+import copy
 import io
 import sys
 from collections.abc import Iterable, Sequence
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.measure import Measurement
+from rich.table import Column, Table
 from rich.text import Text
 
 from onnx_ecp.bounds import Bounds
@@ -28,11 +31,16 @@ from onnx_ecp.report import (
     CURVE_NOTE,
     KERNELS,
     ROUNDING,
+    UNIT_WORDS,
+    UNITS_STAY,
     WORK,
     LayerRow,
     Recipe,
     Report,
     bounding,
+    counted,
+    fate,
+    latency_rows,
 )
 from onnx_ecp.structure.outcome import MEET, UnitGroup
 from onnx_ecp.targets import Point
@@ -41,6 +49,8 @@ from onnx_ecp.tensorrt import SparseKernel
 WIDTH = 100
 # Rows of a long table that are shown at its beginning and at its end.
 _HEAD = _TAIL = 15
+# Characters of a name that a narrow terminal has room for in a line.
+_NAME = 14
 # Characters of a sentence that are shown; names get fewer.
 _SENTENCE = 400
 
@@ -56,12 +66,45 @@ def show(renderable: RenderableType, file: TextIO | None = None) -> None:
     plain_text: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
     console = Console(file=file, **plain_text)
     if console.is_terminal:
-        console.print(renderable)
+        console.print(fitted(renderable, console))
         return
     console = Console(file=file, width=WIDTH, color_system=None, **plain_text)
     with console.capture() as captured:
         console.print(renderable)
     file.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+
+
+def fitted(renderable: RenderableType, console: Console) -> RenderableType:
+    """The same without those last columns of tables for which the console is too narrow.
+
+    Numbers are not cut and the first column keeps room for names; what was left out is told.
+    """
+    if isinstance(renderable, Group):
+        return Group(*(fitted(part, console) for part in renderable.renderables))
+    if not isinstance(renderable, Table) or not renderable.columns:
+        return renderable
+    table = copy.copy(renderable)
+    table.columns = [
+        _at_least(column, _NAME if k == 0 else None) for k, column in enumerate(table.columns)
+    ]
+    options = console.options.update(max_width=100 * WIDTH)  # a measurement ends there
+    while Measurement.get(console, options, table).minimum > console.width and table.columns[2:]:
+        table.columns = table.columns[:-1]
+    gone = renderable.columns[len(table.columns) :]
+    if not gone:
+        return table
+    titles = ", ".join(" ".join(str(column.header).split()) or "..." for column in gone)
+    return Group(table, Text(f"no room for: {titles}\n"))
+
+
+def _at_least(column: Column, most: int | None) -> Column:
+    """A column as wide as its longest line, or as ``most``; others may wrap."""
+    found = copy.copy(column)
+    if most is not None or column.no_wrap:
+        lines = [line for cell in (column.header, *column.cells) for line in str(cell).split("\n")]
+        longest = max(map(cell_len, lines))
+        found.min_width = longest if most is None else min(longest, most)
+    return found
 
 
 def plain(renderable: RenderableType) -> str:
@@ -101,8 +144,10 @@ def report_tables(report: Report, *, verbose: bool = False) -> Group:
         parts.append(_unit_table(report, verbose))
     if report.sparse_kernels:
         parts.append(_kernel_table(report.sparse_kernels, verbose))
-    if report.skips:
-        parts.append(_skip_table(report.skips, verbose))
+    if report.dense:
+        parts.append(_skip_table(report.dense, verbose))
+    if report.staying:
+        parts.append(_skip_table(report.staying, verbose, UNITS_STAY))
     if report.gap is not None:
         parts.append(_gap_table(report.gap))
     if report.curve:
@@ -141,11 +186,11 @@ def inspection_tables(inspection: Inspection, *, verbose: bool = False) -> Group
     parts.append(table)
     parts += _blocked(inspection.layers)
     if inspection.unit_groups:
-        parts.append(_group_table(inspection.unit_groups, verbose))
+        parts += [_group_table(inspection.unit_groups, verbose), Text(f"{UNIT_WORDS}\n")]
     if inspection.skips:
         parts.append(_skip_table(inspection.skips, verbose))
     if inspection.unit_refusals:
-        parts.append(_skip_table(inspection.unit_refusals, verbose, "Units that stay"))
+        parts.append(_skip_table(inspection.unit_refusals, verbose, UNITS_STAY))
     parts += [_warning(text) for text in inspection.warnings]
     return Group(*parts)
 
@@ -191,8 +236,11 @@ def comparison_tables(comparison: Comparison) -> Group:
     table = _sides("A", "B")
     _size_rows(table, comparison.a, comparison.b)
     _score_rows(table, comparison.gap)
+    if comparison.work_a is not None and comparison.work_b is not None:
+        x, y = comparison.work_a.flops, comparison.work_b.flops
+        table.add_row("multiplications of layers", f"{x:,}", f"{y:,}", _ratio(x, y))
     if comparison.latency is not None:
-        _latency_row(table, comparison.latency)
+        _latency_rows(table, comparison.latency)
     parts: list[RenderableType] = [table, _gap_table(comparison.gap)]
     parts += [_warning(text) for text in comparison.gap.warnings]
     return Group(*parts)
@@ -260,6 +308,8 @@ def _summary(report: Report) -> Table:
     )
     if report.gap is not None:
         _score_rows(table, report.gap)
+    if report.latency is not None:
+        _latency_rows(table, report.latency)
     return table
 
 
@@ -284,13 +334,10 @@ def _score_rows(table: Table, gap: Gap) -> None:
         table.add_row(score.metric, f"{score.a:.5g}{unit}", f"{score.b:.5g}{unit}", change)
 
 
-def _latency_row(table: Table, latency: Latency) -> None:
-    table.add_row(
-        f"latency, batch {latency.batch}",
-        f"{1e3 * latency.seconds_a:.3g} ms",
-        f"{1e3 * latency.seconds_b:.3g} ms",
-        f"x{latency.ratio:.2f}",
-    )
+def _latency_rows(table: Table, latency: Latency) -> None:
+    for what, x, y in latency_rows(latency):
+        table.add_row(what, f"{1e3 * x:.3g} ms", f"{1e3 * y:.3g} ms", f"x{y / x:.2f}")
+    table.add_row("measured with", "", "", latency.conditions)
 
 
 def _layer_table(report: Report, verbose: bool) -> Table:
@@ -346,7 +393,7 @@ def _unit_table(report: Report, verbose: bool) -> Table:
             continue
         ends = (row.producers, row.consumers or (MEET,))
         made, read = (" + ".join(map(printable, names)) for names in ends)
-        table.add_row(made, read, f"{row.before:,}", f"{row.after:,}", row.why)
+        table.add_row(made, read, f"{row.before:,}", f"{row.after:,}", fate(row))
     before, after = report.work_before, report.work_after
     if before is not None and after is not None:
         table.add_section()
@@ -382,7 +429,7 @@ def _skip_table(skips: Sequence[Skip], verbose: bool, title: str = "Not pruned")
 def _gap_table(gap: Gap) -> Table:
     columns = ["output", "relative error>", "mean squared error>", "largest deviation>"]
     agrees = gap.agreement is not None
-    title = f"Outputs on {gap.samples:,} samples"
+    title = f"Outputs on {counted(gap.samples, 'sample')}"
     table = _table(title, *columns, *(["same largest>"] if agrees else []))
     for d in gap.outputs:
         largest = f"{_number(d.largest)} (sample {d.largest_at})"
