@@ -220,7 +220,7 @@ def jointly_refitted(
         return result
     if not network.observer.reverses:
         text = "the joint refit was left out: it would take too long by finite differences."
-        return replace(result, warnings=(text,))
+        return _warned(result, text)
     needed = memory_needed(network.layers, result.state.keep)
     share = network.share(2)
     if share is not None and needed > share:
@@ -228,7 +228,7 @@ def jointly_refitted(
             f"the joint refit was left out: it takes {needed / 2**20:.3g} MiB, and half of "
             f"--max-memory is {share / 2**20:.3g} MiB."
         )
-        return replace(result, warnings=(text,))
+        return _warned(result, text)
     found = refit_jointly(
         network.objective,
         result.state,
@@ -241,6 +241,11 @@ def jointly_refitted(
         progress=progress,
     )
     return replace(result, state=found.state)
+
+
+def _warned(result: Pruned, text: str) -> Pruned:
+    """With one more warning, unless it was there already."""
+    return replace(result, warnings=tuple(dict.fromkeys((*result.warnings, text))))
 
 
 def schedule(stages: int) -> list[float]:
@@ -275,6 +280,7 @@ def stage(
     measured = measured or observe(network, plan, state, progress)
     scores = importances(network, plan, state, measured)
     by_tensor = summed(network.layers, scores)
+    sizes = relative_sizes(network.layers, state)
     keep: dict[str, np.ndarray] = {}
     for group in plan.groups:
         keep |= select(
@@ -284,6 +290,7 @@ def stage(
             network.original.keep,
             share=share,
             floor=plan.method.floor,
+            sizes=sizes,
         )
     if plan.method.search is not None:
         keep = searched(network, plan, state, keep, measured)
@@ -303,7 +310,27 @@ def stage(
         for layer in network.layers
     }
     ess = {name: effective_sample_size(s) for name, s in measured.weights.items()}
-    return Pruned(after, removed, ess, notes)
+    warnings = before.warnings
+    if state is network.original:  # later on, pruning itself may have cut a layer off
+        warnings = tuple(_blind(network.layers, state, scores))
+    return Pruned(after, removed, ess, notes, warnings)
+
+
+def _blind(
+    layers: Sequence[Layer], state: State, scores: Mapping[str, np.ndarray]
+) -> Iterator[str]:
+    """What the user must know of layers whose importances are all zero."""
+    names = []
+    for layer in layers:
+        keep = state.keep[layer.weight.tensor]
+        if keep.any() and not scores[layer.name][keep].any():
+            names.append(layer.name)
+    if names:
+        yield (
+            f"all importances of {len(names)} layers, such as {printable(names[0])}, are zero: on "
+            "these samples their inputs never vary, or the outputs do not depend on them. Only "
+            "their size ranks their weights; give more calibration data."
+        )
 
 
 def searched(
@@ -452,6 +479,20 @@ def summed(layers: Sequence[Layer], scores: Mapping[str, np.ndarray]) -> Mapping
     for layer in layers:
         users.setdefault(layer.weight.tensor, []).append(layer.name)
     return Computed(users, lambda tensor: reduce(add, (scores[name] for name in users[tensor])))
+
+
+def relative_sizes(layers: Sequence[Layer], state: State) -> Mapping[str, np.ndarray]:
+    """|W| (out, in) by stored tensor, in units of its own mean: what decides between equal scores.
+
+    They are equal mostly where nothing is known: an input that never varies, a single sample.
+    """
+    views = {layer.weight.tensor: layer.weight for layer in layers}
+
+    def sizes(name: str) -> np.ndarray:
+        size = np.abs(views[name].matrix(state.weights[name]).astype(np.float64))
+        return np.asarray(size / (size[state.keep[name]].mean() if state.keep[name].any() else 1))
+
+    return Computed(views, sizes)
 
 
 def compensate(

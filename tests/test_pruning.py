@@ -1,0 +1,57 @@
+"""The loop of stages: what holds whatever the data, the batch size and the sharing of weights."""
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from onnx import numpy_helper
+
+import onnx_ecp
+
+HEADER = '<ir_version: 8, opset_import: ["": 17]> net '
+MLP = """(float[n,12] x) => (float[n,4] y) {
+    h = Gemm<transB=1>(x, W1, b1)  r = Relu(h)  y = Gemm<transB=1>(r, W2, b2)
+}"""
+SHAPES = {"W1": (16, 12), "b1": (16,), "W2": (4, 16), "b2": (4,)}
+
+
+@pytest.fixture
+def model(rng):
+    return with_values(MLP, SHAPES, rng)
+
+
+@pytest.fixture
+def data(rng):
+    return {"x": (rng.normal(size=(200, 6)) @ rng.normal(size=(6, 12))).astype(np.float32)}
+
+
+def with_values(text, shapes, rng):
+    """A model of random float32 initializers."""
+    model = onnx.parser.parse_model(HEADER + text)
+    for name, shape in shapes.items():
+        values = (rng.normal(size=shape) / np.sqrt(shape[-1])).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
+    return model
+
+
+# Ties.
+
+
+@pytest.mark.parametrize("method", ["ecp", "obs", "flap"])
+def test_where_inputs_never_vary_size_ranks_weights_and_that_is_told(model, data, method):
+    x = np.tile(data["x"][:1], (50, 1))
+    found = onnx_ecp.optimize(model, x, method=method, sparsity=0.6, cleanup=False)
+    sizes = {}
+    for tensor in model.graph.initializer:
+        if tensor.name in found.masks:
+            size = np.abs(numpy_helper.to_array(tensor).astype(np.float64))
+            sizes[tensor.name] = size / size.mean()
+    stays = np.concatenate([sizes[n][found.masks[n]] for n in sizes])
+    gone = np.concatenate([sizes[n][~found.masks[n]] for n in sizes])
+    assert gone.max() < stays.min()
+    assert any("importances of 2 layers, such as h, are zero" in w for w in found.report.warnings)
+
+
+def test_three_samples_do_not_empty_a_layer(model, data):
+    found = onnx_ecp.optimize(model, data["x"][:3], sparsity=0.5, cleanup=False)
+    assert all(0.3 < mask.mean() < 0.7 for mask in found.masks.values())
