@@ -202,7 +202,7 @@ def tuned(
         network.fit,
         network.guard,
         steps=steps,
-        batch=min(BATCH, network.size),
+        size=min(BATCH, network.size),
         seed=plan.seed,
         progress=progress,
     )

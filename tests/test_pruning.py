@@ -55,3 +55,20 @@ def test_where_inputs_never_vary_size_ranks_weights_and_that_is_told(model, data
 def test_three_samples_do_not_empty_a_layer(model, data):
     found = onnx_ecp.optimize(model, data["x"][:3], sparsity=0.5, cleanup=False)
     assert all(0.3 < mask.mean() < 0.7 for mask in found.masks.values())
+
+
+# Fine-tuning.
+
+
+@pytest.mark.parametrize("metric", ["l2", "kl"])
+def test_fine_tuning_does_not_depend_on_the_batch_size(model, data, metric):
+    found = [
+        onnx_ecp.optimize(
+            model, data, method="magnitude", metric=metric, finetune_steps=30, batch_size=size
+        ).model
+        for size in (128, 50, 3)
+    ]
+    weights = [[numpy_helper.to_array(t) for t in x.graph.initializer] for x in found]
+    for other in weights[1:]:
+        for one, two in zip(weights[0], other, strict=True):
+            np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-4)
