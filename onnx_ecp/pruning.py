@@ -573,7 +573,7 @@ def solve_layers(
     Returns:
         The new state, and by layer name why a solution was not kept.
     """
-    repair, shrink, notes = plan.method.repair, plan.method.shrinkage, {}
+    repair, notes = plan.method.repair, {}
     fit = _Run(network, network.fit, with_original=repair.weighted)
     guard = _Guard(network, plan, state) if repair.guarded else None
     uses = Counter(layer.weight.tensor for layer in network.layers)
@@ -582,7 +582,7 @@ def solve_layers(
         layer = segment.layer
         tensor = layer.weight.tensor
         weights = measured.weights[layer.name] if repair.weighted else None
-        seen = fit.gram(segment, state, weights, shrink)
+        seen = fit.gram(segment, state, weights, repair.shrinkage)
         original, current = _matrix(layer, network.original), _matrix(layer, state)
         if uses[tensor] == 1:
             run, order = _runs(plan, tensor)
@@ -632,7 +632,7 @@ class _Guard:
     """Judges solutions on samples that they were not fitted to."""
 
     def __init__(self, network: Network, plan: Plan, state: State) -> None:
-        self._network, self._shrink = network, plan.method.shrinkage
+        self._network, self._shrink = network, plan.method.repair.shrinkage
         self._run = _Run(network, network.guard)
         self._weights = row_sensitivities(
             network.observer, state, network.guard, size=network.size, memory=network.share(8)

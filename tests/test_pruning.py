@@ -1,5 +1,7 @@
 """The loop of stages: what holds whatever the data, the batch size and the sharing of weights."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -7,6 +9,7 @@ import pytest
 from onnx import numpy_helper
 
 import onnx_ecp
+from onnx_ecp.methods import COMPENSATIONS, METHODS
 
 HEADER = '<ir_version: 8, opset_import: ["": 17]> net '
 MLP = """(float[n,12] x) => (float[n,4] y) {
@@ -72,3 +75,16 @@ def test_fine_tuning_does_not_depend_on_the_batch_size(model, data, metric):
     for other in weights[1:]:
         for one, two in zip(weights[0], other, strict=True):
             np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-4)
+
+
+# Compensation.
+
+
+def test_a_refit_shrinks_its_sensitivities_whatever_ranked_the_weights(model, data, monkeypatch):
+    choices = {"compensation": "refit", "sparsity": 0.6, "stages": 1}
+    monkeypatch.setitem(METHODS, "shrunk", replace(METHODS["magnitude"], shrinkage=0.3))
+    plain = onnx_ecp.optimize(model, data, method="magnitude", **choices).model
+    assert plain == onnx_ecp.optimize(model, data, method="shrunk", **choices).model
+    refit = replace(COMPENSATIONS["refit"], shrinkage=0.0)
+    monkeypatch.setitem(COMPENSATIONS, "refit", refit)
+    assert plain != onnx_ecp.optimize(model, data, method="magnitude", **choices).model
