@@ -567,8 +567,8 @@ def solve_layers(
     """Solve one layer after the other, each in the network that the layers before it make now.
 
     Where the compensation is guarded, a solution stays only if its error on the guard samples is
-    not larger than that of ``state``. A weight that several layers share stays as ``state`` has
-    it: each of them would want another one.
+    not larger than that of ``state``, with its new shifts or without. A weight that several layers
+    share stays as ``state`` has it: each of them would want another one.
 
     Returns:
         The new state, and by layer name why a solution was not kept.
@@ -602,12 +602,13 @@ def solve_layers(
         else:
             shift = mean_shift(seen, original, current) if repair.shifts else None
             solved = Solved(current, state.keep[tensor], shift)
-        if guard is None or guard.allows(segment, state, solved):
-            state = _with_solution(state, layer, solved)
-        else:
-            notes[layer.name] = (
-                "last refit not kept: it raised the error on the samples that judge it"
-            )
+        if guard is not None:
+            solved, refused = guard.judged(segment, before, state, solved)
+            if refused:
+                notes[layer.name] = (
+                    f"last {refused} not kept: it raised the error on the samples that judge it"
+                )
+        state = _with_solution(state, layer, solved)
         progress("refit", done, len(network.segments))
     return state, notes
 
@@ -638,17 +639,34 @@ class _Guard:
             network.observer, state, network.guard, size=network.size, memory=network.share(8)
         )
 
-    def allows(self, segment: Segment, state: State, solved: Solved) -> bool:
-        """Whether the weighted error of the segment's layer does not rise."""
+    def judged(
+        self, segment: Segment, before: State, state: State, solved: Solved
+    ) -> tuple[Solved, str]:
+        """The solution and "", unless the weighted error of its layer is lower without.
+
+        Args:
+            segment: that ends with the layer's input.
+            before: the state before anything went, whose shift may be better than a new one.
+            state: with the shifts of ``bias_shift``, and what the layers before it became.
+            solved: the solution.
+
+        Returns:
+            The best of all that came before it, and what it then goes without.
+        """
         layer = segment.layer
-        judged = self._run.gram(segment, state, self._weights[layer.name], self._shrink)
+        seen = self._run.gram(segment, state, self._weights[layer.name], self._shrink)
         target, current = _matrix(layer, self._network.original), _matrix(layer, state)
-        shift = state.shifts[layer.name]
-        old = excess(judged, target, current, shift)
-        new = shift if solved.shift is None else solved.shift
-        # Where nothing went, and nothing before it changed, both are the same but for rounding.
-        rounding = 1e-12 * np.abs(old).sum()
-        return bool(excess(judged, target, solved.weight, new).sum() <= old.sum() + rounding)
+        shifts = [state.shifts[layer.name], before.shifts[layer.name]]
+        errors = [excess(seen, target, current, shift) for shift in shifts]
+        sums = [float(error.sum()) for error in errors]
+        new = shifts[0] if solved.shift is None else solved.shift
+        # Where nothing went, and nothing before it changed, all are the same but for rounding.
+        rounding = 1e-12 * float(np.abs(errors[0]).sum())
+        if excess(seen, target, solved.weight, new).sum() <= min(sums) + rounding:
+            return solved, ""
+        old = sums[1] < sums[0] - rounding
+        refused = "refit and bias shift" if old else "refit"
+        return Solved(current, state.keep[layer.weight.tensor], shifts[int(old)]), refused
 
 
 class _Run:

@@ -9,7 +9,8 @@ import pytest
 from onnx import numpy_helper
 
 import onnx_ecp
-from onnx_ecp.methods import COMPENSATIONS, METHODS
+from onnx_ecp import pruning
+from onnx_ecp.methods import COMPENSATIONS, METHODS, Solved
 
 HEADER = '<ir_version: 8, opset_import: ["": 17]> net '
 MLP = """(float[n,12] x) => (float[n,4] y) {
@@ -88,3 +89,22 @@ def test_a_refit_shrinks_its_sensitivities_whatever_ranked_the_weights(model, da
     refit = replace(COMPENSATIONS["refit"], shrinkage=0.0)
     monkeypatch.setitem(COMPENSATIONS, "refit", refit)
     assert plain != onnx_ecp.optimize(model, data, method="magnitude", **choices).model
+
+
+@pytest.mark.parametrize("wrong", [10.0, 1e6], ids=["better than the shift", "worse"])
+def test_neither_a_refit_nor_a_bias_shift_may_raise_the_held_out_error(
+    model, data, monkeypatch, wrong
+):
+    def solve(problem):
+        masked = np.where(problem.keep, problem.weight, 0)
+        return Solved(masked, problem.keep, np.full(len(masked), wrong))
+
+    choices = {"method": "magnitude", "sparsity": 0.5, "cleanup": False}
+    masked = onnx_ecp.optimize(model, data, **choices)
+    monkeypatch.setattr(pruning, "bias_shift", lambda weight, *_: np.full(len(weight), 1e3))
+    monkeypatch.setitem(COMPENSATIONS, "refit", replace(COMPENSATIONS["refit"], solve=solve))
+    found = onnx_ecp.optimize(model, data, compensation="refit", **choices)
+    assert found.model == masked.model
+    notes = {row.note for row in found.report.layers}
+    assert len(notes) == 1
+    assert notes.pop().startswith("last refit and bias shift not kept")
