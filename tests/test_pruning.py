@@ -9,8 +9,9 @@ import pytest
 from onnx import numpy_helper
 
 import onnx_ecp
-from onnx_ecp import pruning
+from onnx_ecp import pipeline, pruning
 from onnx_ecp.methods import COMPENSATIONS, METHODS, Solved
+from onnx_ecp.options import Options
 
 HEADER = '<ir_version: 8, opset_import: ["": 17]> net '
 MLP = """(float[n,12] x) => (float[n,4] y) {
@@ -29,11 +30,11 @@ def data(rng):
     return {"x": (rng.normal(size=(200, 6)) @ rng.normal(size=(6, 12))).astype(np.float32)}
 
 
-def with_values(text, shapes, rng):
-    """A model of random float32 initializers."""
+def with_values(text, shapes, rng, kind=np.float32):
+    """A model of random initializers."""
     model = onnx.parser.parse_model(HEADER + text)
     for name, shape in shapes.items():
-        values = (rng.normal(size=shape) / np.sqrt(shape[-1])).astype(np.float32)
+        values = (rng.normal(size=shape) / np.sqrt(shape[-1])).astype(kind)
         model.graph.initializer.append(numpy_helper.from_array(values, name))
     return model
 
@@ -108,3 +109,69 @@ def test_neither_a_refit_nor_a_bias_shift_may_raise_the_held_out_error(
     notes = {row.note for row in found.report.layers}
     assert len(notes) == 1
     assert notes.pop().startswith("last refit and bias shift not kept")
+
+
+TWICE = """(double[n,6] x1, double[n,6] x2) => (double[n,8] y) {
+    h1 = Gemm<transB=1>(x1, W, b)  h2 = Gemm<transB=1>(x2, W, b)  y = Concat<axis=1>(h1, h2)
+}"""
+TWICE_SHAPES = {"W": (4, 6), "b": (4,)}
+
+
+def twice(rng, **choices):
+    """A network of two layers with one weight, its plan, and their inputs, which depend."""
+    model = with_values(TWICE, TWICE_SHAPES, rng, np.float64)
+    mixing = rng.normal(size=(2, 6, 6))
+    x = {f"x{i + 1}": rng.normal(size=(90, 6)) @ m + i for i, m in enumerate(mixing)}
+    options = Options.of(sparsity=0.5, stages=1, **choices)
+    source = pipeline.load(model)
+    layers, _ = pipeline.choose_layers(source, options)
+    network, _ = pipeline.observe_network(
+        source, layers, pipeline.gather(source, x, options), options
+    )
+    return network, pipeline.make_plan(network.layers, options)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "obc"])
+def test_a_shared_weight_is_the_least_squares_solution_of_all_its_layers(rng, method):
+    shifted = method == "magnitude"
+    compensation = "refit" if shifted else "obc"
+    network, plan = twice(rng, method=method, compensation=compensation, damping=1e-9)
+    state = pruning.prune(network, plan).state
+    original, keep = network.original.weights["W"], state.keep["W"]
+    inputs = network.fit.arrays
+    means = {name: x.mean(axis=0) * shifted for name, x in inputs.items()}
+    rows = np.concatenate([x - means[name] for name, x in inputs.items()])
+    assert np.count_nonzero(~keep) == keep.size // 2
+    for row, w, on in zip(state.weights["W"], original, keep, strict=True):
+        expected, *_ = np.linalg.lstsq(rows[:, on], rows @ w, rcond=None)
+        np.testing.assert_allclose(row[on], expected, rtol=1e-6, atol=1e-7)
+        assert not row[~on].any()
+    for layer in network.layers:
+        expected = (original - state.weights["W"]) @ means[layer.input]
+        np.testing.assert_allclose(state.shifts[layer.name], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_shared_solution_that_raises_the_error_of_its_layers_is_not_kept(rng, monkeypatch):
+    network, plan = twice(rng, method="magnitude", compensation="refit")
+    wrong = replace(
+        COMPENSATIONS["refit"],
+        solve=lambda x: Solved(np.where(x.keep, -3 * x.weight, 0), x.keep),
+    )
+    monkeypatch.setitem(COMPENSATIONS, "refit", wrong)
+    found = pruning.prune(network, plan)
+    kept = np.where(found.state.keep["W"], network.original.weights["W"], 0)
+    np.testing.assert_array_equal(found.state.weights["W"], kept)
+    assert set(found.notes) == {layer.name for layer in network.layers}
+
+
+def test_a_kernel_may_be_shared_by_convolutions_of_other_groups(rng):
+    text = """(float[n,2,6] x, float[n,4,6] z) => (float[n,4,4] y) {
+        h = Conv(x, W)  g = Conv<group=2>(z, W)  y = Add(h, g)
+    }"""
+    model = with_values(text, {"W": (4, 2, 3)}, rng)
+    x = {
+        "x": rng.normal(size=(60, 2, 6)).astype(np.float32),
+        "z": rng.normal(size=(60, 4, 6)).astype(np.float32),
+    }
+    found = onnx_ecp.optimize(model, x, sparsity=0.5, stages=2, cleanup=False)
+    assert found.report.sparsity == 0.5
