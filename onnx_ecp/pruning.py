@@ -623,11 +623,14 @@ def solve_layers(
         else:
             shift = mean_shift(seen, original, current) if repair.shifts else None
             solved = Solved(current, state.keep[tensor], shift)
-        if guard is not None:
-            solved, refused = guard.judged(segment, before, state, solved)
-            if refused:
-                notes[layer.name] = f"last {refused} not kept: {RAISED}"
-        state = _with_solution(state, layer, solved)
+        better = None if guard is None else guard.better(segment, before, state, solved)
+        if better is None:
+            state = _with_solution(state, layer, solved)
+        else:
+            if uses[tensor] == 1:
+                what = "refit" if better is state.shifts[layer.name] else "refit and bias shift"
+                notes[layer.name] = f"last {what} not kept: {RAISED}"
+            state = replace(state, shifts={**state.shifts, layer.name: better})
         progress("refit", done, len(network.segments))
     return state, notes
 
@@ -789,34 +792,29 @@ class _Guard:
             network.observer, state, network.guard, size=network.size, memory=network.share(8)
         )
 
-    def judged(
+    def better(
         self, segment: Segment, before: State, state: State, solved: Solved
-    ) -> tuple[Solved, str]:
-        """The solution and "", unless the weighted error of its layer is lower without.
+    ) -> np.ndarray | None:
+        """The shift with which the layer's weighted error is lower without the solution, if any.
 
         Args:
             segment: that ends with the layer's input.
             before: the state before anything went, whose shift may be better than a new one.
             state: with the shifts of ``bias_shift``, and what the layers before it became.
             solved: the solution.
-
-        Returns:
-            The best of all that came before it, and what it then goes without.
         """
         layer = segment.layer
         seen = self._run.gram(segment, state, self._weights[layer.name], self._shrink)
         target, current = _matrix(layer, self._network.original), _matrix(layer, state)
-        shifts = [state.shifts[layer.name], before.shifts[layer.name]]
-        errors = [excess(seen, target, current, shift) for shift in shifts]
-        sums = [float(error.sum()) for error in errors]
-        new = shifts[0] if solved.shift is None else solved.shift
+        shift, old = state.shifts[layer.name], before.shifts[layer.name]
+        new = shift if solved.shift is None else solved.shift
+        found = excess(seen, target, solved.weight, new).sum()
+        with_shift, without = (excess(seen, target, current, d) for d in (shift, old))
         # Where nothing went, and nothing before it changed, all are the same but for rounding.
-        rounding = 1e-12 * float(np.abs(errors[0]).sum())
-        if excess(seen, target, solved.weight, new).sum() <= min(sums) + rounding:
-            return solved, ""
-        old = sums[1] < sums[0] - rounding
-        refused = "refit and bias shift" if old else "refit"
-        return Solved(current, state.keep[layer.weight.tensor], shifts[int(old)]), refused
+        rounding = 1e-12 * np.abs(with_shift).sum()
+        if found <= min(with_shift.sum(), without.sum()) + rounding:
+            return None
+        return old if without.sum() < with_shift.sum() - rounding else shift
 
 
 class _Run:
