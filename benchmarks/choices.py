@@ -20,7 +20,7 @@ from contest import Feeds, compete_on, ours
 from networks import NETWORKS, Network
 from outcome import Claim, Row, finish, pivot, publish, table
 
-from onnx_ecp.methods import METHODS, View
+from onnx_ecp.methods import COMPENSATIONS, METHODS, Method, View
 
 DEFAULT = METHODS["ecp-refit"]
 # Fewer than the official runs take: what is left judges.
@@ -38,6 +38,13 @@ def averaged(view: View) -> np.ndarray:
     return np.asarray(DEFAULT.importance(view) * view.seen.count / view.seen.rows)
 
 
+def shrunk(q: float) -> Method:
+    """The default with the same shrinkage in importance and refit."""
+    name = f"joint, shrinkage {q}"
+    COMPENSATIONS[name] = replace(COMPENSATIONS["joint"], shrinkage=q)
+    return replace(DEFAULT, shrinkage=q, compensation=name)
+
+
 # By name: what is not as in the default; a method of its own where it is no option.
 ALTERNATIVES: dict[str, tuple[Any, dict[str, Any]]] = {
     "default": (DEFAULT, {}),
@@ -50,9 +57,9 @@ ALTERNATIVES: dict[str, tuple[Any, dict[str, Any]]] = {
     "importance wanda": (DEFAULT, {"importance": "wanda"}),
     "averaged over positions": (replace(DEFAULT, importance=averaged), {}),
     "metric kl": (DEFAULT, {"metric": "kl"}),
-    "shrinkage 0": (replace(DEFAULT, shrinkage=0.0), {}),
-    "shrinkage 0.1": (replace(DEFAULT, shrinkage=0.1), {}),
-    "shrinkage 0.5": (replace(DEFAULT, shrinkage=0.5), {}),
+    "shrinkage 0": (shrunk(0.0), {}),
+    "shrinkage 0.1": (shrunk(0.1), {}),
+    "shrinkage 0.5": (shrunk(0.5), {}),
     "floor 0": (replace(DEFAULT, floor=0.0), {}),
     "damping 1e-3": (DEFAULT, {"damping": 1e-3}),
     "damping 1e-1": (DEFAULT, {"damping": 1e-1}),

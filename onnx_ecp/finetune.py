@@ -44,7 +44,7 @@ def finetune(
     guard: Calibration,
     *,
     steps: int,
-    batch: int = BATCH,
+    size: int = BATCH,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Tuned:
@@ -55,8 +55,9 @@ def finetune(
         state: where to begin.
         fit: samples to learn from.
         guard: other samples, for early stopping.
-        steps: batches.
-        batch: samples in one.
+        steps: how many, of BATCH samples each; of one where samples cannot be put together.
+        size: how many samples are computed at a time. It says how much memory that takes, and
+            changes no step but for rounding.
         seed: of the order of samples.
         progress: called after every step.
     """
@@ -65,11 +66,11 @@ def finetune(
     values = theta.of(state)
     scale = np.concatenate([np.full(x.size, _root_mean_square(x)) for x in theta.parts(values)])
     first, second = np.zeros_like(values), np.zeros_like(values)
-    best, best_loss = state, objective.loss(state, guard, batch)
+    best, best_loss = state, objective.loss(state, guard, size)
     before = best_loss
     for step in range(1, steps + 1):
         check_deadline()
-        g = _gradient(objective, state, _draw(fit, batch, rng), theta)
+        g = _gradient(objective, state, _draw(fit, rng), size, theta)
         rate = STEP * 0.5 * (1 + np.cos(np.pi * step / steps))
         first += (1 - BETAS[0]) * (g - first)
         second += (1 - BETAS[1]) * (g * g - second)
@@ -78,18 +79,24 @@ def finetune(
         values = values - rate * scale * corrected / (spread + 1e-12)
         state = theta.state(state, values)
         if step % max(steps // CHECKS, 1) == 0 or step == steps:
-            now = objective.loss(state, guard, batch)
+            now = objective.loss(state, guard, size)
             if now < best_loss:
                 best, best_loss = state, now
         progress("fine-tuning", step, steps)
     return Tuned(best, before, best_loss)
 
 
-def _gradient(objective: Objective, state: State, batch: Batch, theta: Parameters) -> np.ndarray:
-    """(theta.size,): mean gradient per sample."""
-    y = objective.observer.heads(state, batch)
-    slopes = objective.slopes(y, objective.targets(batch))
-    return objective.gradient(state, batch, slopes, theta) / batch.samples
+def _gradient(
+    objective: Objective, state: State, data: Calibration, size: int, theta: Parameters
+) -> np.ndarray:
+    """(theta.size,): mean gradient per sample, summed over parts of ``size`` samples."""
+
+    def part(batch: Batch) -> np.ndarray:
+        y = objective.observer.heads(state, batch)
+        slopes = objective.slopes(y, objective.targets(batch))
+        return objective.gradient(state, batch, slopes, theta)
+
+    return np.asarray(sum(map(part, data.batches(size))) / len(data))
 
 
 def _root_mean_square(values: np.ndarray) -> float:
@@ -98,7 +105,7 @@ def _root_mean_square(values: np.ndarray) -> float:
     return float(np.sqrt(np.square(there).mean())) if there.size else 1.0
 
 
-def _draw(data: Calibration, size: int, rng: np.random.Generator) -> Batch:
-    """A random batch; a single sample where samples cannot be put together."""
-    size = min(size, len(data)) if data.stacked else 1
-    return next(data.take(rng.choice(len(data), size, replace=False)).batches(size))
+def _draw(data: Calibration, rng: np.random.Generator) -> Calibration:
+    """Random samples for one step; a single one where samples cannot be put together."""
+    number = min(BATCH, len(data)) if data.stacked else 1
+    return data.take(rng.choice(len(data), number, replace=False))

@@ -221,7 +221,7 @@ def optimize(
         original=original,
         result=comparison.b,
         versions=doctor.versions(),
-        recipe=recipe_of(options),
+        recipe=recipe_of(options, network.observer.logits),
         options=options.as_json(),
         seed=options.seed,
         calibration=data.facts,
@@ -986,15 +986,16 @@ def _ranking(options: Options) -> str:
     return options.ranking or options.method
 
 
-def recipe_of(options: Options) -> Recipe:
-    """What was done in the end, defaults resolved."""
+def recipe_of(options: Options, logits: Sequence[str] = ()) -> Recipe:
+    """What was done in the end, defaults resolved; ``logits`` as an Observer has them."""
     method = options.recipe
+    place = f"; taken at the logits of {modelling.printable(', '.join(logits))}" if logits else ""
     return Recipe(
         method=options.method,
         importance=_ranking(options),
         compensation=method.compensation,
         metric=options.resolved_metric,
-        metric_reason=options.metric_reason,
+        metric_reason=options.metric_reason + place,
         damping=options.damping or method.repair.damping,
         positions=options.positions,
         gradients=options.gradients,
@@ -1065,7 +1066,7 @@ def warnings(data: Data, network: Network, pruned: Pruned, comparison: Compariso
         yield (
             f"--metric {network.observer.metric} takes outputs as logits, but the values of "
             f"{modelling.printable(name)!r} look like probabilities: give the model before "
-            "its softmax, or use --metric l2."
+            "its softmax or sigmoid, or use --metric l2."
         )
     if not any(keep.any() for keep in pruned.state.keep.values()):
         yield "no weight is left in any of these layers: the outputs no longer depend on them."

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
+from math import lcm
 from operator import add
 from typing import Protocol
 
@@ -49,6 +50,8 @@ from onnx_ecp.walk import Passage, Segment, segments
 
 # What the curvature couples: all weights of the network, or those of a stored tensor.
 BLOCKS = ("network", "layer")
+# Why a solution is not kept.
+RAISED = "it raised the error on the samples that judge it"
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ def tuned(
         network.fit,
         network.guard,
         steps=steps,
-        batch=min(BATCH, network.size),
+        size=min(BATCH, network.size),
         seed=plan.seed,
         progress=progress,
     )
@@ -220,7 +223,7 @@ def jointly_refitted(
         return result
     if not network.observer.reverses:
         text = "the joint refit was left out: it would take too long by finite differences."
-        return replace(result, warnings=(text,))
+        return _warned(result, text)
     needed = memory_needed(network.layers, result.state.keep)
     share = network.share(2)
     if share is not None and needed > share:
@@ -228,7 +231,7 @@ def jointly_refitted(
             f"the joint refit was left out: it takes {needed / 2**20:.3g} MiB, and half of "
             f"--max-memory is {share / 2**20:.3g} MiB."
         )
-        return replace(result, warnings=(text,))
+        return _warned(result, text)
     found = refit_jointly(
         network.objective,
         result.state,
@@ -241,6 +244,11 @@ def jointly_refitted(
         progress=progress,
     )
     return replace(result, state=found.state)
+
+
+def _warned(result: Pruned, text: str) -> Pruned:
+    """With one more warning, unless it was there already."""
+    return replace(result, warnings=tuple(dict.fromkeys((*result.warnings, text))))
 
 
 def schedule(stages: int) -> list[float]:
@@ -275,6 +283,7 @@ def stage(
     measured = measured or observe(network, plan, state, progress)
     scores = importances(network, plan, state, measured)
     by_tensor = summed(network.layers, scores)
+    sizes = relative_sizes(network.layers, state)
     keep: dict[str, np.ndarray] = {}
     for group in plan.groups:
         keep |= select(
@@ -284,6 +293,7 @@ def stage(
             network.original.keep,
             share=share,
             floor=plan.method.floor,
+            sizes=sizes,
         )
     if plan.method.search is not None:
         keep = searched(network, plan, state, keep, measured)
@@ -303,7 +313,27 @@ def stage(
         for layer in network.layers
     }
     ess = {name: effective_sample_size(s) for name, s in measured.weights.items()}
-    return Pruned(after, removed, ess, notes)
+    warnings = before.warnings
+    if state is network.original:  # later on, pruning itself may have cut a layer off
+        warnings = tuple(_blind(network.layers, state, scores))
+    return Pruned(after, removed, ess, notes, warnings)
+
+
+def _blind(
+    layers: Sequence[Layer], state: State, scores: Mapping[str, np.ndarray]
+) -> Iterator[str]:
+    """What the user must know of layers whose importances are all zero."""
+    names = []
+    for layer in layers:
+        keep = state.keep[layer.weight.tensor]
+        if keep.any() and not scores[layer.name][keep].any():
+            names.append(layer.name)
+    if names:
+        yield (
+            f"all importances of {len(names)} layers, such as {printable(names[0])}, are zero: on "
+            "these samples their inputs never vary, or the outputs do not depend on them. Only "
+            "their size ranks their weights; give more calibration data."
+        )
 
 
 def searched(
@@ -427,23 +457,53 @@ def with_grams(
     if not plan.method.needs_gram:
         yield from ((layer, None) for layer in network.layers)
         return
-    run = _Run(network, network.fit, with_original=False)
-    for segment in network.segments:
-        weights = measured.weights.get(segment.layer.name)
-        yield segment.layer, run.gram(segment, state, weights, plan.method.shrinkage)
+    yield from _grams(
+        network,
+        network.fit,
+        state,
+        [layer.name for layer in network.layers],
+        weights=measured.weights,
+        shrink=plan.method.shrinkage,
+    )
 
 
 def plain_grams(network: Network, names: Collection[str]) -> dict[str, Gram]:
     """By layer name, sums of the original inputs of some layers, all rows weighing alike."""
-    run, grams = _Run(network, network.fit, with_original=False), dict[str, Gram]()
+    found = _grams(network, network.fit, network.original, names)
+    return {layer.name: gram for layer, gram in found}
+
+
+def _grams(
+    network: Network,
+    data: Calibration,
+    state: State,
+    names: Collection[str],
+    *,
+    weights: Mapping[str, np.ndarray] | None = None,
+    shrink: float = 0.0,
+    with_original: bool = False,
+) -> Iterator[tuple[Layer, Gram]]:
+    """Some layers in graph order, each with the sums of its inputs in one state.
+
+    Args:
+        network: whose layers they are.
+        data: the samples.
+        state: the same all along the walk.
+        names: of the layers.
+        weights: by layer name, of the rows; where there are none all rows weigh alike.
+        shrink: share of the mean weight that every row gets.
+        with_original: whether the inputs in the original network are looked at, too.
+    """
+    run, left = _Run(network, data, with_original=with_original), set(names)
     for segment in network.segments:
-        if segment.layer.name in names:
-            grams[segment.layer.name] = run.gram(segment, network.original, None, 0.0)
+        name = segment.layer.name
+        if name in left:
+            left.remove(name)
+            yield segment.layer, run.gram(segment, state, (weights or {}).get(name), shrink)
         else:
-            run.skip(segment, network.original)
-        if len(grams) == len(names):
-            break
-    return grams
+            run.skip(segment, state)
+        if not left:
+            return
 
 
 def summed(layers: Sequence[Layer], scores: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -452,6 +512,20 @@ def summed(layers: Sequence[Layer], scores: Mapping[str, np.ndarray]) -> Mapping
     for layer in layers:
         users.setdefault(layer.weight.tensor, []).append(layer.name)
     return Computed(users, lambda tensor: reduce(add, (scores[name] for name in users[tensor])))
+
+
+def relative_sizes(layers: Sequence[Layer], state: State) -> Mapping[str, np.ndarray]:
+    """|W| (out, in) by stored tensor, in units of its own mean: what decides between equal scores.
+
+    They are equal mostly where nothing is known: an input that never varies, a single sample.
+    """
+    views = {layer.weight.tensor: layer.weight for layer in layers}
+
+    def sizes(name: str) -> np.ndarray:
+        size = np.abs(views[name].matrix(state.weights[name]).astype(np.float64))
+        return np.asarray(size / (size[state.keep[name]].mean() if state.keep[name].any() else 1))
+
+    return Computed(views, sizes)
 
 
 def compensate(
@@ -526,13 +600,14 @@ def solve_layers(
     """Solve one layer after the other, each in the network that the layers before it make now.
 
     Where the compensation is guarded, a solution stays only if its error on the guard samples is
-    not larger than that of ``state``. A weight that several layers share stays as ``state`` has
-    it: each of them would want another one.
+    not larger than that of ``state``, with its new shifts or without. Weights that several layers
+    share are solved for first, see ``solve_shared``; in turn their layers get new shifts alone.
 
     Returns:
         The new state, and by layer name why a solution was not kept.
     """
-    repair, shrink, notes = plan.method.repair, plan.method.shrinkage, {}
+    repair = plan.method.repair
+    state, notes = solve_shared(network, plan, before, state, measured, free)
     fit = _Run(network, network.fit, with_original=repair.weighted)
     guard = _Guard(network, plan, state) if repair.guarded else None
     uses = Counter(layer.weight.tensor for layer in network.layers)
@@ -541,34 +616,154 @@ def solve_layers(
         layer = segment.layer
         tensor = layer.weight.tensor
         weights = measured.weights[layer.name] if repair.weighted else None
-        seen = fit.gram(segment, state, weights, shrink)
+        seen = fit.gram(segment, state, weights, repair.shrinkage)
         original, current = _matrix(layer, network.original), _matrix(layer, state)
         if uses[tensor] == 1:
-            run, order = _runs(plan, tensor)
-            problem = LayerProblem(
-                weight=_matrix(layer, before),
-                original=original,
-                there=before.keep[tensor],
-                keep=state.keep[tensor],
-                free=tensor in free,
-                gram=seen,
-                damping=plan.damping or repair.damping,
-                run=run,
-                order=order,
-            )
-            assert repair.solve is not None, "the caller has looked"
-            solved = repair.solve(problem)
+            solved = _solved(network, plan, before, state, layer, seen, free)
         else:
             shift = mean_shift(seen, original, current) if repair.shifts else None
             solved = Solved(current, state.keep[tensor], shift)
-        if guard is None or guard.allows(segment, state, solved):
+        better = None if guard is None else guard.better(segment, before, state, solved)
+        if better is None:
             state = _with_solution(state, layer, solved)
         else:
-            notes[layer.name] = (
-                "last refit not kept: it raised the error on the samples that judge it"
-            )
+            if uses[tensor] == 1:
+                what = "refit" if better is state.shifts[layer.name] else "refit and bias shift"
+                notes[layer.name] = f"last {what} not kept: {RAISED}"
+            state = replace(state, shifts={**state.shifts, layer.name: better})
         progress("refit", done, len(network.segments))
     return state, notes
+
+
+def solve_shared(
+    network: Network,
+    plan: Plan,
+    before: State,
+    state: State,
+    measured: Measured,
+    free: Collection[str] = (),
+) -> tuple[State, dict[str, str]]:
+    """Solve for each weight that several layers share, all of them at once, before the others.
+
+    The normal equations of its layers are added up. They need the inputs of the last of them, so
+    nothing else has been solved yet that these could depend on.
+
+    Returns:
+        The new state, and by layer name why a solution was not kept.
+    """
+    repair = plan.method.repair
+    uses = Counter(layer.weight.tensor for layer in network.layers)
+    shared = {layer.name: layer for layer in network.layers if uses[layer.weight.tensor] > 1}
+    if not shared:
+        return state, {}
+    sums: dict[str, Gram] = {}
+    means: dict[str, Gram] = {}
+    for layer, seen in _grams(
+        network,
+        network.fit,
+        state,
+        shared,
+        weights=measured.weights if repair.weighted else None,
+        shrink=repair.shrinkage,
+        with_original=repair.weighted,
+    ):
+        tensor = layer.weight.tensor
+        groups = lcm(*(x.groups for x in shared.values() if x.weight.tensor == tensor))
+        part = _summable(seen, groups, about_mean=repair.shifts)
+        sums[tensor] = sums[tensor] + part if tensor in sums else part
+        means[layer.name] = replace(seen, gram=seen.gram[:0], cross=seen.cross[:0])
+    found, shifts = {}, dict(state.shifts)
+    for layer in shared.values():
+        tensor = layer.weight.tensor
+        if tensor not in found:
+            found[tensor] = _solved(network, plan, before, state, layer, sums[tensor], free)
+        if repair.shifts:
+            original = _matrix(layer, network.original)
+            shifts[layer.name] = mean_shift(means[layer.name], original, found[tensor].weight)
+    worse = _worse(network, plan, state, shared, found, shifts) if repair.guarded else set()
+    notes = {}
+    for name, layer in shared.items():
+        tensor = layer.weight.tensor
+        if tensor in worse:
+            notes[name] = f"last refit not kept: {RAISED}"
+        else:
+            state = _with_solution(state, layer, replace(found[tensor], shift=shifts[name]))
+    return state, notes
+
+
+def _summable(seen: Gram, groups: int, *, about_mean: bool) -> Gram:
+    """Sums to be added to those of other layers: a shift of its own takes the means of each.
+
+    Args:
+        seen: of one layer.
+        groups: into how many its rows are to be divided.
+        about_mean: whether it has such a shift; else the sums are about zero.
+    """
+    weight = np.repeat(seen.weight, groups // len(seen.weight))
+    second, cross = (
+        np.repeat(x, groups // len(x), axis=0) * weight[:, None, None]
+        for x in (seen.covariance if about_mean else seen.second_moments, seen.cross_covariance)
+    )
+    zero = np.zeros(second.shape[:2])
+    return Gram(weight, zero, zero, second, cross, zero)
+
+
+def _worse(
+    network: Network,
+    plan: Plan,
+    state: State,
+    shared: Mapping[str, Layer],
+    found: Mapping[str, Solved],
+    shifts: Mapping[str, np.ndarray],
+) -> set[str]:
+    """The stored tensors whose solution raises the error of the layers that share it, summed."""
+    rise = dict.fromkeys(found, 0.0)
+    weights = row_sensitivities(
+        network.observer, state, network.guard, size=network.size, memory=network.share(8)
+    )
+    for layer, seen in _grams(
+        network,
+        network.guard,
+        state,
+        shared,
+        weights=weights,
+        shrink=plan.method.repair.shrinkage,
+        with_original=True,
+    ):
+        tensor, original = layer.weight.tensor, _matrix(layer, network.original)
+        old = excess(seen, original, _matrix(layer, state), state.shifts[layer.name])
+        new = excess(seen, original, found[tensor].weight, shifts[layer.name])
+        share = np.repeat(seen.weight, len(old) // len(seen.weight))
+        rise[tensor] += float(share @ (new - old)) - 1e-12 * float(share @ np.abs(old))
+    return {tensor for tensor, much in rise.items() if much > 0}
+
+
+def _solved(
+    network: Network,
+    plan: Plan,
+    before: State,
+    state: State,
+    layer: Layer,
+    seen: Gram,
+    free: Collection[str],
+) -> Solved:
+    """What the plan's compensation makes of one layer, or of all that share its weight."""
+    repair, tensor = plan.method.repair, layer.weight.tensor
+    assert repair.solve is not None, "the caller has looked"
+    run, order = _runs(plan, tensor)
+    return repair.solve(
+        LayerProblem(
+            weight=_matrix(layer, before),
+            original=_matrix(layer, network.original),
+            there=before.keep[tensor],
+            keep=state.keep[tensor],
+            free=tensor in free,
+            gram=seen,
+            damping=plan.damping or repair.damping,
+            run=run,
+            order=order,
+        )
+    )
 
 
 def _runs(plan: Plan, tensor: str) -> tuple[int, np.ndarray | None]:
@@ -591,23 +786,35 @@ class _Guard:
     """Judges solutions on samples that they were not fitted to."""
 
     def __init__(self, network: Network, plan: Plan, state: State) -> None:
-        self._network, self._shrink = network, plan.method.shrinkage
+        self._network, self._shrink = network, plan.method.repair.shrinkage
         self._run = _Run(network, network.guard)
         self._weights = row_sensitivities(
             network.observer, state, network.guard, size=network.size, memory=network.share(8)
         )
 
-    def allows(self, segment: Segment, state: State, solved: Solved) -> bool:
-        """Whether the weighted error of the segment's layer does not rise."""
+    def better(
+        self, segment: Segment, before: State, state: State, solved: Solved
+    ) -> np.ndarray | None:
+        """The shift with which the layer's weighted error is lower without the solution, if any.
+
+        Args:
+            segment: that ends with the layer's input.
+            before: the state before anything went, whose shift may be better than a new one.
+            state: with the shifts of ``bias_shift``, and what the layers before it became.
+            solved: the solution.
+        """
         layer = segment.layer
-        judged = self._run.gram(segment, state, self._weights[layer.name], self._shrink)
+        seen = self._run.gram(segment, state, self._weights[layer.name], self._shrink)
         target, current = _matrix(layer, self._network.original), _matrix(layer, state)
-        shift = state.shifts[layer.name]
-        old = excess(judged, target, current, shift)
+        shift, old = state.shifts[layer.name], before.shifts[layer.name]
         new = shift if solved.shift is None else solved.shift
-        # Where nothing went, and nothing before it changed, both are the same but for rounding.
-        rounding = 1e-12 * np.abs(old).sum()
-        return bool(excess(judged, target, solved.weight, new).sum() <= old.sum() + rounding)
+        found = excess(seen, target, solved.weight, new).sum()
+        with_shift, without = (excess(seen, target, current, d) for d in (shift, old))
+        # Where nothing went, and nothing before it changed, all are the same but for rounding.
+        rounding = 1e-12 * np.abs(with_shift).sum()
+        if found <= min(with_shift.sum(), without.sum()) + rounding:
+            return None
+        return old if without.sum() < with_shift.sum() - rounding else shift
 
 
 class _Run:

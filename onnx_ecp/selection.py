@@ -1,7 +1,8 @@
 """Scores to keep masks. Scores are importances: what is smallest goes first.
 
 Counts are exact: of the weights concerned, ``round(sparsity * number)`` are zero afterwards, zeros
-that are already there included; ties go in order of layer and index.
+that are already there included. Of equal scores the smaller sizes go first, then those of the
+earlier layer and index.
 """
 
 from __future__ import annotations
@@ -85,7 +86,10 @@ def zeros_wanted(sparsity: float, number: int) -> int:
 
 
 def lowest(
-    scores: Mapping[str, np.ndarray], keep: Mapping[str, np.ndarray], zeros: int
+    scores: Mapping[str, np.ndarray],
+    keep: Mapping[str, np.ndarray],
+    zeros: int,
+    sizes: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Keep masks with ``zeros`` False entries over all arrays: the lowest scores, one ranking.
 
@@ -95,27 +99,40 @@ def lowest(
         scores: importance >= 0 by name.
         keep: what is still there; False stays False, even where more than ``zeros`` are.
         zeros: number of False entries wanted.
+        sizes: >= 0 by name; of equal scores the smaller ones go. They are read only where the
+            ranking ends among equal scores, and then as the scores are. None: the first ones go.
     """
     victims = zeros - sum(int(np.count_nonzero(~keep[n])) for n in scores)
     if victims <= 0:
         return {n: keep[n].copy() for n in scores}
-    limit, ties = _threshold(scores, keep, victims)
+    limit, ties, equal = _threshold(scores, keep, victims)
+    masks = {n: keep[n] & (scores[n] > limit) for n in scores}
+    if ties == equal:
+        return masks
+    tied = {n: keep[n] & (scores[n] == limit) for n in scores}
+    if sizes is None:
+        stay = _without_first(tied, ties)
+    else:
+        others = sum(int(np.count_nonzero(~there)) for there in tied.values())
+        stay = lowest(Computed(scores, sizes.__getitem__), tied, others + ties)
+    return {n: masks[n] | stay[n] for n in scores}
+
+
+def _without_first(keep: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    """The masks without their first ``number`` entries, in order of layer and index."""
     masks = {}
-    for name in scores:
-        score = scores[name]
-        mask = keep[name] & (score > limit)
-        # Of the scores that equal the threshold the first ones go, in order of layer and index.
-        equal = np.flatnonzero(keep[name] & (score == limit))
-        mask.reshape(-1)[equal[ties:]] = True
-        ties -= min(ties, len(equal))
-        masks[name] = mask
+    for name, there in keep.items():
+        masks[name] = there.copy()
+        first = np.flatnonzero(there)[:number]
+        masks[name].reshape(-1)[first] = False
+        number -= len(first)
     return masks
 
 
 def _threshold(
     scores: Mapping[str, np.ndarray], keep: Mapping[str, np.ndarray], victims: int
-) -> tuple[float, int]:
-    """The score of rank ``victims`` among those kept, and how many of those equal to it must go.
+) -> tuple[float, int, int]:
+    """The score of rank ``victims`` of those kept, how many equal to it must go, and how many are.
 
     Floats >= 0 are ordered as their bits are, read as integers. So the leading bits of the
     threshold are found by counting, a piece at a time, until few scores begin with them.
@@ -129,17 +146,18 @@ def _threshold(
             counts += np.bincount(
                 (pieces & np.uint64(2**_PIECE - 1)).astype(np.int64), minlength=len(counts)
             )
-        below = np.cumsum(counts)
-        piece = int(np.searchsorted(below, rank))
-        rank -= int(below[piece - 1]) if piece else 0
+        lower = np.cumsum(counts)
+        piece = int(np.searchsorted(lower, rank))
+        rank -= int(lower[piece - 1]) if piece else 0
         known, bits = (known << _PIECE) | piece, bits + _PIECE
         if bits == 64:
-            return float(np.uint64(known).view(np.float64)), rank
+            return float(np.uint64(known).view(np.float64)), rank, int(counts[piece])
         if counts[piece] <= MOST_SORTED:
             break
     rest = np.concatenate([_beginning(scores[n][keep[n]], known, bits) for n in scores])
     limit = np.partition(rest, rank - 1)[rank - 1]
-    return float(limit.view(np.float64)), rank - int(np.count_nonzero(rest < limit))
+    below, equal = (int(np.count_nonzero(x)) for x in (rest < limit, rest == limit))
+    return float(limit.view(np.float64)), rank - below, equal
 
 
 def _beginning(scores: np.ndarray, known: int, bits: int) -> np.ndarray:
@@ -149,16 +167,22 @@ def _beginning(scores: np.ndarray, known: int, bits: int) -> np.ndarray:
     return found[found >> np.uint64(64 - bits) == np.uint64(known)] if bits else found
 
 
-def n_of_m(scores: np.ndarray, keep: np.ndarray, pattern: NM) -> np.ndarray:
+def n_of_m(
+    scores: np.ndarray, keep: np.ndarray, pattern: NM, sizes: np.ndarray | None = None
+) -> np.ndarray:
     """Keep mask in which of every m consecutive entries of a row at least m - n are False.
 
     Args:
         scores: (out, in) importances in N:M order; ``in`` is divisible by m.
         keep: what is still there.
         pattern: n kept of every m.
+        sizes: (out, in); of equal scores the smaller ones go. None: the first ones.
     """
     groups = np.where(keep, scores, -1.0).reshape(len(scores), -1, pattern.m)
-    order = np.argsort(groups, axis=2, kind="stable")
+    if sizes is None:
+        order = np.argsort(groups, axis=2, kind="stable")
+    else:
+        order = np.lexsort((sizes.reshape(groups.shape), groups), axis=2)
     mask = keep.reshape(groups.shape).copy()
     np.put_along_axis(mask, order[:, :, : pattern.m - pattern.n], False, axis=2)
     return mask.reshape(scores.shape)
@@ -191,6 +215,7 @@ def select(
     *,
     share: float = 1.0,
     floor: float = 0.0,
+    sizes: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Keep masks of one group after a share of the way to its target.
 
@@ -201,11 +226,12 @@ def select(
         initial: by name, (out, in), what was there before pruning began.
         share: 1 reaches the target.
         floor: least density of any one tensor, as a share of the group's density (N:M needs none).
+        sizes: by name, (out, in) >= 0; of equal scores the smaller ones go. None: the first ones.
     """
     names = group.tensors
     gone = sum(int(np.count_nonzero(~initial[n])) for n in names)
     size = sum(keep[n].size for n in names)
-    last = _last(group, scores, keep)
+    last = _last(group, scores, keep, sizes)
     if last is not None:
         # On the way there only victims of these masks may go, the least important of them first.
         victims = sum(int(np.count_nonzero(~mask)) for mask in last.values())
@@ -214,40 +240,54 @@ def select(
         assert not isinstance(group.sparsity, NM), "a pattern has masks to end with"
         victims = max(zeros_wanted(group.sparsity, size), gone)
         density = floor * (1 - (gone + share * (victims - gone)) / max(size, 1))
-        ranked = Computed(
-            names, lambda n: _protected(scores[n], keep[n], density) if density else scores[n]
-        )
-    return lowest(ranked, keep, round(gone + share * (victims - gone)))
+        ranked = Computed(names, lambda n: _protected(n, scores, keep, density, sizes))
+    return lowest(ranked, keep, round(gone + share * (victims - gone)), sizes)
 
 
 def _last(
-    group: Group, scores: Mapping[str, np.ndarray], keep: Mapping[str, np.ndarray]
+    group: Group,
+    scores: Mapping[str, np.ndarray],
+    keep: Mapping[str, np.ndarray],
+    sizes: Mapping[str, np.ndarray] | None,
 ) -> dict[str, np.ndarray] | None:
     """The keep masks that a group must end within, where a number of zeros does not say all."""
     if group.masks is not None:
         return {n: keep[n] & group.masks[n] for n in group.tensors}
     if isinstance(group.sparsity, NM):
-        return {
-            n: _pattern(scores[n], keep[n], group.sparsity, group.orders[n]) for n in group.tensors
-        }
+        found = {}
+        for n in group.tensors:
+            size = None if sizes is None else sizes[n]
+            found[n] = _pattern(scores[n], keep[n], group.sparsity, group.orders[n], size)
+        return found
     return None
 
 
 def _pattern(
-    scores: np.ndarray, keep: np.ndarray, pattern: NM, order: np.ndarray | None
+    scores: np.ndarray,
+    keep: np.ndarray,
+    pattern: NM,
+    order: np.ndarray | None,
+    sizes: np.ndarray | None,
 ) -> np.ndarray:
     if order is None:
-        return n_of_m(scores, keep, pattern)
+        return n_of_m(scores, keep, pattern, sizes)
     mask = np.empty_like(keep)
-    mask[:, order] = n_of_m(scores[:, order], keep[:, order], pattern)
+    size = None if sizes is None else sizes[:, order]
+    mask[:, order] = n_of_m(scores[:, order], keep[:, order], pattern, size)
     return mask
 
 
-def _protected(scores: np.ndarray, keep: np.ndarray, density: float) -> np.ndarray:
-    """Scores in which the best ``density`` of the tensor, of what is still there, goes last."""
-    number = int(np.ceil(density * scores.size))
-    there = np.where(keep, scores, -1.0)
-    best = np.argpartition(there, scores.size - number, axis=None)[scores.size - number :]
-    guarded = scores.copy()
-    guarded.reshape(-1)[best] = np.inf
-    return guarded
+def _protected(
+    name: str,
+    scores: Mapping[str, np.ndarray],
+    keep: Mapping[str, np.ndarray],
+    density: float,
+    sizes: Mapping[str, np.ndarray] | None,
+) -> np.ndarray:
+    """Scores in which the best ``density`` of a tensor, of what is still there, goes last."""
+    score = scores[name]
+    if not density:
+        return score
+    number = int(np.ceil(density * score.size))
+    best = lowest({name: score}, keep, score.size - number, sizes)[name]
+    return np.where(best, np.inf, score)

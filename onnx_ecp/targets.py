@@ -1,12 +1,14 @@
 """Error targets: the largest sparsity whose error on held-out samples stays within a limit.
 
 The loop of stages walks towards higher sparsity until the limit is crossed, then halves the last
-step a few times, each time from the last state that was within: no guess starts anew.
+step a few times, each time from the last state that was within: no guess starts anew. A tenth of
+the fine-tuning follows every guess; where all of it makes room, the walk goes on from there, with
+all of it after every guess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,10 +24,12 @@ from onnx_ecp.runtime import check_deadline
 # Share of the remaining weights that stay after one step of the walk. 0.7 is about the step of an
 # eight-stage run to 0.95; smaller steps are more accurate and take longer.
 STEP = 0.7
-# The walk ends where so little is left.
+# The walk ends where so little is left, after so many steps.
 LEAST_DENSITY = 0.005
+STEPS = int(np.ceil(np.log(LEAST_DENSITY) / np.log(STEP)))
 # Halvings of the last step: it ends within 1/16 of a step of the limit.
 HALVINGS = 4
+LEAST_STRIDE = 0.5**HALVINGS
 
 
 @dataclass(frozen=True)
@@ -150,28 +154,15 @@ def seek(
         TargetError: not even the first step is within the limit.
     """
     walk = _Walk(network, plan, limit, judge, progress, step)
-    best, best_share = Pruned(network.original), 0.0
-    outside = None
-    for share in _shares():
-        found = walk.go(best, share)
-        if found is None:
-            outside = share
-            break
-        best, best_share = found, share
-    for _ in range(HALVINGS if outside is not None else 0):
-        assert outside is not None
-        middle = 1 - np.sqrt((1 - best_share) * (1 - outside))
-        found = walk.go(best, middle)
-        if found is None:
-            outside = middle
-        else:
-            best, best_share = found, middle
-    if best_share == 0.0:
+    best, at = walk.along(Pruned(network.original), 0.0, stride=1.0)
+    if not at:
         raise TargetError(
             f"no sparsity meets the target: {walk.points[-1].described} already.",
             hint="Allow a larger error, give more calibration samples, or use --method ecp-refit.",
         )
-    return walk.polished(best), tuple(walk.points)
+    if plan.finetune_steps:
+        best = walk.tuned_along(best, at)
+    return best, tuple(walk.points)
 
 
 class _Walk:
@@ -189,40 +180,89 @@ class _Walk:
         self._network, self._plan, self._limit = network, plan, limit
         self._judge, self._progress, self._step = judge, progress, step
         self.points: list[Point] = []
+        self._refused: tuple[Pruned | None, Mapping[str, np.ndarray]] = None, {}  # from where, what
+        tuning = bool(plan.finetune_steps)
+        self._most = STEPS + HALVINGS + tuning * (STEPS + 2 * HALVINGS + 1)
         # A one-stage method ranks the original network, whatever the sparsity: one look is enough.
         self._first = None
         if plan.method.stages == 1:
             self._first = observe(network, plan, network.original, progress)
 
-    def polished(self, best: Pruned) -> Pruned:
-        """The winner with all steps of fine-tuning, if that leaves it within the limit."""
-        if not self._plan.finetune_steps:
+    def along(
+        self, best: Pruned, at: float, *, stride: float, last: bool = False
+    ) -> tuple[Pruned, float]:
+        """Go on until the limit is crossed, in strides that double up to 1; then halve the last.
+
+        Args:
+            best: a state within the limit.
+            at: where it is, in steps.
+            stride: the first one, in steps.
+            last: whether all of the fine-tuning follows every guess.
+
+        Returns:
+            The last state within the limit, and where it is.
+        """
+        outside = None
+        while outside is None and at < STEPS:
+            ahead = min(at + stride, STEPS)
+            found = self._go(best, ahead, last)
+            if found is None:
+                outside = ahead
+            else:
+                best, at, stride = found, ahead, min(2 * stride, 1.0)
+        while outside is not None and outside - at > LEAST_STRIDE:
+            middle = (at + outside) / 2
+            found = self._go(best, middle, last)
+            if found is None:
+                outside = middle
+            else:
+                best, at = found, middle
+        return best, at
+
+    def tuned_along(self, best: Pruned, at: float) -> Pruned:
+        """What all steps of fine-tuning make of a state, and of those that it makes room for.
+
+        They are taken for every guess, of which there is one where there is no room.
+        """
+        tried = tuned(self._network, self._plan, best, last=True, progress=self._progress)
+        if not self._is_within(tried):
             return best
-        found = tuned(self._network, self._plan, best, last=True, progress=self._progress)
-        point = self._judge.point(found.state)
-        within = self._limit.allows(point)
-        self.points.append(replace(point, within=within))
-        return found if within else best
+        return self.along(tried, at, stride=LEAST_STRIDE, last=True)[0]
 
-    def go(self, before: Pruned, share: float) -> Pruned | None:
-        """The state at this share of the way if it is within the limit."""
+    def _go(self, before: Pruned, at: float, last: bool) -> Pruned | None:
+        """The state after so many steps if it is within the limit.
+
+        Where no more goes than before, as where whole units are too large for the stride, that is
+        the state before; and what was refused once is not tried again.
+        """
         check_deadline()
-        self._progress("steps, at most", len(self.points), len(_shares()) + HALVINGS)
+        self._progress("steps, at most", len(self.points), self._most)
         network, plan = self._network, self._plan
-        start = before if self._first is None else Pruned(network.original)
-        found = self._step(network, plan, start, share, self._progress, measured=self._first)
+        origin = before if self._first is None else Pruned(network.original)
+        share = 1 - STEP**at
+        found = self._step(network, plan, origin, share, self._progress, measured=self._first)
+        masks = found.state.keep
+        if self.points and _same(masks, before.state.keep):
+            return before
+        start, refused = self._refused
+        if before is start and _same(masks, refused):
+            return None
         found = jointly_refitted(network, plan, found, self._progress)
-        found = tuned(network, plan, found, last=False, progress=self._progress)
+        found = tuned(network, plan, found, last=last, progress=self._progress)
+        if self._is_within(found):
+            return found
+        self._refused = before, masks
+        return None
+
+    def _is_within(self, found: Pruned) -> bool:
         point = self._judge.point(found.state)
         within = self._limit.allows(point)
         self.points.append(replace(point, within=within))
-        return found if within else None
+        return within
 
 
-def _shares() -> list[float]:
-    """Shares of all weights that are gone after each step."""
-    steps = int(np.ceil(np.log(LEAST_DENSITY) / np.log(STEP)))
-    return [1 - STEP**t for t in range(1, steps + 1)]
+def _same(masks: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> bool:
+    return all(np.array_equal(mask, others[name]) for name, mask in masks.items())
 
 
 def _error(y: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:

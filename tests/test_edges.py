@@ -297,7 +297,8 @@ def test_a_search_that_never_meets_its_target_says_where_it_ended(net, rng):
 PROBABILITIES = {
     "logits": ("y = MatMul(x, W)", False),
     "softmax": ("z = MatMul(x, W) y = Softmax(z)", False),  # traced back to its logits
-    "behind another node": ("z = MatMul(x, W) p = Softmax(z) y = Identity(p)", True),
+    "behind a move": ("z = MatMul(x, W) p = Softmax(z) y = Identity(p)", False),
+    "behind another node": ("z = MatMul(x, W) p = Softmax(z) y = Abs(p)", True),
 }
 
 

@@ -831,6 +831,47 @@ def test_under_kl_logits_count_once_however_many_outputs_they_have():
             np.testing.assert_allclose(other[name], score, rtol=1e-6)
 
 
+BEHIND_A_SOFTMAX = {
+    "identity": "y = Identity(p)",
+    "reshaped": "s = Constant<value_ints=[-1, 1, 3]>() y = Reshape(p, s)",
+    "flattened": "y = Flatten(p)",
+    "an axis more": "a = Constant<value_ints=[2]>() y = Unsqueeze(p, a)",
+    "an axis more and less": "a = Constant<value_ints=[0]>() u = Unsqueeze(p, a) y = Squeeze(u, a)",
+    "converted": "d = Cast<to=11>(p) y = Cast<to=1>(d)",
+    "its logarithm": "l = Log(p) y = Identity(l)",
+}
+
+
+@pytest.mark.parametrize("behind", BEHIND_A_SOFTMAX.values(), ids=BEHIND_A_SOFTMAX)
+def test_under_kl_logits_are_found_through_what_only_moves_probabilities(behind):
+    text = f"{{ {BODY} p = Softmax(z) {behind} }}"
+    moved = Net("(float[n,8] x) => (float y) " + text, SHAPES).model()
+    bare = Net("(float[n,8] x) => (float[n,3] z) { " + BODY + "}", SHAPES).model()
+    found = onnx_ecp.optimize(moved, inputs("gemm"), method="ecp", metric="kl")
+    alone = onnx_ecp.optimize(bare, inputs("gemm"), method="ecp", metric="kl")
+    for name, mask in alone.masks.items():
+        np.testing.assert_array_equal(found.masks[name], mask)
+    assert found.report.recipe.metric_reason == "asked for; taken at the logits of y"
+    assert alone.report.recipe.metric_reason == "asked for"
+    assert not any("probabilities" in text for text in found.report.warnings)
+
+
+NO_LOGITS = {
+    "a sigmoid": "y = Sigmoid(z)",
+    "some probabilities": "p = Softmax(z) s = Constant<value_ints=[0]>() "
+    "e = Constant<value_ints=[2]>() a = Constant<value_ints=[1]>() y = Slice(p, s, e, a)",
+    "probabilities on another axis": "a = Constant<value_ints=[2]>() u = Unsqueeze(z, a) "
+    "p = Softmax<axis=1>(u) y = Flatten(p)",
+}
+
+
+@pytest.mark.parametrize("end", NO_LOGITS.values(), ids=NO_LOGITS)
+def test_under_kl_outputs_that_are_no_logits_are_told(end):
+    model = Net(f"(float[n,8] x) => (float y) {{ {BODY} {end} }}", SHAPES).model()
+    found = onnx_ecp.optimize(model, inputs("gemm"), method="ecp", metric="kl").report
+    assert any("'y' look like probabilities" in text for text in found.warnings)
+
+
 NO_CLASSES = {
     "a number": "(float[n] y) { BODY y = ReduceMean<axes=[1], keepdims=0>(z) }",
     "one score": "(float[n,1] y) { BODY y = ReduceMean<axes=[1], keepdims=1>(z) }",

@@ -40,6 +40,43 @@ def test_ties_do_not_change_the_count(keep):
     assert zeros(select(group(0.37), scores, keep, keep)) == zeros_wanted(0.37, SIZE)
 
 
+def by_size(scores, sizes, there):
+    """All names, indices by rising score, of equal ones by size."""
+    score, size, on = (np.concatenate([x[n].reshape(-1) for n in SHAPES]) for x in
+                       (scores, sizes, there))  # fmt: skip
+    return [i for i in np.lexsort((size, score)) if on[i]]
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.2])
+@pytest.mark.parametrize("levels", [1, 3])
+def test_of_equal_scores_the_smaller_sizes_go(rng, keep, levels, floor):
+    scores = {n: 1.0 * rng.integers(0, levels, shape) for n, shape in SHAPES.items()}
+    sizes = {n: rng.random(shape) for n, shape in SHAPES.items()}
+    there = {n: rng.random(shape) > 0.1 for n, shape in SHAPES.items()}
+    masks = select(group(0.5), scores, there, there, sizes=sizes, floor=floor)
+    expected = np.concatenate([there[n].reshape(-1) for n in SHAPES])
+    order = by_size(scores, sizes, there)
+    expected[order[: zeros_wanted(0.5, SIZE) - zeros(there)]] = False
+    assert np.array_equal(np.concatenate([masks[n].reshape(-1) for n in SHAPES]), expected)
+
+
+def test_a_floor_protects_the_larger_of_equal_scores(rng, keep):
+    scores = {"first": np.ones(SHAPES["first"]), "second": np.zeros(SHAPES["second"])}
+    sizes = {n: rng.random(shape) for n, shape in SHAPES.items()}
+    second = select(group(0.5), scores, keep, keep, sizes=sizes, floor=0.2)["second"]
+    assert second.any()
+    assert sizes["second"][second].min() > sizes["second"][~second].max()
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_n_of_m_takes_the_smaller_of_equal_scores(rng, keep, share):
+    scores = {n: np.zeros(shape) for n, shape in SHAPES.items()}
+    sizes = {n: rng.random(shape) for n, shape in SHAPES.items()}
+    by_scores = select(group(NM(2, 4)), sizes, keep, keep, share=share)
+    by_sizes = select(group(NM(2, 4)), scores, keep, keep, share=share, sizes=sizes)
+    assert all(np.array_equal(by_scores[n], by_sizes[n]) for n in SHAPES)
+
+
 def test_what_goes_is_less_important_than_what_stays(scores, keep):
     masks = select(group(0.6), scores, keep, keep)
     gone = np.concatenate([scores[n][~masks[n]] for n in SHAPES])

@@ -56,6 +56,26 @@ def test_the_error_stays_within_the_target_and_a_little_more_would_not(model, da
     assert all(p.within == (p.error <= 0.1) for p in found.curve)
 
 
+@pytest.mark.parametrize("method", ["magnitude", "ecp-refit"])
+def test_the_walk_goes_on_where_fine_tuning_makes_room(model, data, method):
+    choice = {"method": method, "stages": 2, "max_error": 0.1, "finetune_steps": 60}
+    found = onnx_ecp.optimize(model, data, **choice).report
+    assert found.gap.relative_error <= 0.1
+    places = [p.sparsity for p in found.curve]
+    tuned = next(i for i, s in enumerate(places) if s in places[:i])  # the same masks once more
+    after = found.curve[tuned:]
+    assert max(p.sparsity for p in after if p.within) == pytest.approx(found.sparsity)
+    room = min(p.sparsity for p in after if not p.within) - found.sparsity
+    assert room < 0.3 * (1 - found.sparsity) / 8
+
+
+def test_whole_units_are_judged_once_however_often_the_walk_comes_by(model, data):
+    curve = onnx_ecp.optimize(model, data, granularity="unit", max_error=0.5, stages=2).report.curve
+    places = [p.sparsity for p in curve]
+    assert len(places) > 2
+    assert len(set(places)) == len(places)
+
+
 def test_a_wider_target_prunes_more(model, data):
     tight, wide = (
         onnx_ecp.optimize(model, data, max_error=e, stages=2).report for e in (0.05, 0.3)

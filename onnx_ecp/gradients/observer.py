@@ -23,7 +23,6 @@ from onnx_ecp.gradients.builder import Fact
 from onnx_ecp.gradients.numeric import PIECEWISE, numeric_adjoint
 from onnx_ecp.gradients.prepare import (
     MINIMUM_OPSET,
-    Prepared,
     add_reverse,
     facts_of,
     opset_of,
@@ -41,6 +40,11 @@ ENGINES = ("vjp", "numeric")
 STATISTICS = ("auto", "graph", "host")
 # Relative difference that rewriting a graph may make: half precision rounds at 5e-4, which adds up.
 SAME = 0.05
+# Operators that leave the elements of their first input as they are, and in their order; that
+# pick some, or take another order; and whose values are no logits, where they are outputs.
+MOVES = ("Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Dropout")
+PICKS = ("Gather", "Slice", "Split", "Transpose")
+SQUASHES = ("HardSigmoid", "Sigmoid", "Softmax")
 # Element types that weights are observed in; half precision is widened.
 _AS_THEY_ARE = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
 
@@ -162,6 +166,7 @@ class Observer:
         blocked: by layer name, why the layer has no sensitivity.
         outputs: names of the float outputs that depend on a layer.
         metric: a name in ``seeds.METRICS``.
+        logits: but under l2, the outputs whose metric is taken at the logits of their softmax.
         probabilities: but under l2, the heads whose values look like probabilities instead of
             logits.
         statistics: as given.
@@ -205,7 +210,9 @@ class Observer:
         self._adding: dict[tuple[tuple[str, ...], bool, bool], tuple[Session, Accumulation]] = {}
         feeds = self.input_feeds(first.feeds) | self.state_feeds(state)
         self.facts: dict[str, Fact] = facts_of(self.proto, model.base, feeds, threads)
-        self._heads = _heads(self._prepared, self.facts, metric)
+        producers = {y: node for node in self.proto.graph.node for y in node.output if y}
+        self._heads = _heads(producers, self._prepared.outputs, self.facts, metric)
+        self.logits = tuple(name for name, head in self._heads.items() if head != name)
         # A softmax and its logits may both be outputs: but under l2 they have one head.
         self._seeded = list(dict.fromkeys(self._heads.values()))
         if metric != "l2":
@@ -233,7 +240,10 @@ class Observer:
             _check_apart(y, first.samples, self.heads(state, half), half.samples)
         self._plan = plan(y, first.samples, metric=metric, probes=probes, seed=seed)
         self.probabilities = tuple(
-            name for name, v in y.items() if metric != "l2" and _are_probabilities(v)
+            name
+            for name, v in y.items()
+            if metric != "l2"
+            and (_are_probabilities(v) or (name in self._heads and _is_squashed(name, producers)))
         )
         self._first = first.samples
         self.metric = metric
@@ -637,28 +647,60 @@ def _float_inputs(proto: onnx.ModelProto) -> dict[str, np.dtype]:
     return found
 
 
-def _heads(prepared: Prepared, facts: Mapping[str, Fact], metric: str) -> dict[str, str]:
+def _heads(
+    producers: Mapping[str, onnx.NodeProto],
+    outputs: Iterable[str],
+    facts: Mapping[str, Fact],
+    metric: str,
+) -> dict[str, str]:
     """By name of a float output, the tensor to seed: but under l2 the logits before a softmax.
 
     Raises:
-        UsageError: but under l2 a softmax runs over another axis than the last.
+        UsageError: but under l2 a softmax that is an output runs over another axis than the last.
     """
-    producers = {y: node for node in prepared.proto.graph.node for y in node.output}
     heads = {}
-    for name in prepared.outputs:
-        fact = facts.get(name)
-        if fact is None or not np.issubdtype(fact.dtype, np.floating):
+    for name in outputs:
+        if name not in facts or not np.issubdtype(facts[name].dtype, np.floating):
             continue
-        node = producers[name]
-        before = metric != "l2" and node.op_type in ("Softmax", "LogSoftmax")
-        if before and _axis(node) not in (-1, len(fact.shape) - 1):
+        heads[name] = name
+        node = None if metric == "l2" else _softmax_behind(name, producers, facts)
+        if node is None:
+            continue
+        if _axis(node) in (-1, len(facts[node.output[0]].shape) - 1):
+            heads[name] = node.input[0]
+        elif node.output[0] == name:
             raise UsageError(
                 f"--metric {metric} takes classes on the last axis; the {node.op_type} of output "
                 f"{printable(name)!r} runs over axis {_axis(node)}.",
                 hint="Use --metric l2, which suits outputs of any kind.",
             )
-        heads[name] = node.input[0] if before else name
     return heads
+
+
+def _softmax_behind(
+    name: str, producers: Mapping[str, onnx.NodeProto], facts: Mapping[str, Fact]
+) -> onnx.NodeProto | None:
+    """The Softmax or LogSoftmax whose values, or their logarithms, a tensor holds in their order.
+
+    Whatever shape they have there, its logits say all of them.
+    """
+    logarithm = False
+    while name in producers and name in facts and np.issubdtype(facts[name].dtype, np.floating):
+        node = producers[name]
+        if node.op_type == "Softmax" or (node.op_type == "LogSoftmax" and not logarithm):
+            return node
+        if node.op_type not in MOVES and (node.op_type != "Log" or logarithm):
+            return None
+        logarithm = logarithm or node.op_type == "Log"
+        name = node.input[0]
+    return None
+
+
+def _is_squashed(name: str, producers: Mapping[str, onnx.NodeProto]) -> bool:
+    """Whether a tensor holds values of a sigmoid or a softmax, all or some of them."""
+    while name in producers and producers[name].op_type in (*MOVES, *PICKS):
+        name = producers[name].input[0]
+    return name in producers and producers[name].op_type in SQUASHES
 
 
 def _axis(node: onnx.NodeProto) -> int:

@@ -221,6 +221,8 @@ class Compensation:
             rows count by their sensitivities.
         guarded: whether a solution must not have a larger error on held-out samples than none.
         joint: whether all layers are refitted together after the last stage.
+        shrinkage: q of the weights of those rows, ``(1 - q) s + q mean(s)``, however much those of
+            the importance are shrunk.
         damping: of the problem, unless ``--damping`` is given.
     """
 
@@ -231,6 +233,7 @@ class Compensation:
     weighted: bool = False
     guarded: bool = False
     joint: bool = False
+    shrinkage: float = 0.0
     damping: float = 1e-2
 
 
@@ -241,7 +244,14 @@ def _refitted(problem: LayerProblem) -> Solved:
     return Solved(weight, problem.keep, shift)
 
 
-_REFIT = Compensation("sensitivities", shifts=True, solve=_refitted, weighted=True, guarded=True)
+_REFIT = Compensation(
+    "sensitivities",
+    shifts=True,
+    solve=_refitted,
+    weighted=True,
+    guarded=True,
+    shrinkage=0.3,  # see ecp_refit.py
+)
 
 COMPENSATIONS: dict[str, Compensation] = {
     "none": Compensation(),
@@ -263,7 +273,7 @@ class Method:
         needs: what the importance reads: a name in NEEDS.
         needs_gram: whether it reads the Gram matrix too; costs a walk per stage.
         stages: how many times observe, score, select, compensate are repeated.
-        shrinkage: q of ``Moments.shrunk``.
+        shrinkage: q of ``Moments.shrunk``, of the importance.
         floor: least density of a layer as a share of the density of all layers.
         in_output_units: whether the importance is the expected squared output error of the removal.
         damping: of the View, unless ``--damping`` is given.

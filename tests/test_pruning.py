@@ -1,0 +1,177 @@
+"""The loop of stages: what holds whatever the data, the batch size and the sharing of weights."""
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from onnx import numpy_helper
+
+import onnx_ecp
+from onnx_ecp import pipeline, pruning
+from onnx_ecp.methods import COMPENSATIONS, METHODS, Solved
+from onnx_ecp.options import Options
+
+HEADER = '<ir_version: 8, opset_import: ["": 17]> net '
+MLP = """(float[n,12] x) => (float[n,4] y) {
+    h = Gemm<transB=1>(x, W1, b1)  r = Relu(h)  y = Gemm<transB=1>(r, W2, b2)
+}"""
+SHAPES = {"W1": (16, 12), "b1": (16,), "W2": (4, 16), "b2": (4,)}
+
+
+@pytest.fixture
+def model(rng):
+    return with_values(MLP, SHAPES, rng)
+
+
+@pytest.fixture
+def data(rng):
+    return {"x": (rng.normal(size=(200, 6)) @ rng.normal(size=(6, 12))).astype(np.float32)}
+
+
+def with_values(text, shapes, rng, kind=np.float32):
+    """A model of random initializers."""
+    model = onnx.parser.parse_model(HEADER + text)
+    for name, shape in shapes.items():
+        values = (rng.normal(size=shape) / np.sqrt(shape[-1])).astype(kind)
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
+    return model
+
+
+# Ties.
+
+
+@pytest.mark.parametrize("method", ["ecp", "obs", "flap"])
+def test_where_inputs_never_vary_size_ranks_weights_and_that_is_told(model, data, method):
+    x = np.tile(data["x"][:1], (50, 1))
+    found = onnx_ecp.optimize(model, x, method=method, sparsity=0.6, cleanup=False)
+    sizes = {}
+    for tensor in model.graph.initializer:
+        if tensor.name in found.masks:
+            size = np.abs(numpy_helper.to_array(tensor).astype(np.float64))
+            sizes[tensor.name] = size / size.mean()
+    stays = np.concatenate([sizes[n][found.masks[n]] for n in sizes])
+    gone = np.concatenate([sizes[n][~found.masks[n]] for n in sizes])
+    assert gone.max() < stays.min()
+    assert any("importances of 2 layers, such as h, are zero" in w for w in found.report.warnings)
+
+
+def test_three_samples_do_not_empty_a_layer(model, data):
+    found = onnx_ecp.optimize(model, data["x"][:3], sparsity=0.5, cleanup=False)
+    assert all(0.3 < mask.mean() < 0.7 for mask in found.masks.values())
+
+
+# Fine-tuning.
+
+
+@pytest.mark.parametrize("metric", ["l2", "kl"])
+def test_fine_tuning_does_not_depend_on_the_batch_size(model, data, metric):
+    found = [
+        onnx_ecp.optimize(
+            model, data, method="magnitude", metric=metric, finetune_steps=30, batch_size=size
+        ).model
+        for size in (128, 50, 3)
+    ]
+    weights = [[numpy_helper.to_array(t) for t in x.graph.initializer] for x in found]
+    for other in weights[1:]:
+        for one, two in zip(weights[0], other, strict=True):
+            np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-4)
+
+
+# Compensation.
+
+
+def test_a_refit_shrinks_its_sensitivities_whatever_ranked_the_weights(model, data, monkeypatch):
+    choices = {"compensation": "refit", "sparsity": 0.6, "stages": 1}
+    monkeypatch.setitem(METHODS, "shrunk", replace(METHODS["magnitude"], shrinkage=0.3))
+    plain = onnx_ecp.optimize(model, data, method="magnitude", **choices).model
+    assert plain == onnx_ecp.optimize(model, data, method="shrunk", **choices).model
+    refit = replace(COMPENSATIONS["refit"], shrinkage=0.0)
+    monkeypatch.setitem(COMPENSATIONS, "refit", refit)
+    assert plain != onnx_ecp.optimize(model, data, method="magnitude", **choices).model
+
+
+@pytest.mark.parametrize("wrong", [10.0, 1e6], ids=["better than the shift", "worse"])
+def test_neither_a_refit_nor_a_bias_shift_may_raise_the_held_out_error(
+    model, data, monkeypatch, wrong
+):
+    def solve(problem):
+        masked = np.where(problem.keep, problem.weight, 0)
+        return Solved(masked, problem.keep, np.full(len(masked), wrong))
+
+    choices = {"method": "magnitude", "sparsity": 0.5, "cleanup": False}
+    masked = onnx_ecp.optimize(model, data, **choices)
+    monkeypatch.setattr(pruning, "bias_shift", lambda weight, *_: np.full(len(weight), 1e3))
+    monkeypatch.setitem(COMPENSATIONS, "refit", replace(COMPENSATIONS["refit"], solve=solve))
+    found = onnx_ecp.optimize(model, data, compensation="refit", **choices)
+    assert found.model == masked.model
+    notes = {row.note for row in found.report.layers}
+    assert len(notes) == 1
+    assert notes.pop().startswith("last refit and bias shift not kept")
+
+
+TWICE = """(double[n,6] x1, double[n,6] x2) => (double[n,8] y) {
+    h1 = Gemm<transB=1>(x1, W, b)  h2 = Gemm<transB=1>(x2, W, b)  y = Concat<axis=1>(h1, h2)
+}"""
+TWICE_SHAPES = {"W": (4, 6), "b": (4,)}
+
+
+def twice(rng, **choices):
+    """A network of two layers with one weight, its plan, and their inputs, which depend."""
+    model = with_values(TWICE, TWICE_SHAPES, rng, np.float64)
+    mixing = rng.normal(size=(2, 6, 6))
+    x = {f"x{i + 1}": rng.normal(size=(90, 6)) @ m + i for i, m in enumerate(mixing)}
+    options = Options.of(sparsity=0.5, stages=1, **choices)
+    source = pipeline.load(model)
+    layers, _ = pipeline.choose_layers(source, options)
+    network, _ = pipeline.observe_network(
+        source, layers, pipeline.gather(source, x, options), options
+    )
+    return network, pipeline.make_plan(network.layers, options)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "obc"])
+def test_a_shared_weight_is_the_least_squares_solution_of_all_its_layers(rng, method):
+    shifted = method == "magnitude"
+    compensation = "refit" if shifted else "obc"
+    network, plan = twice(rng, method=method, compensation=compensation, damping=1e-9)
+    state = pruning.prune(network, plan).state
+    original, keep = network.original.weights["W"], state.keep["W"]
+    inputs = network.fit.arrays
+    means = {name: x.mean(axis=0) * shifted for name, x in inputs.items()}
+    rows = np.concatenate([x - means[name] for name, x in inputs.items()])
+    assert np.count_nonzero(~keep) == keep.size // 2
+    for row, w, on in zip(state.weights["W"], original, keep, strict=True):
+        expected, *_ = np.linalg.lstsq(rows[:, on], rows @ w, rcond=None)
+        np.testing.assert_allclose(row[on], expected, rtol=1e-6, atol=1e-7)
+        assert not row[~on].any()
+    for layer in network.layers:
+        expected = (original - state.weights["W"]) @ means[layer.input]
+        np.testing.assert_allclose(state.shifts[layer.name], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_shared_solution_that_raises_the_error_of_its_layers_is_not_kept(rng, monkeypatch):
+    network, plan = twice(rng, method="magnitude", compensation="refit")
+    wrong = replace(
+        COMPENSATIONS["refit"],
+        solve=lambda x: Solved(np.where(x.keep, -3 * x.weight, 0), x.keep),
+    )
+    monkeypatch.setitem(COMPENSATIONS, "refit", wrong)
+    found = pruning.prune(network, plan)
+    kept = np.where(found.state.keep["W"], network.original.weights["W"], 0)
+    np.testing.assert_array_equal(found.state.weights["W"], kept)
+    assert set(found.notes) == {layer.name for layer in network.layers}
+
+
+def test_a_kernel_may_be_shared_by_convolutions_of_other_groups(rng):
+    text = """(float[n,2,6] x, float[n,4,6] z) => (float[n,4,4] y) {
+        h = Conv(x, W)  g = Conv<group=2>(z, W)  y = Add(h, g)
+    }"""
+    model = with_values(text, {"W": (4, 2, 3)}, rng)
+    x = {
+        "x": rng.normal(size=(60, 2, 6)).astype(np.float32),
+        "z": rng.normal(size=(60, 4, 6)).astype(np.float32),
+    }
+    found = onnx_ecp.optimize(model, x, sparsity=0.5, stages=2, cleanup=False)
+    assert found.report.sparsity == 0.5
