@@ -1,8 +1,8 @@
 """The observation graph: a private copy of the model in which weights and bias shifts are inputs.
 
 See docs/architecture.md. The copy is normalised (sparse initializers decoded, local functions
-inlined, fused operators lowered, opset lifted, half precision widened to float32), so that the
-rules of the reverse graph meet standard operators only.
+and constant Ifs inlined, fused operators lowered, opset lifted, half precision widened to float32),
+so that the rules of the reverse graph meet standard operators only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
 import onnx.version_converter
 import onnx_graphsurgeon as gs
 
@@ -24,6 +23,7 @@ from onnx_ecp.gradients.lowering import is_fused, lower
 from onnx_ecp.gradients.reverse import adjoints, names_read
 from onnx_ecp.layers import Layer
 from onnx_ecp.model import constants, is_external, printable
+from onnx_ecp.model.inlining import has_bodies, inline
 from onnx_ecp.model.tensors import byte_size, clear_values, stored_bytes
 from onnx_ecp.runtime import Session
 
@@ -83,8 +83,8 @@ def prepare(
     """
     private = onnx.ModelProto()
     private.CopyFrom(_without_values(proto, {layer.weight.tensor for layer in layers}, base))
-    if private.functions:
-        private = onnx.inliner.inline_local_functions(private)
+    # The names are those that the layers were found under.
+    places = inline(private) if has_bodies(private) else {}
     names = {name for layer in layers for name in (layer.input, layer.output)}
     lifted = _lifted(private, names, needed=reverse)
     graph = gs.import_onnx(lifted)
@@ -98,7 +98,7 @@ def prepare(
     model = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = min(private.ir_version, 10)
     outputs = _downstream(graph, {layer.output for layer in layers})
-    rewritten = lifted is not private or bool(proto.functions) or widened or fused
+    rewritten = lifted is not private or bool(places) or widened or fused
     return Prepared(model, base, tuple(layers), outputs, shifts, rewritten)
 
 
