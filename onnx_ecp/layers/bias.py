@@ -88,7 +88,10 @@ class AddBehind:
         bias = edit.add_constant(model, f"{stem}/ecp_bias", values, self.dtype, before=self.node)
         index = edit.node_index(model, self.node)
         unshifted = edit.fresh_name(model, f"{stem}/ecp_unshifted")
-        model.graph.node[index].output[0] = unshifted
+        operator = model.graph.node[index]
+        if not operator.name and stem == self.node:
+            operator.name = stem  # else the layer would now be called after its new output
+        operator.output[0] = unshifted
         name = edit.fresh_name(model, f"{stem}/ecp_add")
         node = onnx.helper.make_node("Add", [unshifted, bias], [self.node], name=name)
         model.graph.node.insert(index + 1, node)
