@@ -111,6 +111,9 @@ SMOOTH = {
     "Mean": Case("y = Mean(a, b)", AB),
     "Mod": Case("y = Mod<fmod=1>(a, b)", AB, domain=ABOVE),
     "Pow, number": Case("p = Constant<value_int=3>()\ny = Pow(x, p)", X),
+    "Pow, zero to the power of zero": Case(
+        tensor("k", "float[4]", 0, 1, 2, 3) + "r = Relu(x)\ny = Pow(r, k)", X
+    ),
     "PRelu": Case("y = PRelu(a, b)", AB),
     "Where": Case(tensor("c", "bool[3,1]", 1, 0, 1) + "y = Where(c, a, b)", AB),
     "Clip": Case("y = Clip(x, a, b)", {**X, "a": (), "b": ()}),
