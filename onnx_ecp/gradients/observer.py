@@ -29,6 +29,7 @@ from onnx_ecp.gradients.prepare import (
     opset_of,
     prepare,
 )
+from onnx_ecp.gradients.reverse import NO_OUTPUT
 from onnx_ecp.gradients.seeds import plan
 from onnx_ecp.layers import Layer
 from onnx_ecp.model import Model, constants, is_external, printable, read_tensor
@@ -213,12 +214,14 @@ class Observer:
         if metric == "loss":
             _check_labels(self._seeded, self.facts, first)
         self.outputs = tuple(self._heads)
+        names = [layer.name for layer in layers]
         tensors = [*self._heads, *self._seeded, *(layer.input for layer in layers)]
         if engine == "numeric":
             tensors += [layer.output for layer in layers]
         self._forward = self._with_outputs(tensors)
         self.layers: tuple[Layer, ...] = tuple(layers)
-        self.blocked: dict[str, str] = {}
+        # Without a float output there is nothing to differentiate, in either way.
+        self.blocked: dict[str, str] = {} if self._seeded else dict.fromkeys(names, NO_OUTPUT)
         self._adjoints: dict[str, str] = {}
         self._reverse_proto: onnx.ModelProto | None = None
         if reverse and engine == "vjp":

@@ -92,8 +92,7 @@ def prepare(
     fused = is_fused(graph)
     if fused:
         lower(graph, facts_of(gs.export_onnx(graph, do_type_check=False), base, feeds, threads))
-    shifts = {layer.name: f"ecp/shift/{layer.output}" for layer in layers}
-    _insert_shifts(graph, layers, shifts)
+    shifts = _insert_shifts(graph, layers)
     graph.toposort()
     model = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = min(private.ir_version, 10)
@@ -260,15 +259,18 @@ def _check_names(before: onnx.ModelProto, after: onnx.ModelProto, names: set[str
 
 
 def _widen(graph: gs.Graph) -> bool:
-    """Turn half precision into float32 everywhere; whether there was any."""
-    found = any(_is_half(tensor.dtype) for tensor in graph.tensors().values())
-    for tensor in graph.tensors().values():
+    """Turn half precision into float32 everywhere, in bodies too; whether there was any."""
+    graphs = [graph, *graph.subgraphs(recursive=True)]
+    tensors = {id(t): t for g in graphs for t in g.tensors(check_duplicates=False).values()}
+    tensors |= {id(t): t for g in graphs for t in (*g.inputs, *g.outputs)}
+    found = any(_is_half(tensor.dtype) for tensor in tensors.values())
+    for tensor in tensors.values():
         if isinstance(tensor, gs.Constant):
             if _is_half(tensor.dtype):
                 tensor.values = tensor.values.astype(np.float32)
         elif _is_half(tensor.dtype):
             tensor.dtype = np.float32
-    for node in graph.nodes:
+    for node in (node for g in graphs for node in g.nodes):
         if node.attrs.get("to") in _HALF:
             node.attrs["to"] = int(onnx.TensorProto.FLOAT)
         if node.attrs.get("dtype") in _HALF:
@@ -276,6 +278,7 @@ def _widen(graph: gs.Graph) -> bool:
         value = node.attrs.get("value")
         if isinstance(value, gs.Constant) and _is_half(value.dtype):
             value.values = value.values.astype(np.float32)
+            found = True
     return found
 
 
@@ -286,17 +289,33 @@ def _is_half(dtype: Any) -> bool:
     return str(np.dtype(dtype)) in ("float16", "bfloat16")
 
 
-def _insert_shifts(graph: gs.Graph, layers: Iterable[Layer], names: Mapping[str, str]) -> None:
-    """Behind every layer's z: ``z = Add(z/raw, shift)`` with shift a new graph input."""
-    tensors = graph.tensors()
+def _insert_shifts(graph: gs.Graph, layers: Iterable[Layer]) -> dict[str, str]:
+    """Behind every layer's z: ``z = Add(z/ecp/raw, shift)`` with shift a new graph input.
+
+    Returns:
+        By layer name, the name of the input.
+    """
+    tensors, shifts = graph.tensors(), dict[str, str]()
+    bodies = graph.subgraphs(recursive=True)
+    taken = {*tensors, *(name for body in bodies for name in body.tensors())}
     for layer in layers:
         z = tensors[layer.output]
-        raw = gs.Variable(f"{layer.output}/ecp/raw")
+        raw = gs.Variable(_fresh(f"{layer.output}/ecp/raw", taken))
         for node in list(z.inputs):
             node.outputs = [raw if y is z else y for y in node.outputs]
         # Not the model's annotation, which may be missing. Half precision is widened by now.
         dtype = np.float64 if layer.dtype == onnx.TensorProto.DOUBLE else np.float32
-        shift = gs.Variable(names[layer.name], dtype, None)
+        shift = gs.Variable(_fresh(f"ecp/shift/{layer.output}", taken), dtype, None)
+        shifts[layer.name] = shift.name
         graph.inputs.append(shift)
         add = gs.Node("Add", f"{layer.output}/ecp/shift", inputs=[raw, shift], outputs=[z])
         graph.nodes.append(add)
+    return shifts
+
+
+def _fresh(stem: str, taken: set[str]) -> str:
+    """The name, with primes behind it where it is taken; it is taken then."""
+    while stem in taken:
+        stem += "'"
+    taken.add(stem)
+    return stem
