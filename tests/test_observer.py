@@ -6,8 +6,11 @@ import onnx.parser
 import pytest
 
 from onnx_ecp.calibration import Batch
+from onnx_ecp.errors import ModelError
 from onnx_ecp.gradients.observer import Observer, original_state
 from onnx_ecp.gradients.reverse import NO_OUTPUT
+from onnx_ecp.gradients.rules import RULES
+from onnx_ecp.inspection import inspect
 from onnx_ecp.layers import find_layers
 from onnx_ecp.model import Model
 
@@ -97,3 +100,53 @@ def test_half_precision_is_widened_inside_bodies(rng):
     batch = batch_of(x=rng.standard_normal((5, 4)).astype(np.float16))
     _, seen = observed(model, batch)
     assert seen.adjoints["z"].dtype == np.float32
+
+
+# Networks that did not run, or whose opset could not be lifted.
+RUNNING = {
+    "a standard domain spelt out": (
+        """(float[n,4] x) => (float[n,3] y) {
+        z = MatMul(x, W)  r, m = Dropout(z)  t = Tanh(r)  y = MatMul(t, V) }""",
+        17,
+        "ai.onnx",
+    ),
+    "an operator that only ONNX Runtime has": (
+        """(float[n,4] x) => (float[n,3] y) {
+        z = MatMul(x, W)  S = Constant<value = float[6] {1, 2, 3, 4, 5, 6}>()
+        t = SimplifiedLayerNormalization(z, S)  y = MatMul(t, V) }""",
+        14,
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "opset", "domain"), RUNNING.values(), ids=RUNNING)
+def test_what_onnx_runtime_runs_is_observed(text, opset, domain, rng):
+    model = network(text, rng, opset=opset, W=(4, 6), V=(6, 3))
+    model.proto.opset_import[0].domain = domain
+    batch = batch_of(x=rng.standard_normal((5, 4)).astype(np.float32))
+    observer, seen = observed(model, batch)
+    assert not observer.blocked
+    assert set(seen.adjoints) == {"z", "y"}
+
+
+def test_an_operator_that_is_gone_is_named(rng):
+    text = "(float[n,4] x) => (float[n,6] y) { z = MatMul(x, W)  y = ScaledTanh(z) }"
+    batch = batch_of(x=rng.standard_normal((5, 4)).astype(np.float32))
+    with pytest.raises(ModelError, match="operator ScaledTanh is gone from newer opsets"):
+        observed(network(text, rng, opset=7, W=(4, 6)), batch)
+
+
+def test_layers_behind_differences_are_named(rng, monkeypatch):
+    """An operator on the way that has no rule but works element by element."""
+    monkeypatch.delitem(RULES, "Sin")
+    text = """(float[n,4] x) => (float[n,3] y) {
+        z = MatMul(x, W)  t = Tanh(z)  s = Sin(t)  y = MatMul(s, V) }"""
+    model = network(text, rng, W=(4, 6), V=(6, 3))
+    batch = batch_of(x=rng.standard_normal((5, 4)).astype(np.float32))
+    observer, seen = observed(model, batch)
+    assert observer.numeric == {"z": "Sin"}
+    _, differences = observed(model, batch, engine="numeric")
+    np.testing.assert_allclose(seen.adjoints["z"], differences.adjoints["z"], rtol=5e-2, atol=5e-3)
+    found = {row.name: (row.sensitivity, row.blocked) for row in inspect(model.proto).layers}
+    assert found == {"z": ("numeric", "no gradient rule for Sin"), "y": ("reverse graph", "")}

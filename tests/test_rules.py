@@ -477,6 +477,50 @@ def test_every_rule_has_a_case():
     assert set(RULES) - covered == ELSEWHERE | WITHOUT_DERIVATIVE
 
 
+WITHOUT_RULE = {
+    **{name: Case(f"y = {name}(x)", X) for name in UNARY if name not in ("Sinh", "Cosh")},
+    "attributes": Case("y = Elu<alpha=0.7>(x)", X),
+    "no kernel in double precision": Case("y = HardSwish(x)", X),
+    "large values": Case("y = Tanh(x)", X, domain=(-300.0, 300.0)),
+}
+
+
+@by_name(WITHOUT_RULE)
+def test_differences_are_good_enough_where_there_is_no_rule(case, rng, monkeypatch):
+    """What works element by element gets about what its rule gives; see ``by_differences``."""
+    model, feeds = model_of(case), drawn(rng, case, np.float32)
+    facts = facts_of(model, feeds, in_onnxruntime)
+    seed = {"seed/y": rng.standard_normal((2, *facts["y"].shape)).astype(np.float32)}
+
+    def adjoint():
+        extended, names, blocked = with_adjoints(model, facts, ["x"], ["y"])
+        assert not blocked
+        return in_onnxruntime(extended)({**feeds, **seed})[names["x"]]
+
+    exact = adjoint()
+    monkeypatch.delitem(RULES, model.graph.node[-1].op_type)
+    np.testing.assert_allclose(adjoint(), exact, atol=5e-3, rtol=5e-3)
+
+
+DEPENDENT = {
+    "a softmax": Case("y = Softmax(x)", X),
+    "a sum": Case(tensor("k", "int64", 1) + "y = CumSum(x, k)", X),
+    "another place": Case("y = Transpose<perm=[1, 0, 2]>(x)", {"x": (3, 3, 3)}),
+    "another shape": Case("y = Flatten(x)", X),
+    "the mean of all": Case("y = MeanVarianceNormalization<axes=[0, 1, 2]>(x)", X),
+}
+
+
+@by_name(DEPENDENT)
+def test_what_does_not_work_element_by_element_is_refused(case, rng, monkeypatch):
+    model, feeds = model_of(case), drawn(rng, case, np.float32)
+    facts = facts_of(model, feeds, in_onnxruntime)
+    operator = model.graph.node[-1].op_type
+    monkeypatch.delitem(RULES, operator, raising=False)
+    _, names, blocked = with_adjoints(model, facts, ["x"], ["y"])
+    assert (names, blocked) == ({}, {"x": f"no gradient rule for {operator}"})
+
+
 REFUSED = {
     "training": Case(
         "t = Constant<value=bool {1}>()\nr = Constant<value_float=0.5>()\ny = Dropout(x, r, t)", X

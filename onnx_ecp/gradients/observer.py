@@ -161,6 +161,8 @@ class Observer:
 
     Attributes:
         blocked: by layer name, why the layer has no sensitivity.
+        numeric: by layer name, an operator without a rule that the reverse graph differentiates by
+            differences.
         outputs: names of the float outputs that depend on a layer.
         metric: a name in ``seeds.METRICS``.
         probabilities: but under l2, the heads whose values look like probabilities instead of
@@ -222,10 +224,11 @@ class Observer:
         self.layers: tuple[Layer, ...] = tuple(layers)
         # Without a float output there is nothing to differentiate, in either way.
         self.blocked: dict[str, str] = {} if self._seeded else dict.fromkeys(names, NO_OUTPUT)
+        self.numeric: dict[str, str] = {}
         self._adjoints: dict[str, str] = {}
         self._reverse_proto: onnx.ModelProto | None = None
         if reverse and engine == "vjp":
-            self._reverse_proto, self._adjoints, self.blocked = add_reverse(
+            self._reverse_proto, self._adjoints, self.blocked, self.numeric = add_reverse(
                 self._prepared, self.facts, self._seeded
             )
         if self._prepared.rewritten:

@@ -24,6 +24,7 @@ from onnx_ecp.gradients.reverse import adjoints, names_read
 from onnx_ecp.layers import Layer
 from onnx_ecp.model import constants, is_external, printable
 from onnx_ecp.model.inlining import has_bodies, inline
+from onnx_ecp.model.proto import bodies, nested
 from onnx_ecp.model.tensors import byte_size, clear_values, stored_bytes
 from onnx_ecp.runtime import Session
 
@@ -103,7 +104,7 @@ def prepare(
 
 def add_reverse(
     prepared: Prepared, facts: Mapping[str, Fact], seeded: Iterable[str]
-) -> tuple[onnx.ModelProto, dict[str, str], dict[str, str]]:
+) -> tuple[onnx.ModelProto, dict[str, str], dict[str, str], dict[str, str]]:
     """The observation graph with adjoints of every layer's pre-activation as further outputs.
 
     Args:
@@ -113,7 +114,7 @@ def add_reverse(
 
     Returns:
         The model; by layer name the output that carries its adjoint; by layer name the reason why
-        there is none.
+        there is none; by layer name an operator that is differentiated by differences, if any.
     """
     graph = gs.import_onnx(prepared.proto)
     op = Builder(graph, facts)
@@ -143,9 +144,11 @@ def add_reverse(
             graph.outputs.append(tensors[name])
     model = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = prepared.proto.ir_version
-    blocked = {layer.name: result.blocked[layer.output] for layer in prepared.layers
-               if layer.output in result.blocked}  # fmt: skip
-    return model, names, blocked
+    blocked, numeric = (
+        {x.name: found[x.output] for x in prepared.layers if x.output in found}
+        for found in (result.blocked, result.numeric)
+    )
+    return model, names, blocked, numeric
 
 
 def facts_of(
@@ -213,7 +216,16 @@ def _without_values(proto: onnx.ModelProto, names: set[str], base: Path | None) 
             raw = stored_bytes(tensor, base).tobytes()
             clear_values(tensor)
             tensor.raw_data = raw
+    _respelled(skeleton)
     return skeleton
+
+
+def _respelled(model: onnx.ModelProto) -> None:
+    """The standard domain is "" everywhere: the converter and graphsurgeon know no other name."""
+    for imported in (o for x in [model, *model.functions] for o in x.opset_import):
+        imported.domain = "" if imported.domain == "ai.onnx" else imported.domain
+    for node in (node for body in bodies(model) for node in body.node):
+        node.domain = "" if node.domain == "ai.onnx" else node.domain
 
 
 def _lifted(model: onnx.ModelProto, names: set[str], *, needed: bool) -> onnx.ModelProto:
@@ -228,7 +240,8 @@ def _lifted(model: onnx.ModelProto, names: set[str], *, needed: bool) -> onnx.Mo
     if opset >= MINIMUM_OPSET:
         return model
     try:
-        lifted = onnx.version_converter.convert_version(model, MINIMUM_OPSET)
+        lifted = onnx.version_converter.convert_version(_veiled(model, opset), MINIMUM_OPSET)
+        _unveil(lifted)
         _check_names(model, lifted, names)
     except Exception as error:
         if not needed:
@@ -242,6 +255,38 @@ def _lifted(model: onnx.ModelProto, names: set[str], *, needed: bool) -> onnx.Mo
     have = {o.domain for o in lifted.opset_import}
     lifted.opset_import.extend(o for o in model.opset_import if o.domain not in have | {"ai.onnx"})
     return lifted
+
+
+# Takes the place of the standard domain where only ONNX Runtime has the operator.
+_UNKNOWN = "ecp.unknown"
+# ONNX Runtime has Affine, ScaledTanh and the like of the first opsets up to this one.
+_OLD_OPSET = 9
+
+
+def _veiled(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """A copy in which operators that onnx does not know are no standard ones: they stay.
+
+    Raises:
+        ValueError: ONNX Runtime itself knows such an operator in old opsets only.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for node in (node for graph in nested(copy.graph) for node in graph.node):
+        if not node.domain and not onnx.defs.has(node.op_type, max_inclusive_version=opset):
+            if opset <= _OLD_OPSET:
+                raise ValueError(f"operator {node.op_type} is gone from newer opsets")
+            node.domain = _UNKNOWN
+    if not any(o.domain == _UNKNOWN for o in copy.opset_import):
+        copy.opset_import.append(onnx.helper.make_opsetid(_UNKNOWN, 1))
+    return copy
+
+
+def _unveil(model: onnx.ModelProto) -> None:
+    for node in (node for graph in nested(model.graph) for node in graph.node):
+        if node.domain == _UNKNOWN:
+            node.domain = ""
+    for imported in [o for o in model.opset_import if o.domain == _UNKNOWN]:
+        model.opset_import.remove(imported)
 
 
 def opset_of(model: onnx.ModelProto) -> int:
