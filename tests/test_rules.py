@@ -333,7 +333,7 @@ LINEAR = {
 }
 
 
-def recurrent(op, direction, attributes=""):
+def recurrent(op, direction, attributes="", lengths=()):
     gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[op]
     passes = 2 if direction == "bidirectional" else 1
     states = {"h": (passes, 2, 4)} | ({"c": (passes, 2, 4)} if op == "LSTM" else {})
@@ -345,9 +345,10 @@ def recurrent(op, direction, attributes=""):
         **states,
     }
     outputs = "y, y2, y3" if op == "LSTM" else "y, y2"
+    given = ints("n", *lengths) + "m = Cast<to=6>(n)\n" if lengths else ""
     return Case(
-        f'{outputs} = {op}<hidden_size=4, direction="{direction}"{attributes}>'
-        f"(x, w, r, b, , {', '.join(states)})",
+        f'{given}{outputs} = {op}<hidden_size=4, direction="{direction}"{attributes}>'
+        f"(x, w, r, b, {'m' if lengths else ''}, {', '.join(states)})",
         shapes,
         " ".join(["x", *states]),
         (-0.7, 0.7),
@@ -373,6 +374,11 @@ CURVED = {
     "LpNormalization of any sign": Case("y = LpNormalization<p=1>(x)", X),
     **{
         f"{op}, {direction}": recurrent(op, direction)
+        for op in ("LSTM", "GRU", "RNN")
+        for direction in ("forward", "reverse", "bidirectional")
+    },
+    **{
+        f"{op}, {direction}, lengths": recurrent(op, direction, lengths=(2, 5))
         for op in ("LSTM", "GRU", "RNN")
         for direction in ("forward", "reverse", "bidirectional")
     },
@@ -532,8 +538,8 @@ REFUSED = {
     "aspect": resize(
         'keep_aspect_ratio_policy="not_larger"', (2, 3, 6, 5), sizes=[2, 3, 3, 3]
     ),
-    "lengths": Case(
-        ints("n", 5, 3) + "m = Cast<to=6>(n)\ny = GRU<hidden_size=4>(x, w, r, , m)",
+    "clipping": Case(
+        "y = GRU<hidden_size=4, clip=1.0>(x, w, r)",
         {"x": (5, 2, 3), "w": (1, 12, 3), "r": (1, 12, 4)},
         "x",
     ),
