@@ -6,7 +6,7 @@ import onnx.parser
 import pytest
 
 from onnx_ecp.calibration import Batch
-from onnx_ecp.errors import ModelError
+from onnx_ecp.errors import ModelError, ProviderError
 from onnx_ecp.gradients.observer import Observer, original_state
 from onnx_ecp.gradients.reverse import NO_OUTPUT
 from onnx_ecp.gradients.rules import RULES
@@ -150,3 +150,29 @@ def test_layers_behind_differences_are_named(rng, monkeypatch):
     np.testing.assert_allclose(seen.adjoints["z"], differences.adjoints["z"], rtol=5e-2, atol=5e-3)
     found = {row.name: (row.sensitivity, row.blocked) for row in inspect(model.proto).layers}
     assert found == {"z": ("numeric", "no gradient rule for Sin"), "y": ("reverse graph", "")}
+
+
+def test_broadcasting_that_differs_from_the_first_batch_is_noticed(rng):
+    """How often h is repeated depends on its values: once in the first batch, then thrice."""
+    text = """(float[1,4] x) => (float y) {
+        z = MatMul(x, W)  h = Relu(z)  i = Constant<value_float = 0.0>()  b = Greater(x, i)
+        c = Cast<to = 7>(b)  k = ReduceSum<keepdims = 0>(c)  one = Constant<value_ints = [1]>()
+        kk = Reshape(k, one)  six = Constant<value_ints = [6]>()  s = Concat<axis = 0>(kk, six)
+        e = Expand(h, s)  y = ReduceSum<keepdims = 0>(e) }"""
+    model = network(text, rng, W=(4, 6))
+    layers = find_layers(model.proto).layers
+    once, thrice = (
+        batch_of(x=np.array([[1.0, *values]], np.float32)) for values in ([-1] * 3, [1, 1, -1])
+    )
+    observer, state = Observer(model, layers, once), original_state(model, layers)
+    observer.observe(state, once)
+    with pytest.raises(ModelError, match="broadcast that were not in the first"):
+        observer.observe(state, thrice)
+
+
+def test_what_onnx_runtime_has_no_kernel_for_says_what_to_do(rng):
+    text = "(double[n,3,6,6] x) => (double[n,4,4,4] y) { y = Conv(x, W) }"
+    model = network(text, rng, dtype=np.float64, W=(4, 3, 3, 3))
+    with pytest.raises(ProviderError, match="Conv") as error:
+        observed(model, batch_of(x=rng.standard_normal((5, 3, 6, 6))))
+    assert "convert the model to float32" in error.value.hint

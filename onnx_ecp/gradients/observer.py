@@ -32,6 +32,7 @@ from onnx_ecp.gradients.prepare import (
 from onnx_ecp.gradients.reverse import NO_OUTPUT
 from onnx_ecp.gradients.seeds import plan
 from onnx_ecp.layers import Layer
+from onnx_ecp.layers.dense import Dense
 from onnx_ecp.model import Model, constants, is_external, printable, read_tensor
 from onnx_ecp.runtime import Session, Value
 from onnx_ecp.shelf import Computed
@@ -355,6 +356,8 @@ class Observer:
             carriers = {name: self._adjoints[name] for name in layers}
             feeds = feeds | _seed_feeds(seeds)
             values = self._read(self._reverse, feeds, [*carriers.values(), *inputs])
+            for name, layer in layers.items():
+                _check_rows(layer, values[layer.input], values[carriers[name]])
         return Observation(samples, layers, values, carriers)
 
     def rehearse(self, state: State, batch: Batch) -> None:
@@ -560,6 +563,20 @@ def _check_same(
                 "the model: its fused or old operators are not understood.",
                 hint="Export the model anew with standard operators of a newer opset.",
             )
+
+
+def _check_rows(layer: Layer, a: np.ndarray, g: np.ndarray) -> None:
+    """Which axes broadcasting repeats is read off the first batch; another may do otherwise.
+
+    Raises:
+        ModelError: the adjoint (P, *shape of z) has other rows than the layer's input.
+    """
+    if isinstance(layer, Dense) and a.size * layer.shape[0] * len(g) != g.size * layer.shape[1]:
+        raise ModelError(
+            f"the adjoint of layer {printable(layer.name)!r} has shape {g.shape[1:]} where its "
+            f"input has {a.shape}: in this batch sizes are broadcast that were not in the first.",
+            hint="Use --gradients numeric, or --method magnitude.",
+        )
 
 
 def _check_apart(
