@@ -246,8 +246,10 @@ def _lifted(model: onnx.ModelProto, names: set[str], *, needed: bool) -> onnx.Mo
     except Exception as error:
         if not needed:
             return model
+        # The converter begins with the place in its own source.
+        reason = str(error).rsplit(" failed: ", maxsplit=1)[-1][:200]
         raise ModelError(
-            f"opset {opset} cannot be lifted to {MINIMUM_OPSET}: {str(error)[:200]}",
+            f"opset {opset} cannot be lifted to {MINIMUM_OPSET}: {reason}",
             hint="Convert the model with onnx.version_converter, export it anew, or use a method "
             "that needs no sensitivities, such as --method magnitude.",
         ) from error
