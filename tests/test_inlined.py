@@ -195,6 +195,8 @@ def test_what_is_stored_is_what_the_model_then_computes(body, functions, layers,
         tensors[layer.weight.tensor].raw_data = new.tobytes()
         _shift(flat, layer.output, shift)
     onnx.checker.check_model(stored)
+    names = [[layer.name for layer in find_layers(m).layers] for m in (model, stored)]
+    assert names[0] == names[1]
     x = rng.standard_normal((5, 3)).astype(np.float32)
     np.testing.assert_allclose(run(stored, {"x": x}), run(flat, {"x": x}), rtol=1e-4, atol=1e-5)
     assert stored.functions == model.functions

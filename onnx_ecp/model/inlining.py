@@ -18,7 +18,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from onnx_ecp.model.external import is_external
-from onnx_ecp.model.proto import constant_value, nested, subgraphs
+from onnx_ecp.model.proto import UNSHIFTED, constant_value, nested, subgraphs
 
 # Functions that would become more nodes than these stay functions.
 _MOST_NODES = 200_000
@@ -160,7 +160,7 @@ def _node_name(node: onnx.NodeProto, times: Counter[str]) -> str:
     """How users are told of a node: by its name, or its output where that is not unique."""
     if node.name and times[node.name] == 1:
         return str(node.name)
-    return next((str(y) for y in node.output if y), node.op_type)
+    return next((str(y).removesuffix(UNSHIFTED) for y in node.output if y), node.op_type)
 
 
 # Functions.
