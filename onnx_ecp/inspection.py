@@ -51,9 +51,10 @@ class Prunable:
         two_four: why 2:4 does not fit it; empty where it does.
         tensorrt: why TensorRT's 2:4 kernels would not take it, pruned so; empty where they may.
         storage: "dense", "sparse" or "packed"; see ``optimize --format``.
-        sensitivity: by which way its sensitivity can be had: "reverse graph", "differences"
-            (``--gradients numeric`` only), "none", or "unknown".
-        blocked: why not by the reverse graph, with the operator; empty where it is.
+        sensitivity: by which way its sensitivity can be had: "reverse graph", "numeric" (the same,
+            with differences through an operator that has no rule), "differences" (``--gradients
+            numeric`` only), "none", or "unknown".
+        blocked: why not by the reverse graph alone, with the operator; empty where it is.
     """
 
     name: str
@@ -152,21 +153,26 @@ def _with_sensitivities(
         with deadline(PATIENCE):
             inputs = signature(model.proto)
             made_up = calibration.synthetic(model.proto, inputs, samples=2)
-            blocked = Observer(model, layers, next(made_up.batches(2))).blocked
+            observer = Observer(model, layers, next(made_up.batches(2)))
     except (ProviderError, CalibrationError) as error:  # made-up inputs may be at fault
         return tuple(replace(row, blocked=error.message) for row in rows)
     except OnnxEcpError as error:
         return tuple(replace(row, sensitivity="none", blocked=error.message) for row in rows)
+    ways = (_way(observer, row.name) for row in rows)
     return tuple(
-        replace(row, sensitivity=_way(blocked.get(row.name)), blocked=blocked.get(row.name, ""))
-        for row in rows
+        replace(row, sensitivity=way, blocked=reason)
+        for row, (way, reason) in zip(rows, ways, strict=True)
     )
 
 
-def _way(blocked: str | None) -> str:
-    if blocked is None:
-        return "reverse graph"
-    return "none" if blocked == NO_OUTPUT else "differences"
+def _way(observer: Observer, name: str) -> tuple[str, str]:
+    """How the sensitivity of a layer can be had, and why not otherwise."""
+    if name in observer.blocked:
+        reason = observer.blocked[name]
+        return "none" if reason == NO_OUTPUT else "differences", reason
+    if name in observer.numeric:
+        return "numeric", f"no gradient rule for {observer.numeric[name]}"
+    return "reverse graph", ""
 
 
 def _prunable(layer: Layer, stored: np.ndarray, storage: Mapping[str, str]) -> Prunable:

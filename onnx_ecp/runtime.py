@@ -346,6 +346,11 @@ def _translated(error: Exception, what: str) -> OnnxEcpError:
             hint="Look for ids beyond the vocabulary, or negative ones, in the data.",
         )
     hint = ""
+    if "NOT_IMPLEMENTED" in text:
+        hint = (
+            "It has no kernel for this operator in the element types of the model: convert the "
+            "model to float32 first, or use a --provider that has one."
+        )
     if "INVALID_ARGUMENT" in text and "run" in what:
         hint = "Check the data: ids beyond a vocabulary, or sizes that the model does not take."
     return ProviderError(f"ONNX Runtime {what}: {text}", hint=hint)

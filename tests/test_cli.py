@@ -75,7 +75,8 @@ def test_pruning_with_nothing_else_said_works_and_warns_of_made_up_inputs(folder
     weights = {
         t.name: onnx.numpy_helper.to_array(t) for t in onnx.load("out.onnx").graph.initializer
     }
-    assert sum(int((weights[name] == 0).sum()) for name in "WV") == (8 * 16 + 16 * 4) // 2
+    # Clean-up may have taken units whose weights were all zero out of the file.
+    assert sum(int((weights[name] != 0).sum()) for name in "WV") <= (8 * 16 + 16 * 4) // 2
 
 
 def test_the_file_beside_the_model_is_taken_without_a_warning(folder):

@@ -449,6 +449,14 @@ def test_storing_touches_the_weight_the_bias_and_one_node(case, rng):
     assert copy == model
 
 
+@each_layer
+def test_a_layer_keeps_its_name_when_it_gets_a_bias(case, rng):
+    model = build(case, case.arrays(rng))
+    layer = only_layer(find_layers(model))
+    layer.store(model, None, np.ones(layer.shape[0]))
+    assert only_layer(find_layers(model)).name == layer.name
+
+
 def test_a_bias_that_others_read_is_unshared(rng):
     arrays = {"x": (5, 3), "V": (3, 4), "W": (4, 4), "b": (4,)}
     case = Case("h = Gemm(x, V, b) y = Gemm(h, W, b)", arrays)
@@ -711,9 +719,8 @@ def test_a_layer_in_a_local_function_is_named_with_the_function():
     )
     found = find_layers(model)
     assert not found.layers
-    [skip] = found.skips
-    assert (skip.name, skip.op) == ("h/s", "MatMul")
-    assert "local function 'block'" in skip.reason
+    assert [(skip.name, skip.op) for skip in found.skips] == [("h/s", "MatMul"), ("y/s", "MatMul")]
+    assert all("local function 'block'" in skip.reason for skip in found.skips)
 
 
 def test_a_product_of_two_activations_is_no_candidate():

@@ -24,6 +24,9 @@ LENGTHS = {
     "last": np.full(BATCH, LENGTH - 1, np.int32),
     "total": np.array(LENGTH, np.int32),
 }
+SHORTER = {**LENGTHS, "last": np.array([1, LENGTH - 1], np.int32)}
+BUFFERS = {"pk": (BATCH, 2, 7, 16), "pv": (BATCH, 2, 7, 16)}
+ONE_MORE = {"q": (BATCH, 1, 64), "k": (BATCH, 1, 32), "v": (BATCH, 1, 32)}
 CACHES = {"cos": (9, 8), "sin": (9, 8)}
 PLACES = np.arange(LENGTH, dtype=np.int64)[None].repeat(BATCH, 0) + 1
 MASK = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], np.int32)
@@ -165,6 +168,36 @@ CASES = {
             **LENGTHS,
             **CACHES,
         },
+    ),
+    "GroupQueryAttention, other lengths": (
+        "y, yk, yv = m.GroupQueryAttention<num_heads=4, kv_num_heads=2, do_rotary=1>"
+        "(q, k, v, , , last, total, cos, sin)",
+        {**GROUPED, **SHORTER, **CACHES},
+    ),
+    "GroupQueryAttention, other lengths, window": (
+        "y = m.GroupQueryAttention<num_heads=4, kv_num_heads=2, local_window_size=2, softcap=2.0>"
+        "(q, k, v, , , last, total)",
+        {**GROUPED, **SHORTER},
+    ),
+    "GroupQueryAttention, other lengths, window, keys": (
+        "y, yk, yv = m.GroupQueryAttention<num_heads=4, kv_num_heads=2, local_window_size=2>"
+        "(q, k, v, , , last, total)",
+        {**GROUPED, **SHORTER},
+    ),
+    "GroupQueryAttention, prompt into a buffer": (
+        "y, yk, yv = m.GroupQueryAttention<num_heads=4, kv_num_heads=2, do_rotary=1>"
+        "(q, k, v, pk, pv, last, total, cos, sin)",
+        {**GROUPED, **BUFFERS, **SHORTER, **CACHES},
+    ),
+    "GroupQueryAttention, pasts of other lengths": (
+        "y, yk, yv = m.GroupQueryAttention<num_heads=4, kv_num_heads=2, do_rotary=1>"
+        "(q, k, v, pk, pv, last, total, cos, sin)",
+        {**ONE_MORE, **BUFFERS, **SHORTER, **CACHES},
+    ),
+    "GroupQueryAttention, pasts of other lengths, window, bias of scores": (
+        "y, yk, yv = m.GroupQueryAttention<num_heads=4, kv_num_heads=2, local_window_size=2>"
+        "(q, k, v, pk, pv, last, total, , , , r)",
+        {**ONE_MORE, **BUFFERS, **SHORTER, "r": (BATCH, HEADS, 1, LENGTH)},
     ),
     "RotaryEmbedding by heads": (
         "y = m.RotaryEmbedding(x, places, cos, sin)",

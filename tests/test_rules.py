@@ -111,6 +111,9 @@ SMOOTH = {
     "Mean": Case("y = Mean(a, b)", AB),
     "Mod": Case("y = Mod<fmod=1>(a, b)", AB, domain=ABOVE),
     "Pow, number": Case("p = Constant<value_int=3>()\ny = Pow(x, p)", X),
+    "Pow, zero to the power of zero": Case(
+        tensor("k", "float[4]", 0, 1, 2, 3) + "r = Relu(x)\ny = Pow(r, k)", X
+    ),
     "PRelu": Case("y = PRelu(a, b)", AB),
     "Where": Case(tensor("c", "bool[3,1]", 1, 0, 1) + "y = Where(c, a, b)", AB),
     "Clip": Case("y = Clip(x, a, b)", {**X, "a": (), "b": ()}),
@@ -330,7 +333,7 @@ LINEAR = {
 }
 
 
-def recurrent(op, direction, attributes=""):
+def recurrent(op, direction, attributes="", lengths=()):
     gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[op]
     passes = 2 if direction == "bidirectional" else 1
     states = {"h": (passes, 2, 4)} | ({"c": (passes, 2, 4)} if op == "LSTM" else {})
@@ -342,9 +345,10 @@ def recurrent(op, direction, attributes=""):
         **states,
     }
     outputs = "y, y2, y3" if op == "LSTM" else "y, y2"
+    given = ints("n", *lengths) + "m = Cast<to=6>(n)\n" if lengths else ""
     return Case(
-        f'{outputs} = {op}<hidden_size=4, direction="{direction}"{attributes}>'
-        f"(x, w, r, b, , {', '.join(states)})",
+        f'{given}{outputs} = {op}<hidden_size=4, direction="{direction}"{attributes}>'
+        f"(x, w, r, b, {'m' if lengths else ''}, {', '.join(states)})",
         shapes,
         " ".join(["x", *states]),
         (-0.7, 0.7),
@@ -370,6 +374,11 @@ CURVED = {
     "LpNormalization of any sign": Case("y = LpNormalization<p=1>(x)", X),
     **{
         f"{op}, {direction}": recurrent(op, direction)
+        for op in ("LSTM", "GRU", "RNN")
+        for direction in ("forward", "reverse", "bidirectional")
+    },
+    **{
+        f"{op}, {direction}, lengths": recurrent(op, direction, lengths=(2, 5))
         for op in ("LSTM", "GRU", "RNN")
         for direction in ("forward", "reverse", "bidirectional")
     },
@@ -474,6 +483,50 @@ def test_every_rule_has_a_case():
     assert set(RULES) - covered == ELSEWHERE | WITHOUT_DERIVATIVE
 
 
+WITHOUT_RULE = {
+    **{name: Case(f"y = {name}(x)", X) for name in UNARY if name not in ("Sinh", "Cosh")},
+    "attributes": Case("y = Elu<alpha=0.7>(x)", X),
+    "no kernel in double precision": Case("y = HardSwish(x)", X),
+    "large values": Case("y = Tanh(x)", X, domain=(-300.0, 300.0)),
+}
+
+
+@by_name(WITHOUT_RULE)
+def test_differences_are_good_enough_where_there_is_no_rule(case, rng, monkeypatch):
+    """What works element by element gets about what its rule gives; see ``by_differences``."""
+    model, feeds = model_of(case), drawn(rng, case, np.float32)
+    facts = facts_of(model, feeds, in_onnxruntime)
+    seed = {"seed/y": rng.standard_normal((2, *facts["y"].shape)).astype(np.float32)}
+
+    def adjoint():
+        extended, names, blocked = with_adjoints(model, facts, ["x"], ["y"])
+        assert not blocked
+        return in_onnxruntime(extended)({**feeds, **seed})[names["x"]]
+
+    exact = adjoint()
+    monkeypatch.delitem(RULES, model.graph.node[-1].op_type)
+    np.testing.assert_allclose(adjoint(), exact, atol=5e-3, rtol=5e-3)
+
+
+DEPENDENT = {
+    "a softmax": Case("y = Softmax(x)", X),
+    "a sum": Case(tensor("k", "int64", 1) + "y = CumSum(x, k)", X),
+    "another place": Case("y = Transpose<perm=[1, 0, 2]>(x)", {"x": (3, 3, 3)}),
+    "another shape": Case("y = Flatten(x)", X),
+    "the mean of all": Case("y = MeanVarianceNormalization<axes=[0, 1, 2]>(x)", X),
+}
+
+
+@by_name(DEPENDENT)
+def test_what_does_not_work_element_by_element_is_refused(case, rng, monkeypatch):
+    model, feeds = model_of(case), drawn(rng, case, np.float32)
+    facts = facts_of(model, feeds, in_onnxruntime)
+    operator = model.graph.node[-1].op_type
+    monkeypatch.delitem(RULES, operator, raising=False)
+    _, names, blocked = with_adjoints(model, facts, ["x"], ["y"])
+    assert (names, blocked) == ({}, {"x": f"no gradient rule for {operator}"})
+
+
 REFUSED = {
     "training": Case(
         "t = Constant<value=bool {1}>()\nr = Constant<value_float=0.5>()\ny = Dropout(x, r, t)", X
@@ -485,8 +538,8 @@ REFUSED = {
     "aspect": resize(
         'keep_aspect_ratio_policy="not_larger"', (2, 3, 6, 5), sizes=[2, 3, 3, 3]
     ),
-    "lengths": Case(
-        ints("n", 5, 3) + "m = Cast<to=6>(n)\ny = GRU<hidden_size=4>(x, w, r, , m)",
+    "clipping": Case(
+        "y = GRU<hidden_size=4, clip=1.0>(x, w, r)",
         {"x": (5, 2, 3), "w": (1, 12, 3), "r": (1, 12, 4)},
         "x",
     ),

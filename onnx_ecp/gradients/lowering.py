@@ -416,15 +416,11 @@ def _attend(
     return op.MatMul(op.Softmax(scores, axis=-1), v)
 
 
-def _causal(op: Builder, q: Any, k: Any, window: int = -1) -> Any:
-    """Which of the keys (columns) a query may see: those up to it, of them the last ``window``."""
+def _causal(op: Builder, q: Any, k: Any) -> Any:
+    """Which of the keys (columns) a query may see: those up to it, the last query all."""
     queries, keys = _length(op, q, 2), _length(op, k, 2)
     rows = op.Unsqueeze(_range(op, op.Sub(keys, queries), keys), [1])
-    columns = _range(op, op.const(0), keys)
-    allowed = op.LessOrEqual(columns, rows)
-    if window > 0:
-        allowed = op.And(allowed, op.Greater(columns, op.Sub(rows, window)))
-    return allowed
+    return op.LessOrEqual(_range(op, op.const(0), keys), rows)
 
 
 def _padding_bias(op: Builder, node: gs.Node, mask: gs.Tensor, x: gs.Tensor, keys: Any) -> Any:
@@ -505,27 +501,43 @@ def _multi_head_attention(op: Builder, node: gs.Node) -> Outputs:
 
 @lowers("GroupQueryAttention")
 def _group_query_attention(op: Builder, node: gs.Node) -> Outputs:
-    """Right where all sequences are equally long and the past is not a larger buffer."""
-    query, key, value, past_k, past_v, _, _, cos, sin, places, score_bias = (
+    """Causal attention of sequences that end where ``last`` says, as ONNX Runtime computes it.
+
+    In a prompt, which is as long as ``total``, sequences begin at place 0 and are padded behind;
+    otherwise the new places are the last ones of their sequence.
+    """
+    query, key, value, past_k, past_v, last, total, cos, sin, places, score_bias = (
         optional_input(node, k) for k in range(11)
     )
     _refuse_if(any(not x.is_empty() for x in node.inputs[11:]), "sinks or quantised caches")
     _refuse_if(node.attrs.get("smooth_softmax", 0) > 0, "smooth softmax")
+    _refuse_if(last is None or total is None, "unknown lengths of the sequences")
     count, groups = node.attrs["num_heads"], node.attrs["kv_num_heads"]
     if key is None:
         size = op.Div(op.Shape(query, start=2), count + 2 * groups)
         sizes = op.Mul(size, np.array([count, groups, groups]))
         query, key, value = op.Split(query, sizes, axis=-1, outputs=3)
     q, k, v = _heads(op, query, count), _heads(op, key, groups), _heads(op, value, groups)
-    if node.attrs.get("do_rotary", 0):
-        if places is None:
-            start = op.const(0) if past_k is None else _length(op, past_k, 2)
-            places = op.Unsqueeze(_range(op, start, op.Add(start, _length(op, q, 2))), [0])
-        interleaved = node.attrs.get("rotary_interleaved", 0)
-        q, k = (_rotated(op, x, cos, sin, places, interleaved) for x in (q, k))
+    length, total = _length(op, q, 2), op.Squeeze(op.cast(total, np.int64))
+    ends = op.Add(op.Reshape(op.cast(last, np.int64), [-1, 1]), 1)
+    before: Any = np.zeros((1, 1), np.int64)
     if past_k is not None:
-        k, v = op.Concat(past_k, k, axis=2), op.Concat(past_v, v, axis=2)
-    allowed = _causal(op, q, k, node.attrs.get("local_window_size", -1))
+        before = op.Where(op.Equal(length, total), 0, op.Sub(ends, length))
+    rows = op.Add(_range(op, op.const(0), length), before)
+    if node.attrs.get("do_rotary", 0):
+        interleaved = node.attrs.get("rotary_interleaved", 0)
+        at = rows if places is None else places
+        q, k = (_rotated(op, x, cos, sin, at, interleaved) for x in (q, k))
+    own = [k, v]
+    if past_k is not None:
+        pairs = ((past_k, k), (past_v, v))
+        k, v = own = [_present(op, *pair, before, total) for pair in pairs]
+        # Behind ``total`` the buffers are empty, and the bias of the scores has nothing for them.
+        k, v = (op.Slice(x, [0], op.Unsqueeze(total, [0]), [2]) for x in own)
+    if all(x.is_empty() for x in node.outputs[1:]):
+        # The kernel that gives out no keys lets what is behind the end of a sequence see its end.
+        rows = op.Min(rows, op.Sub(ends, 1))
+    window = node.attrs.get("local_window_size", -1)
     y = _attend(
         op,
         q,
@@ -533,10 +545,49 @@ def _group_query_attention(op: Builder, node: gs.Node) -> Outputs:
         _repeated(op, v, count // groups),
         scale=node.attrs.get("scale", 0.0),
         biases=[] if score_bias is None else [score_bias],
-        allowed=allowed,
+        allowed=_up_to(op, rows, ends, _length(op, k, 2), window),
         softcap=node.attrs.get("softcap", 0.0),
     )
-    return [_joined(op, y), k, v]
+    if window > 0:
+        # The other one does not; where a window then sees nothing the result is zero.
+        sees = op.Greater(op.Min(rows, op.Sub(ends, 1)), op.Sub(rows, window))
+        y = op.Where(op.Unsqueeze(sees, [1, 3]), y, 0.0)
+    return [_joined(op, y), *own]
+
+
+def _up_to(op: Builder, rows: Any, ends: Any, keys: Any, window: int) -> Any:
+    """(batch, 1, queries, keys): those up to the query's place, and before the sequence's end.
+
+    Args:
+        op: builder.
+        rows: (batch, queries), places of the queries.
+        ends: (batch, 1), lengths of the sequences.
+        keys: their number.
+        window: how many of the keys, the last ones, a query may see; all where it is not positive.
+    """
+    columns, rows = _range(op, op.const(0), keys), op.Unsqueeze(rows, [1, 3])
+    allowed = op.And(op.LessOrEqual(columns, rows), op.Less(columns, op.Unsqueeze(ends, [1, 3])))
+    if window > 0:
+        allowed = op.And(allowed, op.Greater(columns, op.Sub(rows, window)))
+    return allowed
+
+
+def _present(op: Builder, past: Any, new: Any, before: Any, total: Any) -> Any:
+    """Heads of the first ``before`` places of a buffer, then all new ones, then zeros.
+
+    The result has as many places as the buffer, ``total`` at least.
+    """
+    buffer = _length(op, past, 2)
+    columns = _range(op, op.const(0), op.Max(buffer, total))
+    both = op.Concat(past, new, axis=2)
+    fresh = op.Add(op.Sub(columns, before), buffer)
+    source = op.Where(op.Less(columns, before), columns, fresh)
+    source = op.Unsqueeze(op.Min(source, op.Sub(_length(op, both, 2), 1)), [1, 3])
+    heads, size = op.Shape(new, start=1, end=2), op.Shape(new, start=3)
+    shape = op.Concat([1], heads, [1], size, axis=0)
+    there = op.GatherElements(both, op.Expand(source, shape), axis=2)
+    ends = op.Add(before, _length(op, new, 2))
+    return op.Where(op.Unsqueeze(op.Less(columns, ends), [1, 3]), there, 0.0)
 
 
 def _repeated(op: Builder, x: Any, times: int) -> Any:

@@ -69,7 +69,7 @@ def numeric_adjoint(
     """
     names = [*seeds, target]
     z = session.run(feeds, [target])[target]
-    together = z.shape[:1] == (samples,) and all(s.shape[1] == samples for s in seeds.values())
+    together = z.shape[:1] == (samples,) and all(s.shape[1:2] == (samples,) for s in seeds.values())
     outer = z.shape[0] if together else 1
     inner = z.shape[1:] if together else z.shape
     probes = next(iter(seeds.values())).shape[0]

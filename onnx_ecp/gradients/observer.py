@@ -28,8 +28,10 @@ from onnx_ecp.gradients.prepare import (
     opset_of,
     prepare,
 )
+from onnx_ecp.gradients.reverse import NO_OUTPUT
 from onnx_ecp.gradients.seeds import plan
 from onnx_ecp.layers import Layer
+from onnx_ecp.layers.dense import Dense
 from onnx_ecp.model import Model, constants, is_external, printable, read_tensor
 from onnx_ecp.runtime import Session, Value
 from onnx_ecp.shelf import Computed
@@ -164,6 +166,8 @@ class Observer:
 
     Attributes:
         blocked: by layer name, why the layer has no sensitivity.
+        numeric: by layer name, an operator without a rule that the reverse graph differentiates by
+            differences.
         outputs: names of the float outputs that depend on a layer.
         metric: a name in ``seeds.METRICS``.
         logits: but under l2, the outputs whose metric is taken at the logits of their softmax.
@@ -220,16 +224,19 @@ class Observer:
         if metric == "loss":
             _check_labels(self._seeded, self.facts, first)
         self.outputs = tuple(self._heads)
+        names = [layer.name for layer in layers]
         tensors = [*self._heads, *self._seeded, *(layer.input for layer in layers)]
         if engine == "numeric":
             tensors += [layer.output for layer in layers]
         self._forward = self._with_outputs(tensors)
         self.layers: tuple[Layer, ...] = tuple(layers)
-        self.blocked: dict[str, str] = {}
+        # Without a float output there is nothing to differentiate, in either way.
+        self.blocked: dict[str, str] = {} if self._seeded else dict.fromkeys(names, NO_OUTPUT)
+        self.numeric: dict[str, str] = {}
         self._adjoints: dict[str, str] = {}
         self._reverse_proto: onnx.ModelProto | None = None
         if reverse and engine == "vjp":
-            self._reverse_proto, self._adjoints, self.blocked = add_reverse(
+            self._reverse_proto, self._adjoints, self.blocked, self.numeric = add_reverse(
                 self._prepared, self.facts, self._seeded
             )
         if self._prepared.rewritten:
@@ -359,6 +366,8 @@ class Observer:
             carriers = {name: self._adjoints[name] for name in layers}
             feeds = feeds | _seed_feeds(seeds)
             values = self._read(self._reverse, feeds, [*carriers.values(), *inputs])
+            for name, layer in layers.items():
+                _check_rows(layer, values[layer.input], values[carriers[name]])
         return Observation(samples, layers, values, carriers)
 
     def rehearse(self, state: State, batch: Batch) -> None:
@@ -564,6 +573,20 @@ def _check_same(
                 "the model: its fused or old operators are not understood.",
                 hint="Export the model anew with standard operators of a newer opset.",
             )
+
+
+def _check_rows(layer: Layer, a: np.ndarray, g: np.ndarray) -> None:
+    """Which axes broadcasting repeats is read off the first batch; another may do otherwise.
+
+    Raises:
+        ModelError: the adjoint (P, *shape of z) has other rows than the layer's input.
+    """
+    if isinstance(layer, Dense) and a.size * layer.shape[0] * len(g) != g.size * layer.shape[1]:
+        raise ModelError(
+            f"the adjoint of layer {printable(layer.name)!r} has shape {g.shape[1:]} where its "
+            f"input has {a.shape}: in this batch sizes are broadcast that were not in the first.",
+            hint="Use --gradients numeric, or --method magnitude.",
+        )
 
 
 def _check_apart(

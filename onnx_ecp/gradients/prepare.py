@@ -1,8 +1,8 @@
 """The observation graph: a private copy of the model in which weights and bias shifts are inputs.
 
 See docs/architecture.md. The copy is normalised (sparse initializers decoded, local functions
-inlined, fused operators lowered, opset lifted, half precision widened to float32), so that the
-rules of the reverse graph meet standard operators only.
+and constant Ifs inlined, fused operators lowered, opset lifted, half precision widened to float32),
+so that the rules of the reverse graph meet standard operators only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
 import onnx.version_converter
 import onnx_graphsurgeon as gs
 
@@ -24,6 +23,8 @@ from onnx_ecp.gradients.lowering import is_fused, lower
 from onnx_ecp.gradients.reverse import adjoints, names_read
 from onnx_ecp.layers import Layer
 from onnx_ecp.model import constants, is_external, printable
+from onnx_ecp.model.inlining import has_bodies, inline
+from onnx_ecp.model.proto import bodies, nested
 from onnx_ecp.model.tensors import byte_size, clear_values, stored_bytes
 from onnx_ecp.runtime import Session
 
@@ -83,8 +84,8 @@ def prepare(
     """
     private = onnx.ModelProto()
     private.CopyFrom(_without_values(proto, {layer.weight.tensor for layer in layers}, base))
-    if private.functions:
-        private = onnx.inliner.inline_local_functions(private)
+    # The names are those that the layers were found under.
+    places = inline(private) if has_bodies(private) else {}
     names = {name for layer in layers for name in (layer.input, layer.output)}
     lifted = _lifted(private, names, needed=reverse)
     graph = gs.import_onnx(lifted)
@@ -92,19 +93,18 @@ def prepare(
     fused = is_fused(graph)
     if fused:
         lower(graph, facts_of(gs.export_onnx(graph, do_type_check=False), base, feeds, threads))
-    shifts = {layer.name: f"ecp/shift/{layer.output}" for layer in layers}
-    _insert_shifts(graph, layers, shifts)
+    shifts = _insert_shifts(graph, layers)
     graph.toposort()
     model = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = min(private.ir_version, 10)
     outputs = _downstream(graph, {layer.output for layer in layers})
-    rewritten = lifted is not private or bool(proto.functions) or widened or fused
+    rewritten = lifted is not private or bool(places) or widened or fused
     return Prepared(model, base, tuple(layers), outputs, shifts, rewritten)
 
 
 def add_reverse(
     prepared: Prepared, facts: Mapping[str, Fact], seeded: Iterable[str]
-) -> tuple[onnx.ModelProto, dict[str, str], dict[str, str]]:
+) -> tuple[onnx.ModelProto, dict[str, str], dict[str, str], dict[str, str]]:
     """The observation graph with adjoints of every layer's pre-activation as further outputs.
 
     Args:
@@ -114,7 +114,7 @@ def add_reverse(
 
     Returns:
         The model; by layer name the output that carries its adjoint; by layer name the reason why
-        there is none.
+        there is none; by layer name an operator that is differentiated by differences, if any.
     """
     graph = gs.import_onnx(prepared.proto)
     op = Builder(graph, facts)
@@ -144,9 +144,11 @@ def add_reverse(
             graph.outputs.append(tensors[name])
     model = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = prepared.proto.ir_version
-    blocked = {layer.name: result.blocked[layer.output] for layer in prepared.layers
-               if layer.output in result.blocked}  # fmt: skip
-    return model, names, blocked
+    blocked, numeric = (
+        {x.name: found[x.output] for x in prepared.layers if x.output in found}
+        for found in (result.blocked, result.numeric)
+    )
+    return model, names, blocked, numeric
 
 
 def facts_of(
@@ -214,7 +216,16 @@ def _without_values(proto: onnx.ModelProto, names: set[str], base: Path | None) 
             raw = stored_bytes(tensor, base).tobytes()
             clear_values(tensor)
             tensor.raw_data = raw
+    _respelled(skeleton)
     return skeleton
+
+
+def _respelled(model: onnx.ModelProto) -> None:
+    """The standard domain is "" everywhere: the converter and graphsurgeon know no other name."""
+    for imported in (o for x in [model, *model.functions] for o in x.opset_import):
+        imported.domain = "" if imported.domain == "ai.onnx" else imported.domain
+    for node in (node for body in bodies(model) for node in body.node):
+        node.domain = "" if node.domain == "ai.onnx" else node.domain
 
 
 def _lifted(model: onnx.ModelProto, names: set[str], *, needed: bool) -> onnx.ModelProto:
@@ -229,13 +240,16 @@ def _lifted(model: onnx.ModelProto, names: set[str], *, needed: bool) -> onnx.Mo
     if opset >= MINIMUM_OPSET:
         return model
     try:
-        lifted = onnx.version_converter.convert_version(model, MINIMUM_OPSET)
+        lifted = onnx.version_converter.convert_version(_veiled(model, opset), MINIMUM_OPSET)
+        _unveil(lifted)
         _check_names(model, lifted, names)
     except Exception as error:
         if not needed:
             return model
+        # The converter begins with the place in its own source.
+        reason = str(error).rsplit(" failed: ", maxsplit=1)[-1][:200]
         raise ModelError(
-            f"opset {opset} cannot be lifted to {MINIMUM_OPSET}: {str(error)[:200]}",
+            f"opset {opset} cannot be lifted to {MINIMUM_OPSET}: {reason}",
             hint="Convert the model with onnx.version_converter, export it anew, or use a method "
             "that needs no sensitivities, such as --method magnitude.",
         ) from error
@@ -243,6 +257,38 @@ def _lifted(model: onnx.ModelProto, names: set[str], *, needed: bool) -> onnx.Mo
     have = {o.domain for o in lifted.opset_import}
     lifted.opset_import.extend(o for o in model.opset_import if o.domain not in have | {"ai.onnx"})
     return lifted
+
+
+# Takes the place of the standard domain where only ONNX Runtime has the operator.
+_UNKNOWN = "ecp.unknown"
+# ONNX Runtime has Affine, ScaledTanh and the like of the first opsets up to this one.
+_OLD_OPSET = 9
+
+
+def _veiled(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """A copy in which operators that onnx does not know are no standard ones: they stay.
+
+    Raises:
+        ValueError: ONNX Runtime itself knows such an operator in old opsets only.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for node in (node for graph in nested(copy.graph) for node in graph.node):
+        if not node.domain and not onnx.defs.has(node.op_type, max_inclusive_version=opset):
+            if opset <= _OLD_OPSET:
+                raise ValueError(f"operator {node.op_type} is gone from newer opsets")
+            node.domain = _UNKNOWN
+    if not any(o.domain == _UNKNOWN for o in copy.opset_import):
+        copy.opset_import.append(onnx.helper.make_opsetid(_UNKNOWN, 1))
+    return copy
+
+
+def _unveil(model: onnx.ModelProto) -> None:
+    for node in (node for graph in nested(model.graph) for node in graph.node):
+        if node.domain == _UNKNOWN:
+            node.domain = ""
+    for imported in [o for o in model.opset_import if o.domain == _UNKNOWN]:
+        model.opset_import.remove(imported)
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -260,15 +306,18 @@ def _check_names(before: onnx.ModelProto, after: onnx.ModelProto, names: set[str
 
 
 def _widen(graph: gs.Graph) -> bool:
-    """Turn half precision into float32 everywhere; whether there was any."""
-    found = any(_is_half(tensor.dtype) for tensor in graph.tensors().values())
-    for tensor in graph.tensors().values():
+    """Turn half precision into float32 everywhere, in bodies too; whether there was any."""
+    graphs = [graph, *graph.subgraphs(recursive=True)]
+    tensors = {id(t): t for g in graphs for t in g.tensors(check_duplicates=False).values()}
+    tensors |= {id(t): t for g in graphs for t in (*g.inputs, *g.outputs)}
+    found = any(_is_half(tensor.dtype) for tensor in tensors.values())
+    for tensor in tensors.values():
         if isinstance(tensor, gs.Constant):
             if _is_half(tensor.dtype):
                 tensor.values = tensor.values.astype(np.float32)
         elif _is_half(tensor.dtype):
             tensor.dtype = np.float32
-    for node in graph.nodes:
+    for node in (node for g in graphs for node in g.nodes):
         if node.attrs.get("to") in _HALF:
             node.attrs["to"] = int(onnx.TensorProto.FLOAT)
         if node.attrs.get("dtype") in _HALF:
@@ -276,6 +325,7 @@ def _widen(graph: gs.Graph) -> bool:
         value = node.attrs.get("value")
         if isinstance(value, gs.Constant) and _is_half(value.dtype):
             value.values = value.values.astype(np.float32)
+            found = True
     return found
 
 
@@ -286,17 +336,33 @@ def _is_half(dtype: Any) -> bool:
     return str(np.dtype(dtype)) in ("float16", "bfloat16")
 
 
-def _insert_shifts(graph: gs.Graph, layers: Iterable[Layer], names: Mapping[str, str]) -> None:
-    """Behind every layer's z: ``z = Add(z/raw, shift)`` with shift a new graph input."""
-    tensors = graph.tensors()
+def _insert_shifts(graph: gs.Graph, layers: Iterable[Layer]) -> dict[str, str]:
+    """Behind every layer's z: ``z = Add(z/ecp/raw, shift)`` with shift a new graph input.
+
+    Returns:
+        By layer name, the name of the input.
+    """
+    tensors, shifts = graph.tensors(), dict[str, str]()
+    bodies = graph.subgraphs(recursive=True)
+    taken = {*tensors, *(name for body in bodies for name in body.tensors())}
     for layer in layers:
         z = tensors[layer.output]
-        raw = gs.Variable(f"{layer.output}/ecp/raw")
+        raw = gs.Variable(_fresh(f"{layer.output}/ecp/raw", taken))
         for node in list(z.inputs):
             node.outputs = [raw if y is z else y for y in node.outputs]
         # Not the model's annotation, which may be missing. Half precision is widened by now.
         dtype = np.float64 if layer.dtype == onnx.TensorProto.DOUBLE else np.float32
-        shift = gs.Variable(names[layer.name], dtype, None)
+        shift = gs.Variable(_fresh(f"ecp/shift/{layer.output}", taken), dtype, None)
+        shifts[layer.name] = shift.name
         graph.inputs.append(shift)
         add = gs.Node("Add", f"{layer.output}/ecp/shift", inputs=[raw, shift], outputs=[z])
         graph.nodes.append(add)
+    return shifts
+
+
+def _fresh(stem: str, taken: set[str]) -> str:
+    """The name, with primes behind it where it is taken; it is taken then."""
+    while stem in taken:
+        stem += "'"
+    taken.add(stem)
+    return stem

@@ -2,8 +2,9 @@
 
 For seeds v (P, *shape of y) on every output y, the adjoint of a tensor z is
 ``g = sum_y v_y dy/dz``, of shape (P, *shape of z). Only tensors downstream of a target and upstream
-of a seeded output get adjoints. An operator without a rule poisons everything above it: a partial
-sum would be silently wrong, so those targets get the operator's name instead of an adjoint.
+of a seeded output get adjoints. An operator without a rule is differentiated by differences where
+it works element by element; else it poisons everything above it: a partial sum would be silently
+wrong, so those targets get the operator's name instead of an adjoint.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_ecp.gradients.builder import Builder
-from onnx_ecp.gradients.rules import RULES, Unsupported
+from onnx_ecp.gradients.rules import RULES, Rule, Unsupported
+from onnx_ecp.gradients.rules.differences import by_differences
 
 NO_OUTPUT = "no float output of the model depends on it"
 
@@ -27,10 +29,12 @@ class Adjoints:
     Args:
         tensors: by target name, the tensor that carries its adjoint.
         blocked: by target name, why there is none.
+        numeric: by target name, an operator on its way that is differentiated by differences.
     """
 
     tensors: dict[str, gs.Tensor]
     blocked: dict[str, str]
+    numeric: dict[str, str]
 
 
 def adjoints(
@@ -52,6 +56,7 @@ def adjoints(
     active = _active(forward, op, set(targets), set(seeds))
     parts: dict[str, list[gs.Tensor]] = {name: [seed] for name, seed in seeds.items()}
     blocked: dict[str, str] = {}
+    numeric: dict[str, str] = {}
 
     def total(name: str) -> gs.Tensor | None:
         """The adjoint of a tensor whose consumers have all been visited."""
@@ -72,6 +77,10 @@ def adjoints(
             if all(x is None for x in g):
                 continue
             reason = _pull(op, node, g, wanted, parts) if not captured else f"{node.op} body"
+            above = {y: numeric[y] for y in reached if y in numeric}
+            rough = _operator(node) if _rule(node) is None else next(iter(above.values()), None)
+            if rough is not None:
+                numeric |= dict.fromkeys([node.inputs[i].name for i in wanted], rough)
         if reason is not None:
             for name in {node.inputs[i].name for i in wanted} | captured:
                 blocked[name] = reason
@@ -81,6 +90,7 @@ def adjoints(
         {t: g for t, g in found.items() if g is not None},
         {t: blocked.get(t, NO_OUTPUT) for t in targets
          if found.get(t) is None},
+        {t: numeric[t] for t in targets if t in numeric and t not in blocked},
     )  # fmt: skip
 
 
@@ -92,17 +102,23 @@ def _pull(
     parts: dict[str, list[gs.Tensor]],
 ) -> str | None:
     """Add the adjoints of a node's inputs to ``parts``; the reason if a rule is missing."""
-    apply = RULES.get(node.op) if node.domain in (None, "", "ai.onnx") else None
-    if apply is None:
-        return f"no gradient rule for {node.domain + '.' if node.domain else ''}{node.op}"
+    apply = _rule(node)
     for i in wanted:
         try:
-            gradient = apply(op, node, g, i)
+            gradient = (apply or by_differences)(op, node, g, i)
         except Unsupported as refusal:
-            return f"{node.op}: {refusal}"
+            return f"{node.op}: {refusal}" if apply else f"no gradient rule for {_operator(node)}"
         if gradient is not None:
             parts.setdefault(node.inputs[i].name, []).append(gradient)
     return None
+
+
+def _rule(node: gs.Node) -> Rule | None:
+    return RULES.get(node.op) if node.domain in (None, "", "ai.onnx") else None
+
+
+def _operator(node: gs.Node) -> str:
+    return f"{node.domain + '.' if node.domain else ''}{node.op}"
 
 
 def _active(nodes: list[gs.Node], op: Builder, targets: set[str], outputs: set[str]) -> set[str]:

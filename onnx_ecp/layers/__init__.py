@@ -9,7 +9,10 @@ import onnx_graphsurgeon as gs
 
 from onnx_ecp.layers import attention, conv, fused, gemm, matmul, opaque
 from onnx_ecp.layers.bias import MICROSOFT
+from onnx_ecp.layers.conv import Conv
+from onnx_ecp.layers.dense import Dense
 from onnx_ecp.layers.fused import preactivation
+from onnx_ecp.layers.inlined import Inlined, inlined
 from onnx_ecp.layers.layer import Found, Layer, Skip, Weight
 from onnx_ecp.layers.sharing import refuse_shared
 from onnx_ecp.layers.trace import Scope, body_scope, function_scope, main_scope
@@ -39,8 +42,9 @@ def find_layers(proto: onnx.ModelProto) -> Found:
     Args:
         proto: a valid model; sparse initializers are decoded already. It is not changed.
     """
-    scope = main_scope(proto)
-    answers = list(_answers(scope, _functions(scope.graph), seen=set()))
+    whole = inlined(proto)
+    scope = main_scope(whole.proto)
+    answers = list(_answers(scope, _functions(scope.graph), whole, seen=set()))
     layers = [answer for answer in answers if not isinstance(answer, Skip)]
     refused = refuse_shared(layers, scope)
     settled = [refused.get(answer.name, answer) for answer in answers]
@@ -57,7 +61,9 @@ def _functions(graph: gs.Graph) -> _Functions:
     return {(function.domain or "", function.name): function for function in graph.functions}
 
 
-def _answers(scope: Scope, functions: _Functions, seen: set[int]) -> Iterator[Layer | Skip]:
+def _answers(
+    scope: Scope, functions: _Functions, whole: Inlined, seen: set[int]
+) -> Iterator[Layer | Skip]:
     """What every node is, in graph order, those in bodies included.
 
     ``seen`` holds the functions visited already: each is looked at in its first call only, which
@@ -67,11 +73,15 @@ def _answers(scope: Scope, functions: _Functions, seen: set[int]) -> Iterator[La
         function = functions.get(operator(node))
         if function is not None and id(function) not in seen:
             seen.add(id(function))
-            yield from _answers(function_scope(scope, function, node), functions, seen)
+            yield from _answers(function_scope(scope, function, node), functions, whole, seen)
         match = None if function is not None else MATCHES.get(operator(node))
         answer = None if match is None else match(node, scope)
-        if answer is not None:
-            yield scope.skip(node, scope.refusal) if scope.refusal else answer
+        if answer is not None and scope.refusal:
+            yield scope.skip(node, scope.refusal)
+        elif isinstance(answer, Conv | Dense):
+            yield whole.settled(scope, node, answer)
+        elif answer is not None:
+            yield answer
         for attribute, body in node.attrs.items():
             if isinstance(body, gs.Graph):
-                yield from _answers(body_scope(scope, node, attribute), functions, seen)
+                yield from _answers(body_scope(scope, node, attribute), functions, whole, seen)

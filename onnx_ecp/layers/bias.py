@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 from onnx_ecp.layers import edit
 from onnx_ecp.layers.trace import Scope, Traced
 from onnx_ecp.layers.views import operator
+from onnx_ecp.model.proto import UNSHIFTED
 
 MICROSOFT = "com.microsoft"
 
@@ -87,7 +88,7 @@ class AddBehind:
         values = shift.reshape(self.units)
         bias = edit.add_constant(model, f"{stem}/ecp_bias", values, self.dtype, before=self.node)
         index = edit.node_index(model, self.node)
-        unshifted = edit.fresh_name(model, f"{stem}/ecp_unshifted")
+        unshifted = edit.fresh_name(model, f"{stem}{UNSHIFTED}")
         model.graph.node[index].output[0] = unshifted
         name = edit.fresh_name(model, f"{stem}/ecp_add")
         node = onnx.helper.make_node("Add", [unshifted, bias], [self.node], name=name)

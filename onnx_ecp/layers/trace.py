@@ -21,6 +21,7 @@ from onnx_ecp.errors import ModelError
 from onnx_ecp.layers import views
 from onnx_ecp.layers.layer import Skip, Step, Weight
 from onnx_ecp.model.printable import printable
+from onnx_ecp.model.proto import UNSHIFTED
 
 FLOATS = (
     onnx.TensorProto.FLOAT,
@@ -357,4 +358,4 @@ def _unique_names(graph: gs.Graph, place: str = "") -> dict[int, str]:
 
 def _output_name(node: gs.Node) -> str:
     names: list[str] = [tensor.name for tensor in node.outputs if tensor.name]
-    return names[0] if names else str(node.op)
+    return names[0].removesuffix(UNSHIFTED) if names else str(node.op)

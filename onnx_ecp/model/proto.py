@@ -14,6 +14,10 @@ from onnx_ecp.errors import ModelError
 
 MAX_DEPTH = 64
 
+# Behind the name of an output that an Add with a bias has taken over. A node without a name of its
+# own is called after its output, and keeps that name.
+UNSHIFTED = "/ecp_unshifted"
+
 Body = onnx.GraphProto | onnx.FunctionProto
 """Something that has nodes."""
 

@@ -197,6 +197,7 @@ def inspection_tables(inspection: Inspection, *, verbose: bool = False) -> Group
 
 # What the words of the column "sensitivity" mean for whoever wants to prune.
 _WAYS = {
+    "numeric": "sensitivity with differences through an operator that works element by element",
     "differences": "no sensitivity but by --gradients numeric",
     "none": "no sensitivity: only methods that need none, such as magnitude",
     "unknown": "not known whether there are sensitivities",

@@ -147,6 +147,12 @@ def _followed(walk: Walk, layers: Sequence[Layer], frozen: Mapping[str, str]) ->
     found = _Found(walk, {}, {}, {}, {})
     for node, layer in with_layers(walk.scope, layers):
         _visit(found, node, layer)
+    for layer in layers:
+        if layer.name not in found.rows:
+            found.rows[layer.name] = walk.marks.fresh(layer.shape[0])
+            found.columns[layer.name] = walk.marks.fresh(layer.shape[1])
+            marks = (*found.rows[layer.name], *found.columns[layer.name])
+            walk.marks.pin(marks, "it is inside a local function or an If")
     _share(found, layers)
     _meet(found, layers)
     for layer in layers:
@@ -164,12 +170,16 @@ def _followed(walk: Walk, layers: Sequence[Layer], frozen: Mapping[str, str]) ->
 
 
 def with_layers(scope: Scope, layers: Iterable[Layer]) -> list[tuple[gs.Node, Layer | None]]:
-    """All nodes of a graph in order, each with the layer that it is, if it is one."""
-    by_output = {layer.output: layer for layer in layers}
+    """All nodes of a graph in order, each with the layer that it is, if it is one.
+
+    Layers inside local functions and constant Ifs are no nodes of the graph.
+    """
+    by_output = {(layer.op, layer.output): layer for layer in layers}
     found = []
     for node in scope.graph.nodes:
-        outputs = [name for y in node.outputs for name in (y.name, preactivation(y.name))]
-        found.append((node, next((by_output[x] for x in outputs if x in by_output), None)))
+        names = [name for y in node.outputs for name in (y.name, preactivation(y.name))]
+        keys = [(node.op, name) for name in names]
+        found.append((node, next((by_output[x] for x in keys if x in by_output), None)))
     return found
 
 

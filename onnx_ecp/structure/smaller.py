@@ -223,5 +223,7 @@ def work(model: Model, feeds: Mapping[str, np.ndarray], settings: Settings) -> W
     samples = max((len(x) for x in feeds.values() if x.ndim), default=1)
     layers = find_layers(dense.proto).layers
     weights = {layer.weight.tensor: int(np.prod(layer.shape)) for layer in layers}
-    products = sum(int(np.prod(shapes[layer.output])) * layer.shape[1] for layer in layers)
+    # Those inside functions have no output in the graph; they are the same before and after.
+    seen = [layer for layer in layers if layer.output in shapes]
+    products = sum(int(np.prod(shapes[layer.output])) * layer.shape[1] for layer in seen)
     return Work(sum(weights.values()), products // samples)

@@ -13,7 +13,15 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from onnx_ecp.gradients.builder import Builder
-from onnx_ecp.gradients.rules.registry import Rule, Unsupported, known, only, optional_input, rule
+from onnx_ecp.gradients.rules.registry import (
+    Rule,
+    Unsupported,
+    constant,
+    known,
+    only,
+    optional_input,
+    rule,
+)
 
 Derivative = Callable[..., gs.Tensor]
 
@@ -125,8 +133,11 @@ UNARY: dict[str, Derivative] = {
 
 
 def _pow_base(op: Builder, g: gs.Tensor, a: gs.Tensor, b: gs.Tensor, y: gs.Tensor) -> Any:
-    b = op.cast(b, op.dtype(a))
-    return op.Mul(g, op.Mul(b, op.Pow(a, op.Sub(b, 1.0))))
+    exponent, b = constant(b), op.cast(b, op.dtype(a))
+    lower = op.Sub(b, 1.0)
+    if exponent is None or (exponent == 0).any():
+        lower = op.Where(op.Equal(b, 0.0), 0.0, lower)  # 0 * 0^-1 is not a number, 0 * 0^0 is
+    return op.Mul(g, op.Mul(b, op.Pow(a, lower)))
 
 
 def _pow_exponent(op: Builder, g: gs.Tensor, a: gs.Tensor, b: gs.Tensor, y: gs.Tensor) -> Any:

@@ -3,7 +3,8 @@
 The gates of all steps follow at once from X and from Y, the hidden states that the operator gives
 out. Only the cell state of an LSTM must be run through again. With ``dh`` the adjoint of a step's
 hidden state, a step back gives the adjoint of the gates' pre-activations, ``da``, and adds to that
-of the state before; the adjoint of X is ``da W`` for all steps at once.
+of the state before; the adjoint of X is ``da W`` for all steps at once. A step behind the end of
+its sequence passes states on, and their adjoints.
 
 Shapes: X (T, N, in), Y (T, directions, N, H), W (directions, gates * H, in); adjoints have P in
 front. Within one direction the tensors have no axis of directions.
@@ -38,6 +39,7 @@ class Pass:
         first_cell: cell state before the first step (N, H); only an LSTM has it.
         hidden: hidden states, (T, N, H).
         backward: whether the operator runs from the last step to the first.
+        seen: which steps are before the end of their sequence (T, N, 1), None if all are.
     """
 
     x: Any
@@ -47,6 +49,7 @@ class Pass:
     first_cell: Any
     hidden: Any
     backward: bool
+    seen: Any = None
 
 
 def _scan(
@@ -122,6 +125,8 @@ def _lstm(op: Builder, run: Pass, node: gs.Node) -> tuple[dict[str, Any], Step]:
         return [op.Add(op.Mul(v["f"], states[0]), v["iu"])], states[0]
 
     steps = {"f": f, "iu": op.Mul(i, u)}
+    if run.seen is not None:
+        steps = {"f": op.Where(run.seen, f, 1.0), "iu": op.Where(run.seen, steps["iu"], 0.0)}
     _, cell = _scan(op, [run.first_cell], steps, forward, backward=run.backward)
     squashed = op.Tanh(op.Add(op.Mul(f, cell), steps["iu"]))
     values = {
@@ -131,7 +136,7 @@ def _lstm(op: Builder, run: Pass, node: gs.Node) -> tuple[dict[str, Any], Step]:
         "ci": op.Mul(u, _logistic_slope(op, i)),
         "cf": op.Mul(cell, _logistic_slope(op, f)),
         "cu": op.Mul(i, _one_minus_square(op, u)),
-        "f": f,
+        "f": steps["f"],
     }
     r = run.weights[1]
 
@@ -217,6 +222,7 @@ def _split_candidate(op: Builder, run: Pass) -> tuple[Pass, Pass]:
             None,
             run.hidden,
             run.backward,
+            run.seen,
         )
         for k in (0, 1)
     ]
@@ -240,8 +246,6 @@ CELLS = {"GRU": _gru, "LSTM": _lstm, "RNN": _rnn}
 def _recurrent(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Tensor | None:
     if i not in (0, 5, 6):
         raise Unsupported(f"no derivative with respect to input {i}")
-    if optional_input(node, 4) is not None:
-        raise Unsupported("sequence lengths")
     if node.attrs.get("layout", 0) or "clip" in node.attrs:
         raise Unsupported("batch-first layout or clipping")
     count = op.shape(node.inputs[1])[0]
@@ -256,6 +260,8 @@ def _direction(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int, k:
     y = op.further_output(node, 0, op.dtype(node.inputs[0]))
     run = _pass(op, node, y, k)
     values, back = CELLS[node.op](op, run, node)
+    if run.seen is not None:
+        values, back = _padded(op, run.seen, values, back)
     some = next(t for t in g if t is not None)
     of_steps, *of_last = [*g, None, None][:3]
     dy = op.zeros(some, run.hidden) if of_steps is None else op.Gather(of_steps, k, axis=2)
@@ -265,6 +271,23 @@ def _direction(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int, k:
     ]
     *before, da = _scan(op, states, {"dy": dy, **values}, back, backward=not run.backward)
     return op.MatMul(da, run.weights[0]) if i == 0 else before[i - 5]
+
+
+def _padded(
+    op: Builder, seen: Any, values: Mapping[str, Any], back: Step
+) -> tuple[dict[str, Any], Step]:
+    """The same where steps behind the end of a sequence pass on what comes back to them.
+
+    By what an adjoint is multiplied there is zero; an LSTM's forget gate is one already.
+    """
+    masked = {n: v if n == "f" else op.Where(seen, v, 0.0) for n, v in values.items()}
+    masked["behind"] = op.cast(op.Not(seen), op.dtype(next(iter(values.values()))))
+
+    def step(op: Builder, states: Sequence[Any], v: Mapping[str, Any]) -> tuple[Any, Any]:
+        (first, *others), da = back(op, states, v)
+        return [op.Add(first, op.Mul(states[0], v["behind"])), *others], da
+
+    return masked, step
 
 
 def _pass(op: Builder, node: gs.Node, y: gs.Tensor, k: int) -> Pass:
@@ -279,10 +302,16 @@ def _pass(op: Builder, node: gs.Node, y: gs.Tensor, k: int) -> Pass:
     zero = op.Mul(op.Gather(hidden, 0, axis=0), 0.0)
     first, biases = own(5), own(3)
     edge = op.Unsqueeze(zero if first is None else first, [0])
+    lengths, seen, states = optional_input(node, 4), None, hidden
+    if lengths is not None:
+        places = op.Range(op.const(0), op.Squeeze(op.Shape(hidden, end=1)), op.const(1))
+        ends = op.Unsqueeze(op.cast(lengths, np.int64), [0, 2])
+        seen = op.Less(op.Unsqueeze(places, [1, 2]), ends)
+        states = op.Where(seen, hidden, edge)  # to there one comes from behind, still at the first
     if backward:
-        before = op.Concat(op.Slice(hidden, [1], [np.iinfo(np.int64).max], [0]), edge, axis=0)
+        before = op.Concat(op.Slice(states, [1], [np.iinfo(np.int64).max], [0]), edge, axis=0)
     else:
-        before = op.Concat(edge, op.Slice(hidden, [0], [-1], [0]), axis=0)
+        before = op.Concat(edge, op.Slice(states, [0], [-1], [0]), axis=0)
     first_cell = own(6)
     return Pass(
         node.inputs[0],
@@ -292,4 +321,5 @@ def _pass(op: Builder, node: gs.Node, y: gs.Tensor, k: int) -> Pass:
         zero if first_cell is None else first_cell,
         hidden,
         backward,
+        seen,
     )
