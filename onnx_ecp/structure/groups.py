@@ -27,6 +27,7 @@ from onnx_ecp.layers.trace import Scope, Traced, main_scope
 from onnx_ecp.layers.views import operator
 from onnx_ecp.structure.marks import Axis
 from onnx_ecp.structure.rules import RULES
+from onnx_ecp.structure.sizes import follow_sizes
 from onnx_ecp.structure.walk import Count, Refused, Slot, Walk
 
 Key = TypeVar("Key", bound=Hashable)
@@ -153,9 +154,8 @@ def _followed(walk: Walk, layers: Sequence[Layer], frozen: Mapping[str, str]) ->
         if layer.name in frozen:
             walk.marks.pin(found.rows[layer.name], frozen[layer.name])
     for tensor in walk.scope.graph.outputs:
-        axis = walk.axis(tensor)
-        if axis is not None:
-            walk.marks.pin(axis.marks, f"they are the model's output {tensor.name!r}")
+        for marks in walk.marks_of(tensor.name):
+            walk.marks.pin(marks, f"they are the model's output {tensor.name!r}")
     if walk.inside:
         heads = walk.marks.roots(walk.heads)
         for rows in found.rows.values():
@@ -198,13 +198,16 @@ def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
     name = walk.scope.names[id(node)]
     for body in node.attrs.values():
         if isinstance(body, gs.Graph):
-            inside = {x.name for n in body.nodes for x in n.inputs}
-            inside |= {y.name for y in body.outputs}
-            for axis in (walk.axes[x] for x in inside if x in walk.axes):
-                walk.marks.pin(axis.marks, f"they are read inside {node.op} {name!r}")
+            bodies = [body, *body.subgraphs(recursive=True)]
+            inside = {x.name for b in bodies for n in b.nodes for x in n.inputs}
+            inside |= {y.name for b in bodies for y in b.outputs}
+            for marks in (marks for x in inside for marks in walk.marks_of(x)):
+                walk.marks.pin(marks, f"they are read inside {node.op} {name!r}")
     try:
         if layer is not None:
             walk.axes |= _follow_layer(found, node, layer)
+        elif _reads_sizes(walk, node):
+            walk.sizes |= follow_sizes(walk, node)
         elif any(walk.axis(x) for x in node.inputs):
             follow = RULES.get(operator(node))
             if follow is None:
@@ -212,8 +215,14 @@ def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
             walk.axes |= follow(walk, node)
     except Refused as refusal:
         reason = f"{node.op} {name!r}: {refusal}"
-        for axis in filter(None, map(walk.axis, node.inputs)):
-            walk.marks.pin(axis.marks, reason)
+        for marks in (marks for x in node.inputs for marks in walk.marks_of(x.name)):
+            walk.marks.pin(marks, reason)
+
+
+def _reads_sizes(walk: Walk, node: gs.Node) -> bool:
+    """Whether a node computes with numbers of units; as a target they are the Reshape's own."""
+    target = node.op == "Reshape" and walk.axis(node.inputs[0]) is not None
+    return not target and any(x.name in walk.sizes for x in node.inputs)
 
 
 def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]:
