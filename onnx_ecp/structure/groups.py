@@ -72,8 +72,9 @@ class Structure:
         columns: by layer name, (in,), the atom of every column or STAYS.
         slots: stored tensors that shrink.
         counts: numbers in the graph that shrink.
-        axes: by name of the tensors along which units lie, the unit of every entry or STAYS; their
-            declared shapes are no longer right where units go.
+        axes: by name of the tensors along which units lie, the axis with the unit of every entry or
+            STAYS; their declared shapes are no longer right where units go.
+        parts: units of which one must stay, set by set: all that lie along one axis.
         queries: by layer name, (out,) bool: rows that a product of activations takes as queries.
         keys: likewise, those that it takes as keys.
         refusals: the layers whose rows stay, or whose heads keep their width, and why.
@@ -85,7 +86,8 @@ class Structure:
     columns: dict[str, np.ndarray]
     slots: tuple[Slot, ...]
     counts: tuple[Count, ...]
-    axes: dict[str, np.ndarray]
+    axes: dict[str, Axis]
+    parts: tuple[np.ndarray, ...]
     queries: dict[str, np.ndarray]
     keys: dict[str, np.ndarray]
     refusals: tuple[Skip, ...]
@@ -419,9 +421,7 @@ def _numbered(walks: Sequence[_Found], layers: Sequence[Layer]) -> Structure:
     atoms = _Atoms(kinds)
     slots = [{(x.node, x.index, x.axis): x for x in found.walk.slots} for found in walks]
     counts = [{(x.node, x.kind, x.entry): x for x in found.walk.counts} for found in walks]
-    axes: dict[str, np.ndarray] = {}
-    for kind in reversed(kinds):
-        axes |= {name: kind.units(axis.marks) for name, axis in kind.found.walk.axes.items()}
+    lying = [_lying(kind) for kind in kinds]
     rows = atoms.of([found.rows for found in walks])
     columns = atoms.of([found.columns for found in walks])
     slots_of = atoms.of([{key: x.marks for key, x in own.items()} for own in slots])
@@ -434,11 +434,24 @@ def _numbered(walks: Sequence[_Found], layers: Sequence[Layer]) -> Structure:
         columns,
         tuple(replace(every_slot[key], marks=marks) for key, marks in slots_of.items()),
         tuple(replace(every_count[key], marks=marks) for key, marks in counts_of.items()),
-        axes,
+        dict(ChainMap(*lying)),
+        _parts([axis.marks for axes in lying for axis in axes.values()]),
         walks[-1].queries,
         walks[-1].keys,
         tuple(_refusals(walks, layers)),
     )
+
+
+def _lying(kind: _Kind) -> dict[str, Axis]:
+    """By name of a tensor, the axis along which units of one kind lie."""
+    axes = kind.found.walk.axes.items()
+    return {name: Axis(axis.index, kind.units(axis.marks)) for name, axis in axes}
+
+
+def _parts(axes: Iterable[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """The sets of units that make up a whole axis, each once: without them it would be empty."""
+    whole = [np.unique(units) for units in axes if (units != STAYS).all()]
+    return tuple({units.tobytes(): units for units in whole}.values())
 
 
 def _refusals(walks: Sequence[_Found], layers: Sequence[Layer]) -> Iterator[Skip]:
