@@ -13,8 +13,8 @@ from onnx_ecp.errors import TargetError, UsageError
 from onnx_ecp.inspection import inspect
 from onnx_ecp.layers import find_layers
 from onnx_ecp.model import Model, load
-from onnx_ecp.structure import cut, find_structure, inferred_shapes, shapes_of_a_run
-from onnx_ecp.structure.cleanup import clean_up
+from onnx_ecp.structure import cleanup, cut, find_structure, inferred_shapes, shapes_of_a_run
+from onnx_ecp.structure.cleanup import clean_up, largest_difference
 from onnx_ecp.structure.selection import budget, choose
 
 HEADER = '<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>\n'
@@ -775,6 +775,185 @@ def test_clean_up_folds_constant_units_into_the_next_bias(name, rng):
     np.testing.assert_allclose(
         run(done.model.proto, feeds), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max()
     )
+
+
+# Name: (signature, body, shapes, sizes of a sample and of something else that may be given).
+# Units without incoming weights are one number on the samples; elsewhere they are not.
+ONE_NUMBER_ON_SAMPLES = {
+    "added up over any number of tokens": (
+        "float[N, T, 5] x",
+        """h = MatMul(x, W)
+        a = Add(h, b)
+        s = ReduceSum<keepdims = 0>(a, axes)
+        y = Gemm(s, V)""",
+        {"W": (5, 6), "b": (6,), "V": (6, 4)},
+        ((3, 5), (7, 5)),
+    ),
+    "times a mask that is all ones": (
+        "float[N, T, 5] x",
+        """h = MatMul(x, W)
+        a = Add(h, b)
+        m = Slice(x, zero, axes, two)
+        k = Mul(a, m)
+        y = MatMul(k, V)""",
+        {"W": (5, 6), "b": (6,), "V": (6, 4)},
+        ((3, 5), (3, 5)),
+    ),
+    "a border that only odd sizes reach": (
+        "float[N, 2, H, H] x",
+        """h = Conv(x, W, b)
+        k = Conv<pads = [0, 0, 1, 1], strides = [2, 2]>(h, V)
+        y = GlobalMaxPool(k)""",
+        {"W": (6, 2, 1, 1), "b": (6,), "V": (4, 6, 2, 2)},
+        ((2, 6, 6), (2, 7, 7)),
+    ),
+}
+
+
+@pytest.mark.parametrize("network", ONE_NUMBER_ON_SAMPLES.values(), ids=ONE_NUMBER_ON_SAMPLES)
+def test_what_is_one_number_on_the_samples_alone_is_not_folded(network, rng):
+    signature, body, shapes, sizes = network
+    text = f"""{HEADER}net ({signature}) => (float[] y)
+    <int64[1] axes = {{1}}, int64[1] zero = {{0}}, int64[1] two = {{2}}> {{ {body} }}"""
+    proto = onnx.parser.parse_model(text)
+    for name, shape in shapes.items():
+        values = rng.standard_normal(shape).astype(np.float32)
+        if name == "W":
+            values[(slice(None), slice(3)) if shape == (5, 6) else slice(3)] = 0
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    model = Model(proto, None, None)
+    samples, others = (rng.standard_normal((4, *size)).astype(np.float32) for size in sizes)
+    samples[..., 0] = 1
+    done = clean_up(model, names_of(model), [{"x": samples}])
+    wanted = run(proto, {"x": others})
+    found = run(done.model.proto, {"x": others})
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", ["SwiGLU: two producers", "Split of one producer"])
+def test_a_product_with_what_is_zero_is_cleaned_up(name, rng):
+    """Gates of which no weight is left, and no bias, shut whatever passes them."""
+    _, body, shapes, _ = NETWORKS[name]
+    body = body.replace("s = Sigmoid(p)", "s = Relu(p)")
+    model = build((NETWORKS[name][0], body, shapes, []), rng)
+    for tensor in model.proto.graph.initializer:
+        if tensor.name in ("G" if name.startswith("SwiGLU") else "Wb"):
+            values = onnx.numpy_helper.to_array(tensor).copy()
+            values[..., :3] = 0
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    feeds = inputs(model, rng)
+    done = clean_up(model, names_of(model), [feeds])
+    assert [row.before - row.after for row in done.rows] == [3]
+    wanted = run(model.proto, feeds)
+    np.testing.assert_allclose(
+        run(done.model.proto, feeds), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max()
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "worst"),
+    [
+        ("y = Identity(x)", 0),
+        ("d = Sub(x, x)\n y = Div(d, d)", np.inf),  # NaN
+        ("d = Sub(x, x)\n y = Div(x, d)", np.inf),  # infinite
+        ("y = Mul(x, half)", 0.5),
+    ],
+)
+def test_no_difference_hides_behind_what_is_not_finite(body, worst):
+    signature = "float[N, 3] x) => (float[N, 3] y) <float half = {0.5}>"
+    first, second = (
+        Model(onnx.parser.parse_model(f"{HEADER}net ({signature} {{ {b} }}"), None, None)
+        for b in ("y = Identity(x)", body)
+    )
+    feeds = {"x": np.array([[1, -2, 4]], np.float32)}
+    assert largest_difference(first, second, [feeds]) == worst
+    broken = {"x": np.array([[1, np.nan, np.inf]], np.float32)}
+    assert largest_difference(first, first, [broken]) == 0
+
+
+def test_integers_are_compared_one_by_one():
+    text = "net (float[N, 4] x) => (int64[N, 1] y) {{ s = {}(x)\n y = ArgMax<axis = 1>(s) }}"
+    first, second = (
+        Model(onnx.parser.parse_model(HEADER + text.format(op)), None, None)
+        for op in ("Identity", "Abs")
+    )
+    feeds = {"x": np.array([[1, 2, 3, -4], [1, 2, 3, 4]], np.float32)}
+    assert largest_difference(first, second, [feeds]) == 0.5
+
+
+def refused_by_the_runtime(proto, structure, keep, base=None):
+    smaller = cut(proto, structure, keep, base)
+    turned = onnx.helper.make_node("Transpose", ["x"], ["turned"], perm=[0, 1, 2])
+    smaller.graph.node.insert(0, turned)
+    return smaller
+
+
+def test_clean_up_that_gives_no_model_is_not_the_end_of_a_run(rng, monkeypatch):
+    monkeypatch.setattr(cleanup, "cut", refused_by_the_runtime)
+    model = build(NETWORKS["Gemm chain"], rng)
+    data = inputs(model, rng, 80)
+    choices = {"method": "magnitude", "sparsity": 0.9}
+    result = onnx_ecp.optimize(model.proto, data, **choices)
+    whole = onnx_ecp.optimize(model.proto, data, cleanup=False, **choices)
+    assert result.model == whole.model
+    assert any("nothing was cleaned up: the smaller" in text for text in result.report.warnings)
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_clean_up_rounds_as_the_weights_do(name, rng):
+    """One unit in the last place of float16 is more than rounding of float32 explains."""
+    model = build(NETWORKS[name], rng)
+    matrix = next(t for t in model.proto.graph.initializer if t.name == "W")
+    values = onnx.numpy_helper.to_array(matrix).copy()
+    layer = find_layers(model.proto).layers[0]
+    rows = layer.weight.matrix(values)
+    rows[[1, 4]] = 0
+    matrix.CopyFrom(onnx.numpy_helper.from_array(layer.weight.unmatrix(rows), "W"))
+    half = onnx.ModelProto()
+    half.CopyFrom(model.proto)
+    for tensor in half.graph.initializer:
+        stored = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(stored, tensor.name))
+    for value in (*half.graph.input, *half.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    feeds = [{"x": inputs(model, rng, 64)["x"].astype(np.float16)}]
+    done = clean_up(Model(half, None, None), names_of(model), feeds)
+    assert not done.refused
+    assert [(row.before, row.after) for row in done.rows] == [(6, 4)]
+
+
+SPLIT = (
+    "float[N, 2, 6, 6] x",
+    """h = Conv(x, W, b)
+    p, q = Split<axis = 1>(h)
+    m = MaxPool<kernel_shape = [2, 2]>(p)
+    n = AveragePool<kernel_shape = [2, 2]>(q)
+    c = Concat<axis = 1>(m, n)
+    a = Relu(c)
+    k = Conv(a, V)
+    r = Relu(k)
+    g = GlobalAveragePool(r)
+    f = Flatten(g)
+    y = MatMul(f, U)""",
+    {"W": (8, 2, 3, 3), "b": (8,), "V": (6, 8, 3, 3), "U": (6, 4)},
+    [8, 6],
+)
+
+
+@pytest.mark.parametrize("granularity", ["unit", "weight"])
+def test_something_stays_of_every_part_of_a_tensor(granularity, rng):
+    """All channels of the one part are worth nothing; without any, no operator would run."""
+    model = build(SPLIT, rng)
+    weight = next(t for t in model.proto.graph.initializer if t.name == "V")
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[:, :4] *= 1e-6
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, "V"))
+    choices = {"granularity": granularity, "method": "magnitude"}
+    result = onnx_ecp.optimize(model.proto, inputs(model, rng, 40), sparsity=0.6, **choices)
+    row = next(row for row in result.report.units if row.producers == ("h",))
+    assert row.after >= 2
+    assert not any("clean" in text for text in result.report.warnings)
 
 
 def test_a_constant_that_a_border_hides_stays(rng):
