@@ -13,7 +13,14 @@ from onnx_ecp.errors import TargetError, UsageError
 from onnx_ecp.inspection import inspect
 from onnx_ecp.layers import find_layers
 from onnx_ecp.model import Model, load
-from onnx_ecp.structure import cleanup, cut, find_structure, inferred_shapes, shapes_of_a_run
+from onnx_ecp.structure import (
+    cleanup,
+    cut,
+    find_structure,
+    inferred_shapes,
+    shapes_of_a_run,
+    smaller,
+)
 from onnx_ecp.structure.cleanup import clean_up, largest_difference
 from onnx_ecp.structure.selection import budget, choose
 
@@ -921,6 +928,38 @@ def test_clean_up_rounds_as_the_weights_do(name, rng):
     done = clean_up(Model(half, None, None), names_of(model), feeds)
     assert not done.refused
     assert [(row.before, row.after) for row in done.rows] == [(6, 4)]
+
+
+def damaged(op_type):
+    """A cut that puts another operator behind the layer h where it loses units."""
+
+    def cutting(proto, structure, keep, base=None):
+        made = cut(proto, structure, keep, base)
+        if any(group.name == "h" and not keep[group.units].all() for group in structure.groups):
+            next(node for node in made.graph.node if node.op_type == "Relu").op_type = op_type
+        return made
+
+    return cutting
+
+
+@pytest.mark.parametrize(
+    ("op_type", "reason"),
+    [("Det", "ONNX Runtime does not run the model"), ("Neg", "outputs differ by")],
+)
+def test_units_without_which_a_model_goes_wrong_stay_and_the_others_go(
+    op_type, reason, rng, monkeypatch
+):
+    monkeypatch.setattr(smaller, "cut", damaged(op_type))
+    model = build(NETWORKS["Gemm chain"], rng)
+    data = inputs(model, rng, 60)
+    choices = {"granularity": "unit", "sparsity": 0.4, "method": "magnitude"}
+    made = onnx_ecp.optimize(model.proto, data, **choices)
+    rows = {row.producers[0]: row for row in made.report.units}
+    assert rows["k"].after < rows["k"].before
+    assert "h" not in rows or rows["h"].after == rows["h"].before
+    told = [*made.report.warnings, *(skip.reason for skip in made.report.skips)]
+    assert any(reason in text for text in told)
+    assert made.report.gap.relative_error < 1
 
 
 SPLIT = (

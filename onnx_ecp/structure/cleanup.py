@@ -204,7 +204,7 @@ def _without_dead(
     constant = ~unread & ~_any(
         structure, {n: np.isnan(x) for n, x in seen.items()}, structure.columns
     )
-    keep = _at_least_one(structure, ~unread & ~constant)
+    keep = at_least_one(structure, ~unread & ~constant)
     if keep.all():
         return None
     proto = cut(model.proto, structure, keep, model.base)
@@ -276,7 +276,7 @@ def _shift(
     return np.asarray(weight @ values[layer.name][columns])
 
 
-def _at_least_one(structure: Structure, keep: np.ndarray) -> np.ndarray:
+def at_least_one(structure: Structure, keep: np.ndarray) -> np.ndarray:
     """The same with one unit left in every group and along every axis: no tensor may be empty."""
     keep = keep.copy()
     for units in (*(group.units for group in structure.groups), *structure.parts):
