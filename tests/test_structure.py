@@ -22,7 +22,7 @@ from onnx_ecp.structure import (
     smaller,
 )
 from onnx_ecp.structure.cleanup import clean_up, largest_difference
-from onnx_ecp.structure.selection import budget, choose
+from onnx_ecp.structure.selection import budget, choose, multiples
 
 HEADER = '<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>\n'
 # Name: (signature, body, initializer shapes, units by group).
@@ -1066,6 +1066,22 @@ def test_units_that_differ_in_size_come_as_close_to_the_target_as_they_can(rng):
             rest = keep.copy()
             rest[gone[np.argmax((scores / costs.of_units(whole))[gone])]] = True
             assert costs.total(rest) > target
+
+
+# Name: the numbers of units of every group that may stay, in multiples of four.
+MULTIPLES = {
+    "Split of one producer": [[4]],  # merged, two rows per unit: one column
+    "Conv, BatchNormalization, pools, Flatten": [[4], [4]],
+    "attention: heads": [[2, 4], [], []],  # of two rows each; dimensions of heads on their own
+    "attention: one merged layer, biases, masked": [[1, 2], [4], [4]],
+}
+
+
+@pytest.mark.parametrize(("name", "numbers"), MULTIPLES.items())
+def test_layers_keep_multiples_of_rows_and_columns(name, numbers, rng):
+    model = build(NETWORKS[name], rng)
+    groups = structure_of(model, inputs(model, rng)).groups
+    assert [multiples(group, 4).tolist() for group in groups] == numbers
 
 
 def test_units_stay_in_multiples_where_they_go(rng):

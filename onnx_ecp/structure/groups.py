@@ -45,12 +45,16 @@ class Group:
         consumers: names of the layers that read them; none where queries meet keys.
         units: their numbers.
         width: rows of the first producer per unit: 1, the size of a head, or the number of heads.
+        entries: rows, or columns, per unit of the layer that has the fewest.
+        inside: whether they are dimensions of heads.
     """
 
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
     units: np.ndarray
     width: int
+    entries: int = 1
+    inside: bool = False
 
     @property
     def name(self) -> str:
@@ -363,11 +367,12 @@ def _kind(found: _Found, first: int) -> _Kind:
         key = (tuple(dict.fromkeys(made[root])), tuple(dict.fromkeys(read.get(root, ()))))
         members.setdefault(key, []).append(unit)
     roots = {unit: root for root, unit in number.items()}
-    groups = tuple(
-        Group(makers, readers, np.array(group), made[roots[group[0]]].count(makers[0]))
-        for (makers, readers), group in members.items()
-    )
-    return _Kind(found, groups, number)
+    groups = []
+    for (makers, readers), units in members.items():
+        of_makers, of_readers = made[roots[units[0]]], read.get(roots[units[0]], [])
+        counts = [*map(of_makers.count, makers), *map(of_readers.count, readers)]
+        groups.append(Group(makers, readers, np.array(units), counts[0], min(counts), walk.inside))
+    return _Kind(found, tuple(groups), number)
 
 
 def _by_root(walk: Walk, marks: Mapping[str, np.ndarray]) -> dict[int, list[str]]:

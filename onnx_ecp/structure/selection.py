@@ -7,6 +7,7 @@ weight counts once per position that its layer is applied at), or time ("latency
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -142,8 +143,11 @@ def budget(
 
 
 def multiples(group: Group, of: int = 1) -> np.ndarray:
-    """(k,): numbers of units that are multiples; of heads, wide by themselves, all numbers."""
-    step = of if group.width == 1 else 1
+    """(k,): numbers of units of which every layer has a multiple of rows and columns.
+
+    Of dimensions of heads, every head has a multiple of them.
+    """
+    step = of if group.inside else of // math.gcd(of, group.entries)
     return np.arange(step, len(group.units) + 1, step)
 
 
