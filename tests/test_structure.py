@@ -1233,6 +1233,26 @@ def test_a_pattern_keeps_all_units_unless_clean_up_is_asked_for(rng):
         onnx_ecp.optimize(model.proto, data, sparsity="2:4", cleanup=True)
 
 
+def test_clean_up_of_a_model_in_files_makes_the_same_model(rng, tmp_path):
+    """What nobody cut is taken from the files as it was; the rest is in them by its new values."""
+    shapes = {"W": (40, 30), "b": (40,), "V": (40, 20), "c": (1, 20), "U": (20, 3)}
+    signature, body = "float[N, 30] x", NETWORKS["Gemm chain"][1]
+    model = build((signature, body, shapes, []), rng)
+    data, path = inputs(model, rng, 80), str(tmp_path / "model.onnx")
+    files = onnx.ModelProto()
+    files.CopyFrom(model.proto)
+    onnx.save(files, path, save_as_external_data=True, location="weights", size_threshold=0)
+    choices = {"method": "ecp", "sparsity": 0.95}
+    wanted = onnx_ecp.optimize(model.proto, data, **choices)
+    found = onnx_ecp.optimize(path, data, output=tmp_path / "out.onnx", **choices)
+    assert wanted.report.units
+    assert found.report.units == wanted.report.units
+    assert onnx.load(tmp_path / "out.onnx").graph.initializer == wanted.model.graph.initializer
+    np.testing.assert_array_equal(
+        run(onnx.load(tmp_path / "out.onnx"), data), run(wanted.model, data)
+    )
+
+
 TWO_FOUR = {"W": (8, 8), "V": (8, 4)}
 
 

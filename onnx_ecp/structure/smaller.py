@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+import onnx
 
 from onnx_ecp import model as modelling
 from onnx_ecp.errors import ModelError, ProviderError, TargetError
@@ -15,6 +18,7 @@ from onnx_ecp.model import Model
 from onnx_ecp.pruning import Network, plain_grams
 from onnx_ecp.runtime import Session, check_deadline
 from onnx_ecp.selection import NM
+from onnx_ecp.shelf import Computed
 from onnx_ecp.structure.bases import heads_of, turned
 from onnx_ecp.structure.cleanup import at_least_one, clean_up, largest_difference, tolerance
 from onnx_ecp.structure.groups import Group, Structure, find_structure
@@ -202,12 +206,34 @@ def cleaned(
     names = {layer.name for layer in network.layers}
     few = next(network.fit.batches(2)).feeds
     judged = (batch.feeds for batch in network.guard.batches(network.size))
-    done = clean_up(pruned, names, [few, *judged], unread, **settings)
-    if done.refused:
-        return Smaller(pruned, created, warnings=(f"nothing was cleaned up: {done.refused}.",))
-    if not done.rows:
-        return Smaller(pruned, created)
-    return _measured(source, Smaller(done.model, created, done.rows), few, settings)
+    with TemporaryDirectory(prefix="onnx-ecp-", ignore_cleanup_errors=True) as folder:
+        whole = _written(pruned, Path(folder)) if pruned.late else pruned
+        done = clean_up(whole, names, [few, *judged], unread, **settings)
+        if done.refused:
+            return Smaller(pruned, created, warnings=(f"nothing was cleaned up: {done.refused}.",))
+        if not done.rows:
+            return Smaller(pruned, created)
+        made = _measured(source, Smaller(done.model, created, done.rows), few, settings)
+        return replace(made, model=_restored(done.model, pruned)) if pruned.late else made
+
+
+def _written(model: Model, folder: Path) -> Model:
+    """A model whose new values are in files: ONNX Runtime maps them, none are in memory."""
+    path = folder / "pruned.onnx"
+    modelling.save(model.proto, path, base=model.base, late=model.late)
+    proto = onnx.load(str(path), load_external_data=False)
+    return Model(proto, None, folder)
+
+
+def _restored(made: Model, given: Model) -> Model:
+    """A model made of one that was written, with what was not changed where it was before."""
+    before = {tensor.name: tensor for tensor in given.proto.graph.initializer}
+    late = []
+    for tensor in made.proto.graph.initializer:
+        if modelling.is_external(tensor) and tensor.name in before:
+            tensor.CopyFrom(before[tensor.name])
+            late += [tensor.name] if tensor.name in given.late else []
+    return Model(made.proto, None, given.base, Computed(late, given.late.__getitem__))
 
 
 def with_order(
