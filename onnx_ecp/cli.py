@@ -236,8 +236,8 @@ OPTIONS = (
     ),
     click.option(
         "--speedup", type=float, metavar="X",
-        help="Instead of --sparsity, with units: 1/X of the multiplications stay; with --cost "
-        "latency the model is X times as fast on this machine, measured.",
+        help="Instead of --sparsity, with units: 1/X of the layers' multiplications stay; with "
+        "--cost latency the model is X times as fast on this machine, measured.",
     ),
     _choice(
         "--cost", "params|flops|latency", "params",

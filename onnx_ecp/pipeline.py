@@ -765,7 +765,7 @@ def finished(
     """
     large = modelling.stored_size(source.proto) > modelling.LARGEST_FILE
     cleans = step is None and options.cleans and _any_dead(network, pruned.state)
-    late = step is None and options.format == "dense" and (large or not cleans)
+    late = step is None and options.format == "dense"
     masked, created = stored(source, network, pruned.state, late=late)
     if step is not None:
         assert isinstance(pruned, PrunedUnits), "a UnitStep gives them"

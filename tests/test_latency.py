@@ -87,16 +87,19 @@ def test_between_timed_sizes_time_is_interpolated_and_nothing_smaller_takes_long
 
 
 @pytest.mark.parametrize(
-    ("number", "width", "sizes"),
+    ("number", "entries", "inside", "sizes"),
     [
-        (3, 1, [1, 2, 3]),
-        (20, 1, [1, 2, 4, 8, 16, 20]),
-        (16, 1, [1, 2, 4, 8, 16]),
-        (3, 8, [1, 2, 3]),
+        (3, 1, False, [1, 2, 3]),
+        (20, 1, False, [1, 2, 4, 8, 16, 20]),
+        (16, 1, False, [1, 2, 4, 8, 16]),
+        (3, 8, False, [1, 2, 3]),
+        (6, 4, False, [1, 2, 4, 6]),
+        (3, 2, True, [1, 2, 3]),
     ],
 )
-def test_units_stop_where_kernels_like_it(number, width, sizes):
-    assert liked(Group((), (), np.arange(number), width)).tolist() == sizes
+def test_units_stop_where_kernels_like_it(number, entries, inside, sizes):
+    group = Group((), (), np.arange(number), entries, entries, inside)
+    assert liked(group).tolist() == sizes
 
 
 def test_units_go_where_time_is_saved_and_whole_steps_at_a_time(rng):

@@ -56,14 +56,9 @@ def heads_of(structure: Structure, layers: Sequence[Layer]) -> list[Heads]:
     for layer in layers:
         users[layer.weight.tensor] = users.get(layer.weight.tensor, 0) + 1
     own = {layer.name for layer in layers if users[layer.weight.tensor] == 1}
-    groups = [group for group in structure.groups if _is_inside(structure, group)]
+    groups = [group for group in structure.groups if group.inside]
     found = [heads for group in groups for heads in _heads(structure, group)]
     return [x for x in found if {x.first, x.second} <= own and x.rows.shape == x.entries.shape]
-
-
-def _is_inside(structure: Structure, group: Group) -> bool:
-    """Whether the units of a group are dimensions of heads."""
-    return len(structure.atoms.T) > 1 and bool(np.isin(group.units[0], structure.atoms[:, 1]))
 
 
 def _heads(structure: Structure, group: Group) -> Iterator[Heads]:

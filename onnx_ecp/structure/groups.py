@@ -27,6 +27,7 @@ from onnx_ecp.layers.trace import Scope, Traced, main_scope
 from onnx_ecp.layers.views import operator
 from onnx_ecp.structure.marks import Axis
 from onnx_ecp.structure.rules import RULES
+from onnx_ecp.structure.sizes import follow_sizes
 from onnx_ecp.structure.walk import Count, Refused, Slot, Walk
 
 Key = TypeVar("Key", bound=Hashable)
@@ -44,12 +45,16 @@ class Group:
         consumers: names of the layers that read them; none where queries meet keys.
         units: their numbers.
         width: rows of the first producer per unit: 1, the size of a head, or the number of heads.
+        entries: rows, or columns, per unit of the layer that has the fewest.
+        inside: whether they are dimensions of heads.
     """
 
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
     units: np.ndarray
     width: int
+    entries: int = 1
+    inside: bool = False
 
     @property
     def name(self) -> str:
@@ -71,8 +76,9 @@ class Structure:
         columns: by layer name, (in,), the atom of every column or STAYS.
         slots: stored tensors that shrink.
         counts: numbers in the graph that shrink.
-        axes: by name of the tensors along which units lie, the unit of every entry or STAYS; their
-            declared shapes are no longer right where units go.
+        axes: by name of the tensors along which units lie, the axis with the unit of every entry or
+            STAYS; their declared shapes are no longer right where units go.
+        parts: units of which one must stay, set by set: all that lie along one axis.
         queries: by layer name, (out,) bool: rows that a product of activations takes as queries.
         keys: likewise, those that it takes as keys.
         refusals: the layers whose rows stay, or whose heads keep their width, and why.
@@ -84,7 +90,8 @@ class Structure:
     columns: dict[str, np.ndarray]
     slots: tuple[Slot, ...]
     counts: tuple[Count, ...]
-    axes: dict[str, np.ndarray]
+    axes: dict[str, Axis]
+    parts: tuple[np.ndarray, ...]
     queries: dict[str, np.ndarray]
     keys: dict[str, np.ndarray]
     refusals: tuple[Skip, ...]
@@ -159,9 +166,8 @@ def _followed(walk: Walk, layers: Sequence[Layer], frozen: Mapping[str, str]) ->
         if layer.name in frozen:
             walk.marks.pin(found.rows[layer.name], frozen[layer.name])
     for tensor in walk.scope.graph.outputs:
-        axis = walk.axis(tensor)
-        if axis is not None:
-            walk.marks.pin(axis.marks, f"they are the model's output {tensor.name!r}")
+        for marks in walk.marks_of(tensor.name):
+            walk.marks.pin(marks, f"they are the model's output {tensor.name!r}")
     if walk.inside:
         heads = walk.marks.roots(walk.heads)
         for rows in found.rows.values():
@@ -208,13 +214,16 @@ def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
     name = walk.scope.names[id(node)]
     for body in node.attrs.values():
         if isinstance(body, gs.Graph):
-            inside = {x.name for n in body.nodes for x in n.inputs}
-            inside |= {y.name for y in body.outputs}
-            for axis in (walk.axes[x] for x in inside if x in walk.axes):
-                walk.marks.pin(axis.marks, f"they are read inside {node.op} {name!r}")
+            bodies = [body, *body.subgraphs(recursive=True)]
+            inside = {x.name for b in bodies for n in b.nodes for x in n.inputs}
+            inside |= {y.name for b in bodies for y in b.outputs}
+            for marks in (marks for x in inside for marks in walk.marks_of(x)):
+                walk.marks.pin(marks, f"they are read inside {node.op} {name!r}")
     try:
         if layer is not None:
             walk.axes |= _follow_layer(found, node, layer)
+        elif _reads_sizes(walk, node):
+            walk.sizes |= follow_sizes(walk, node)
         elif any(walk.axis(x) for x in node.inputs):
             follow = RULES.get(operator(node))
             if follow is None:
@@ -222,8 +231,14 @@ def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
             walk.axes |= follow(walk, node)
     except Refused as refusal:
         reason = f"{node.op} {name!r}: {refusal}"
-        for axis in filter(None, map(walk.axis, node.inputs)):
-            walk.marks.pin(axis.marks, reason)
+        for marks in (marks for x in node.inputs for marks in walk.marks_of(x.name)):
+            walk.marks.pin(marks, reason)
+
+
+def _reads_sizes(walk: Walk, node: gs.Node) -> bool:
+    """Whether a node computes with numbers of units; as a target they are the Reshape's own."""
+    target = node.op == "Reshape" and walk.axis(node.inputs[0]) is not None
+    return not target and any(x.name in walk.sizes for x in node.inputs)
 
 
 def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]:
@@ -362,11 +377,12 @@ def _kind(found: _Found, first: int) -> _Kind:
         key = (tuple(dict.fromkeys(made[root])), tuple(dict.fromkeys(read.get(root, ()))))
         members.setdefault(key, []).append(unit)
     roots = {unit: root for root, unit in number.items()}
-    groups = tuple(
-        Group(makers, readers, np.array(group), made[roots[group[0]]].count(makers[0]))
-        for (makers, readers), group in members.items()
-    )
-    return _Kind(found, groups, number)
+    groups = []
+    for (makers, readers), units in members.items():
+        of_makers, of_readers = made[roots[units[0]]], read.get(roots[units[0]], [])
+        counts = [*map(of_makers.count, makers), *map(of_readers.count, readers)]
+        groups.append(Group(makers, readers, np.array(units), counts[0], min(counts), walk.inside))
+    return _Kind(found, tuple(groups), number)
 
 
 def _by_root(walk: Walk, marks: Mapping[str, np.ndarray]) -> dict[int, list[str]]:
@@ -420,9 +436,7 @@ def _numbered(walks: Sequence[_Found], layers: Sequence[Layer]) -> Structure:
     atoms = _Atoms(kinds)
     slots = [{(x.node, x.index, x.axis): x for x in found.walk.slots} for found in walks]
     counts = [{(x.node, x.kind, x.entry): x for x in found.walk.counts} for found in walks]
-    axes: dict[str, np.ndarray] = {}
-    for kind in reversed(kinds):
-        axes |= {name: kind.units(axis.marks) for name, axis in kind.found.walk.axes.items()}
+    lying = [_lying(kind) for kind in kinds]
     rows = atoms.of([found.rows for found in walks])
     columns = atoms.of([found.columns for found in walks])
     slots_of = atoms.of([{key: x.marks for key, x in own.items()} for own in slots])
@@ -435,11 +449,24 @@ def _numbered(walks: Sequence[_Found], layers: Sequence[Layer]) -> Structure:
         columns,
         tuple(replace(every_slot[key], marks=marks) for key, marks in slots_of.items()),
         tuple(replace(every_count[key], marks=marks) for key, marks in counts_of.items()),
-        axes,
+        dict(ChainMap(*lying)),
+        _parts([axis.marks for axes in lying for axis in axes.values()]),
         walks[-1].queries,
         walks[-1].keys,
         tuple(_refusals(walks, layers)),
     )
+
+
+def _lying(kind: _Kind) -> dict[str, Axis]:
+    """By name of a tensor, the axis along which units of one kind lie."""
+    axes = kind.found.walk.axes.items()
+    return {name: Axis(axis.index, kind.units(axis.marks)) for name, axis in axes}
+
+
+def _parts(axes: Iterable[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """The sets of units that make up a whole axis, each once: without them it would be empty."""
+    whole = [np.unique(units) for units in axes if (units != STAYS).all()]
+    return tuple({units.tobytes(): units for units in whole}.values())
 
 
 def _refusals(walks: Sequence[_Found], layers: Sequence[Layer]) -> Iterator[Skip]:

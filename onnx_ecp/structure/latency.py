@@ -9,6 +9,7 @@ can be chosen by the clock before anything is refitted.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,11 +55,14 @@ TURNS, PATIENCE = 30, 0.5
 
 
 def liked(group: Group) -> np.ndarray:
-    """(k,): numbers of units that kernels like: multiples of BLOCK, below it 1, 2 and 4."""
-    number = len(group.units)
-    if group.width > 1:
+    """(k,): numbers of units that kernels like: multiples of BLOCK entries, below it 1, 2 and 4.
+
+    Of dimensions of heads, of which every layer has many, all numbers.
+    """
+    number, step = len(group.units), BLOCK // math.gcd(BLOCK, group.entries)
+    if group.inside:
         return np.arange(1, number + 1)
-    found = [1, 2, 4, *range(BLOCK, number, BLOCK), number]
+    found = [*(n for n in (1, 2, 4) if n < step), *range(step, number, step), number]
     return np.unique([size for size in found if size <= number])
 
 

@@ -77,7 +77,8 @@ def best_order(
 
 def interchangeable(structure: Structure) -> list[np.ndarray]:
     """Units (ascending) that lie in the same tensors, equally often: their order is free."""
-    rows = [np.bincount(x[x >= 0], minlength=structure.units) for x in structure.axes.values()]
+    lying = [axis.marks for axis in structure.axes.values()]
+    rows = [np.bincount(x[x >= 0], minlength=structure.units) for x in lying]
     rows += [np.bincount(s.marks[s.marks >= 0], minlength=structure.units) for s in structure.slots]
     if not rows or not structure.units:
         return []

@@ -36,7 +36,9 @@ def cut(
         return model
     _pick(model, structure.slots, lambda marks: np.flatnonzero(structure.kept(marks, keep)), base)
     for (node, kind), counts in _by_node(structure.counts).items():
-        _recount(model, node, kind, [(c, int(structure.kept(c.marks, keep).sum())) for c in counts])
+        left = [(c, int(structure.kept(c.marks, keep).sum())) for c in counts]
+        if any(number < len(count.marks) for count, number in left):
+            _recount(model, node, kind, left)
     for info in [info for info in model.graph.value_info if info.name in structure.axes]:
         model.graph.value_info.remove(info)
     return model
@@ -140,7 +142,8 @@ def _by_input(slots: Iterable[Slot]) -> dict[tuple[str, int], list[Slot]]:
 def _by_node(counts: Iterable[Count]) -> dict[tuple[str, str], list[Count]]:
     found: dict[tuple[str, str], list[Count]] = {}
     for count in counts:
-        found.setdefault((count.node, count.kind), []).append(count)
+        kind = "target" if count.kind in ("part", "rest", "stay") else count.kind
+        found.setdefault((count.node, kind), []).append(count)
     return found
 
 
@@ -208,8 +211,8 @@ def _declare(model: onnx.ModelProto, name: str, shape: tuple[int, ...]) -> None:
 
 def _recount(model: onnx.ModelProto, node: str, kind: str, counts: list[tuple[Count, int]]) -> None:
     """Correct the numbers of units that a node holds, given each with the number that stays."""
-    if kind == "part":
-        _retarget(model, node, {count.entry: number for count, number in counts})
+    if kind == "target":
+        _retarget(model, node, _entries(counts), len(counts[0][0].sizes))
         return
     proto = model.graph.node[edit.node_index(model, node)]
     before = list(counts[0][0].sizes)
@@ -234,18 +237,47 @@ def _recount(model: onnx.ModelProto, node: str, kind: str, counts: list[tuple[Co
     edit.set_input(model, node, 1, name)
 
 
-def _retarget(model: onnx.ModelProto, node: str, entries: Mapping[int, int]) -> None:
-    """Give a Reshape a Concat of its own, in which some entries of the target are other numbers."""
+def _entries(counts: list[tuple[Count, int]]) -> dict[int, int]:
+    """The entries of a computed target that are other numbers now."""
+    stay = {count.entry: number for count, number in counts if count.kind == "stay"}
+    return stay | {
+        count.entry: -1 if count.kind == "rest" else number
+        for count, number in counts
+        if number < len(count.marks)
+    }
+
+
+def _retarget(model: onnx.ModelProto, node: str, entries: Mapping[int, int], length: int) -> None:
+    """Give a Reshape a target of its own, in which some of its entries are other numbers."""
     target = model.graph.node[edit.node_index(model, node)].input[1]
-    concat = onnx.NodeProto()
-    concat.CopyFrom(model.graph.node[edit.node_index(model, target)])
+    made_by = next((n for n in model.graph.node if target in n.output), None)
+    concat = onnx.helper.make_node("Concat", [], [edit.fresh_name(model, f"{node}/ecp_target")])
+    concat.name = concat.output[0]
+    concat.attribute.append(onnx.helper.make_attribute("axis", 0))
+    if made_by is not None and made_by.op_type == "Concat" and len(made_by.input) == length:
+        concat.input.extend(made_by.input)
+    else:
+        others = (None if i in entries else _entry(model, node, target, i) for i in range(length))
+        concat.input.extend(x or "" for x in others)
     for entry, number in entries.items():
-        values = np.array([number], np.int64)
-        stem, kind = f"{node}/ecp_part", onnx.TensorProto.INT64
-        concat.input[entry] = edit.add_constant(model, stem, values, kind, before=target)
-    concat.name = concat.output[0] = edit.fresh_name(model, f"{node}/ecp_target")
+        concat.input[entry] = _integer(model, f"{node}/ecp_part", number, before=node)
     model.graph.node.insert(edit.node_index(model, node), concat)
     edit.set_input(model, node, 1, concat.output[0])
+
+
+def _entry(model: onnx.ModelProto, node: str, target: str, index: int) -> str:
+    """A Gather of one entry of a target, in front of its Reshape."""
+    picked = _integer(model, f"{node}/ecp_entry", index, before=node)
+    output = edit.fresh_name(model, f"{node}/ecp_size")
+    gather = onnx.helper.make_node("Gather", [target, picked], [output], name=output, axis=0)
+    model.graph.node.insert(edit.node_index(model, node), gather)
+    return output
+
+
+def _integer(model: onnx.ModelProto, stem: str, number: int, *, before: str) -> str:
+    """A stored vector of one number."""
+    values = np.array([number], np.int64)
+    return edit.add_constant(model, stem, values, onnx.TensorProto.INT64, before=before)
 
 
 def _set_attribute(node: onnx.NodeProto, name: str, value: int | list[int]) -> None:

@@ -7,7 +7,8 @@ that share their fate, or raises ``Refused``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -15,6 +16,7 @@ import onnx_graphsurgeon as gs
 from onnx_ecp.layers.bias import MICROSOFT
 from onnx_ecp.layers.views import operator
 from onnx_ecp.structure.marks import Axis
+from onnx_ecp.structure.sizes import entries_of, of_shape
 from onnx_ecp.structure.walk import Count, Refused, Walk
 
 Outputs = dict[str, Axis]
@@ -100,11 +102,23 @@ def spatial(walk: Walk, node: gs.Node) -> Outputs:
 def normalises_the_rest(walk: Walk, node: gs.Node) -> Outputs:
     """Reads all entries from ``axis`` on together; units in front of it do not meet."""
     axis = _data(walk, node)
-    first = int(node.attrs.get("axis", -1))
-    first += len(walk.shape(node.inputs[0])) if first < 0 else 0
-    if axis.index >= first:
+    if axis.index >= _normalised_from(walk, node):
         raise Refused("it normalises over units, so that each one acts on all")
     return {node.outputs[0].name: axis}
+
+
+# Softmax is one of the last axis alone, by default, from this opset on; before, of axis 1 and all
+# axes behind it.
+_SOFTMAX_OF_LAST = 13
+
+
+def _normalised_from(walk: Walk, node: gs.Node) -> int:
+    """The first axis that a normalising operator takes together with all behind it."""
+    imports = walk.scope.proto.opset_import
+    opset = next(o.version for o in imports if o.domain in ("", "ai.onnx"))
+    early = node.op.endswith("Softmax") and opset < _SOFTMAX_OF_LAST
+    first, rank = int(node.attrs.get("axis", 1 if early else -1)), len(walk.shape(node.inputs[0]))
+    return first % rank
 
 
 @rule(*(f"Reduce{kind}" for kind in ("Max", "Mean", "Min", "Prod", "Sum", "SumSquare", "L1", "L2")))
@@ -155,31 +169,89 @@ def reshape(walk: Walk, node: gs.Node) -> Outputs:
     if walk.inside and others:
         walk.heads += first.tolist()
     if node.op == "Reshape":
-        _note_target(walk, node, index, first)
+        _note_target(walk, node, index, first, [i for i in varying if i != index])
     return {node.outputs[0].name: Axis(index, first)}
 
 
-def _note_target(walk: Walk, node: gs.Node, index: int, marks: np.ndarray) -> None:
-    """Remember the entry of a Reshape's target that names the number of units."""
-    target = walk.numbers(node, "shape", 1)
-    name = node.outputs[0].name
-    if target is not None:
-        if target[index] > 0:
-            walk.counts.append(Count(name, "shape", index, marks, tuple(target)))
+def _note_target(
+    walk: Walk, node: gs.Node, index: int, marks: np.ndarray, beside: Sequence[int]
+) -> None:
+    """Remember the entries of a Reshape's target that are wrong once units went.
+
+    What is computed from shapes may follow the units, or those of another tensor that keeps its
+    size; where it cannot be relied on, a number takes its place.
+
+    Args:
+        walk: the walk.
+        node: a Reshape.
+        index: of the units' axis behind it.
+        marks: of its entries.
+        beside: indices of the other axes that the units' axis was split into: they stay.
+    """
+    name, shape = node.outputs[0].name, walk.shape(node.outputs[0])
+    numbers = walk.numbers(node, "shape", 1)
+    if numbers is not None:
+        if numbers[index] > 0:
+            walk.counts.append(Count(name, "shape", index, marks, tuple(numbers)))
         return
-    parts = node.inputs[1].inputs
-    if (
-        not parts
-        or parts[0].op != "Concat"
-        or len(parts[0].inputs) != len(walk.shape(node.outputs[0]))
+    target, counted = _target(walk, node.inputs[1], len(shape)), entries_of(walk, node.inputs[1])
+    number, axis, follows = target[index], walk.axis(node.inputs[0]), counted[index]
+    assert axis is not None, "a Reshape of units"
+    split = len(axis.marks) == np.prod([shape[i] for i in (index, *beside)])
+    for i, other in enumerate(counted):
+        if other is None or i == index:
+            continue
+        if i not in beside or not split:
+            raise Refused("the number of its units is the size of another axis")
+        stays = walk.marks.fresh(shape[i])
+        walk.marks.pin(stays, "another axis that heads were split into")
+        walk.counts.append(Count(name, "stay", i, stays, shape))
+    if isinstance(number, int) and number <= 0:
+        return
+    if not beside and follows is not None and _in_proportion(walk, follows, marks):
+        return
+    merged = not isinstance(number, int) and not split
+    if merged and (
+        beside or not all(_is_size(walk, x) for x in target[:index] + target[index + 1 :])
     ):
         raise Refused("its target shape is computed in a way that is not followed")
-    part = parts[0].inputs[index]
-    entry = walk.integers(part)
-    if entry is None and walk.scope.is_constant(part):
-        raise Refused("its target shape names the number of units behind another operator")
-    if entry is not None and entry[0] > 0:
-        walk.counts.append(Count(name, "part", index, marks))
+    walk.counts.append(Count(name, "rest" if merged else "part", index, marks, shape))
+
+
+# An entry of a target: its value, or the tensor of this one entry, or None where nobody knows.
+_Entry: TypeAlias = int | gs.Tensor | None
+
+
+def _target(walk: Walk, tensor: gs.Tensor, rank: int) -> list[_Entry]:
+    """The entries of a computed target, as far as a Concat puts them together."""
+    found = _entries(walk, tensor)
+    return found if len(found) == rank else [None] * rank
+
+
+def _entries(walk: Walk, tensor: gs.Tensor) -> list[_Entry]:
+    numbers = walk.integers(tensor)
+    if numbers is not None:
+        return list(numbers)
+    if tensor.inputs and tensor.inputs[0].op == "Concat":
+        return [entry for part in tensor.inputs[0].inputs for entry in _entries(walk, part)]
+    length = int(np.prod(walk.shape(tensor)))
+    return [tensor] if length == 1 else [None] * length
+
+
+def _is_size(walk: Walk, entry: _Entry) -> bool:
+    """Whether an entry of a target is surely not what stands for the rest."""
+    if isinstance(entry, gs.Tensor):
+        return walk.scope.is_of_shapes(entry) and not walk.scope.is_constant(entry)
+    return entry is not None and entry >= 0
+
+
+def _in_proportion(walk: Walk, counted: np.ndarray, marks: np.ndarray) -> bool:
+    """Whether of two sets of entries the same share goes, whatever units go."""
+    (first, *a), (second, *b) = (
+        np.unique(walk.marks.roots(x), return_counts=True) for x in (counted, marks)
+    )
+    same = np.array_equal(first, second)
+    return same and np.array_equal(a[0] * len(marks), b[0] * len(counted))
 
 
 @rule("Concat")
@@ -254,7 +326,10 @@ def pad(walk: Walk, node: gs.Node) -> Outputs:
 
 @rule("Shape")
 def shape_of(walk: Walk, node: gs.Node) -> Outputs:
-    """Sizes follow by themselves when the model runs."""
+    """Sizes follow by themselves when the model runs; what is made of them is followed, too."""
+    found = of_shape(walk, node)
+    if any(x is not None for x in found):
+        walk.sizes[node.outputs[0].name] = found
     return {}
 
 
@@ -313,10 +388,7 @@ def _is_softmax(walk: Walk, node: gs.Node, logits: gs.Tensor) -> bool:
     if domain:
         return False
     if op == "Softmax":
-        imports = walk.scope.proto.opset_import
-        opset = next(o.version for o in imports if o.domain in ("", "ai.onnx"))
-        axis = int(node.attrs.get("axis", -1 if opset >= _SOFTMAX_OF_LAST else 1))
-        return axis in (-1, len(walk.shape(logits)) - 1)
+        return _normalised_from(walk, node) == len(walk.shape(logits)) - 1
     if op in ("Mul", "Div"):
         # A scale that is computed from shapes would follow the size of heads.
         scales = node.inputs[0] is logits or op == "Mul"
@@ -328,8 +400,6 @@ def _is_softmax(walk: Walk, node: gs.Node, logits: gs.Tensor) -> bool:
     return _softmax_follows(walk, node.outputs[0])
 
 
-# Softmax is one of the last axis alone, by default, from this opset on.
-_SOFTMAX_OF_LAST = 13
 _MOVES = {"Cast", "Identity", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 
 

@@ -7,6 +7,7 @@ weight counts once per position that its layer is applied at), or time ("latency
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -142,8 +143,11 @@ def budget(
 
 
 def multiples(group: Group, of: int = 1) -> np.ndarray:
-    """(k,): numbers of units that are multiples; of heads, wide by themselves, all numbers."""
-    step = of if group.width == 1 else 1
+    """(k,): numbers of units of which every layer has a multiple of rows and columns.
+
+    Of dimensions of heads, every head has a multiple of them.
+    """
+    step = of if group.inside else of // math.gcd(of, group.entries)
     return np.arange(step, len(group.units) + 1, step)
 
 
@@ -171,9 +175,11 @@ def choose(
         stops: how many units of a group may stay, where units go.
     """
     prices = ranked_by.of_units(keep)
+    ranks = scores / np.maximum(prices, NOTHING)
+    held = last_ones(ranked_by.structure, ranks, keep)
     blocks: list[Block] = []
     for group in groups:
-        units = _blocks(group, scores / np.maximum(prices, NOTHING), keep, floor, stops(group))
+        units = _blocks(group, ranks, keep, held, floor, stops(group))
         saved = ranked_by.of_blocks(keep, group, units, prices)
         blocks += zip(_ranks([scores[b].sum() for b in units], saved), units, strict=True)
     blocks.sort(key=lambda block: block[0])
@@ -212,13 +218,46 @@ def _given_back(
     return rest
 
 
+def last_ones(structure: Structure, ranks: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """(units,) bool: units that stay, so that something stays of every part of every tensor.
+
+    A group always keeps one: that is enough for all parts in which it lies as a whole.
+    """
+    held = np.zeros(len(keep), np.bool_)
+    whole = [group.units for group in structure.groups]
+    for part in structure.parts:
+        there = part[keep[part]]
+        if not held[there].any() and not any(np.isin(units, part).all() for units in whole):
+            held[there[np.argmax(ranks[there])]] = True
+    return held
+
+
+def in_order(
+    group: Group, ranks: np.ndarray, keep: np.ndarray, held: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """Units of a group that are there, in the order in which they go, and how many stay anyway.
+
+    Args:
+        group: the units.
+        ranks: (units,), the smallest goes first.
+        keep: (units,) bool, what is still there.
+        held: (units,) bool, see ``last_ones``.
+    """
+    alive = group.units[keep[group.units]]
+    return alive[np.lexsort((ranks[alive], held[alive]))], max(int(held[alive].sum()), 1)
+
+
 def _blocks(
-    group: Group, ranks: np.ndarray, keep: np.ndarray, floor: float, stops: np.ndarray
+    group: Group,
+    ranks: np.ndarray,
+    keep: np.ndarray,
+    held: np.ndarray,
+    floor: float,
+    stops: np.ndarray,
 ) -> list[np.ndarray]:
     """Units of a group that may go together, in the order in which they do."""
-    alive = group.units[keep[group.units]]
-    alive = alive[np.argsort(ranks[alive], kind="stable")]
-    least = max(int(np.ceil(floor * len(group.units))), 1)
+    alive, least = in_order(group, ranks, keep, held)
+    least = max(int(np.ceil(floor * len(group.units))), least)
     ends = stops[(stops >= least) & (stops < len(alive))][::-1]
     return np.split(alive, len(alive) - ends)[:-1]
 

@@ -28,6 +28,27 @@ def shapes_of_a_run(model: Model, feeds: Mapping[str, np.ndarray], **settings: o
     Raises:
         ProviderError: it cannot be run.
     """
+    return shapes_of(model, values_of_a_run(model, feeds, **settings))
+
+
+def shapes_of(model: Model, values: Mapping[str, np.ndarray]) -> Shapes:
+    """Shapes of all tensors of the main graph, given the values of all that are computed."""
+    return {name: np.shape(value) for name, value in values.items()} | _stored(model.proto)
+
+
+def values_of_a_run(
+    model: Model, feeds: Mapping[str, np.ndarray], **settings: object
+) -> dict[str, np.ndarray]:
+    """Values of all tensors of the main graph that are given or computed, in one run of the model.
+
+    Args:
+        model: what is run.
+        feeds: its inputs, with a batch of at least two where it is free.
+        settings: of the ``Session``.
+
+    Raises:
+        ProviderError: it cannot be run.
+    """
     probed = onnx.ModelProto()
     probed.CopyFrom(model.proto)
     graph = probed.graph
@@ -35,8 +56,7 @@ def shapes_of_a_run(model: Model, feeds: Mapping[str, np.ndarray], **settings: o
     names = dict.fromkeys(y for node in graph.node for y in node.output if y)
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in have)
     values = Session(probed, base=model.base, **settings).run(feeds)  # type: ignore[arg-type]
-    found = {name: v.shape for name, v in values.items() if isinstance(v, np.ndarray)}
-    return found | _stored(model.proto) | {name: np.shape(x) for name, x in feeds.items()}
+    return {n: v for n, v in values.items() if isinstance(v, np.ndarray)} | dict(feeds)
 
 
 def inferred_shapes(proto: onnx.ModelProto) -> Shapes:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+import onnx
 
 from onnx_ecp import model as modelling
-from onnx_ecp.errors import ModelError, TargetError
+from onnx_ecp.errors import ModelError, ProviderError, TargetError
 from onnx_ecp.layers import find_layers
 from onnx_ecp.layers.fused import preactivation
 from onnx_ecp.model import Model
 from onnx_ecp.pruning import Network, plain_grams
+from onnx_ecp.runtime import Session, check_deadline
 from onnx_ecp.selection import NM
+from onnx_ecp.shelf import Computed
 from onnx_ecp.structure.bases import heads_of, turned
-from onnx_ecp.structure.cleanup import clean_up, largest_difference
-from onnx_ecp.structure.groups import Structure, find_structure
+from onnx_ecp.structure.cleanup import at_least_one, clean_up, largest_difference, tolerance
+from onnx_ecp.structure.groups import Group, Structure, find_structure
 from onnx_ecp.structure.outcome import UnitRow, Work, unit_rows
 from onnx_ecp.structure.permutation import best_order
 from onnx_ecp.structure.removal import cut, rearranged, store
@@ -77,14 +82,70 @@ def units_of(
         TargetError: no unit can be removed.
     """
     dense = replace(source, proto=modelling.decode_sparse(source.proto))
-    shapes = shapes_of_a_run(dense, next(network.fit.batches(2)).feeds, **settings)
-    structure = find_structure(dense.proto, network.layers, shapes, frozen)
+    feeds = next(network.fit.batches(2)).feeds
+    shapes, held = shapes_of_a_run(dense, feeds, **settings), dict(frozen)
+    while True:
+        structure = find_structure(dense.proto, network.layers, shapes, held)
+        more = _not_to_be_cut(dense, structure, feeds, settings)
+        if not more.keys() - held.keys():
+            break
+        held = more | held
     if not structure.units:
         reasons = "; ".join(
             f"{modelling.printable(x.name)} ({x.op}): {x.reason}" for x in structure.refusals
         )
         raise TargetError(f"no unit can be removed: {reasons}.", hint="Use --granularity weight.")
     return structure
+
+
+def _not_to_be_cut(
+    model: Model, structure: Structure, feeds: Mapping[str, np.ndarray], settings: Settings
+) -> dict[str, str]:
+    """By name of the layers without whose units the model cannot be run, why; else empty."""
+
+    def fault(keep: np.ndarray) -> str:
+        def run() -> float:
+            proto = cut(model.proto, structure, at_least_one(structure, keep), model.base)
+            Session(proto, base=model.base, **settings).run(feeds)  # type: ignore[arg-type]
+            return 0.0
+
+        return _fault(run)
+
+    half = np.arange(structure.units) % 2 == 0
+    if not structure.units or not fault(half):
+        return {}
+    _, culprits = _all_but_culprits(structure, half, fault)
+    return {
+        name: f"without some of them ONNX Runtime does not run the model: {why}"
+        for group, why in culprits
+        for name in group.producers
+    }
+
+
+def _fault(gap: Callable[[], float], limit: float = 0.0) -> str:
+    """What is wrong with a model: it cannot be run, or the gap is too large; empty if nothing."""
+    try:
+        found = gap()
+    except (ModelError, ProviderError) as error:
+        check_deadline()  # what ended the time limit ends all
+        return error.message
+    return "" if found <= limit else f"outputs differ by {found:.2g} of their largest value"
+
+
+def _all_but_culprits(
+    structure: Structure, keep: np.ndarray, fault: Callable[[np.ndarray], str]
+) -> tuple[np.ndarray, list[tuple[Group, str]]]:
+    """What stays (units,) bool where only groups lose units that can, and the others with why."""
+    rest, culprits = np.ones_like(keep), list[tuple[Group, str]]()
+    for group in structure.groups:
+        trial = rest.copy()
+        trial[group.units] = keep[group.units]
+        why = "" if trial.all() else fault(trial)
+        if why:
+            culprits.append((group, why))
+        else:
+            rest = trial
+    return rest, culprits
 
 
 def smaller(
@@ -95,7 +156,7 @@ def smaller(
     pruned: PrunedUnits,
     settings: Settings,
 ) -> Smaller:
-    """Cut the units out of a model.
+    """Cut the units out of a model; those of groups that cannot be cut stay in it as zeros.
 
     Args:
         source: the model.
@@ -104,23 +165,33 @@ def smaller(
         structure: its units.
         pruned: which of them stay, and the weights that made good for the others.
         settings: of the ``Session``.
-
-    Raises:
-        ModelError: the result computes something else.
     """
-    proto = cut(modelling.decode_sparse(source.proto), structure, pruned.keep, source.base)
-    weights, shifts = kept_weights(network, structure, pruned.state, pruned.keep)
-    created = store(proto, network.layers, weights, shifts, source.base)
-    model = Model(proto, None, source.base)
+    dense = modelling.decode_sparse(source.proto)
     feeds = [batch.feeds for batch in network.guard.batches(network.size)]
-    gap = largest_difference(masked, model, feeds, **settings)
-    if not gap <= ROUNDING:
-        raise ModelError(
-            f"the model without units computes something else: outputs differ by {gap:.2g}.",
-            hint="Its shapes may enter its arithmetic. Use --granularity weight, and report it.",
+
+    def without(keep: np.ndarray) -> tuple[Model, frozenset[str]]:
+        proto = cut(dense, structure, keep, source.base)
+        weights, shifts = kept_weights(network, structure, pruned.state, keep)
+        created = store(proto, network.layers, weights, shifts, source.base)
+        return Model(proto, None, source.base), created
+
+    def fault(keep: np.ndarray) -> str:
+        def gap() -> float:
+            return largest_difference(masked, without(keep)[0], feeds, **settings)
+
+        return _fault(gap, tolerance(masked, ROUNDING))
+
+    keep, warnings = pruned.keep, tuple[str, ...]()
+    if fault(keep):
+        keep, culprits = _all_but_culprits(structure, keep, fault)
+        warnings = tuple(
+            f"units of {modelling.printable(group.name)} are zeros and stayed in the file: without "
+            f"them {why}."
+            for group, why in culprits
         )
-    rows = tuple(unit_rows(structure, pruned.keep))
-    return _measured(source, Smaller(model, created, rows), feeds[0], settings)
+    model, created = without(keep)
+    made = Smaller(model, created, tuple(unit_rows(structure, keep)), warnings=warnings)
+    return _measured(source, made, feeds[0], settings)
 
 
 def cleaned(
@@ -135,12 +206,34 @@ def cleaned(
     names = {layer.name for layer in network.layers}
     few = next(network.fit.batches(2)).feeds
     judged = (batch.feeds for batch in network.guard.batches(network.size))
-    done = clean_up(pruned, names, [few, *judged], unread, **settings)
-    if done.refused:
-        return Smaller(pruned, created, warnings=(f"nothing was cleaned up: {done.refused}.",))
-    if not done.rows:
-        return Smaller(pruned, created)
-    return _measured(source, Smaller(done.model, created, done.rows), few, settings)
+    with TemporaryDirectory(prefix="onnx-ecp-", ignore_cleanup_errors=True) as folder:
+        whole = _written(pruned, Path(folder)) if pruned.late else pruned
+        done = clean_up(whole, names, [few, *judged], unread, **settings)
+        if done.refused:
+            return Smaller(pruned, created, warnings=(f"nothing was cleaned up: {done.refused}.",))
+        if not done.rows:
+            return Smaller(pruned, created)
+        made = _measured(source, Smaller(done.model, created, done.rows), few, settings)
+        return replace(made, model=_restored(done.model, pruned)) if pruned.late else made
+
+
+def _written(model: Model, folder: Path) -> Model:
+    """A model whose new values are in files: ONNX Runtime maps them, none are in memory."""
+    path = folder / "pruned.onnx"
+    modelling.save(model.proto, path, base=model.base, late=model.late)
+    proto = onnx.load(str(path), load_external_data=False)
+    return Model(proto, None, folder)
+
+
+def _restored(made: Model, given: Model) -> Model:
+    """A model made of one that was written, with what was not changed where it was before."""
+    before = {tensor.name: tensor for tensor in given.proto.graph.initializer}
+    late = []
+    for tensor in made.proto.graph.initializer:
+        if modelling.is_external(tensor) and tensor.name in before:
+            tensor.CopyFrom(before[tensor.name])
+            late += [tensor.name] if tensor.name in given.late else []
+    return Model(made.proto, None, given.base, Computed(late, given.late.__getitem__))
 
 
 def with_order(
@@ -172,7 +265,7 @@ def with_order(
     model = replace(dense, proto=rearranged(dense.proto, structure, order, given.base))
     feeds = [few, *(batch.feeds for batch in network.guard.batches(network.size))]
     gap = largest_difference(given, model, feeds, **settings)
-    if not gap <= ROUNDING:
+    if not gap <= tolerance(given, ROUNDING):
         why = f"not reordered: outputs would differ by {gap:.2g} of their largest value"
         return given, dict.fromkeys(gains, why)
     return model, {
@@ -204,7 +297,8 @@ def with_turned_heads(
     grams = plain_grams(network, {name for x in heads for name in (x.first, x.second)})
     model = replace(dense, proto=turned(dense.proto, heads, network.layers, grams, source.base))
     feeds = [batch.feeds for batch in network.guard.batches(network.size)]
-    return model if largest_difference(source, model, feeds, **settings) <= ROUNDING else source
+    gap = largest_difference(source, model, feeds, **settings)
+    return model if gap <= tolerance(source, ROUNDING) else source
 
 
 def _measured(

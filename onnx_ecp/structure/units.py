@@ -41,7 +41,7 @@ from onnx_ecp.structure.elimination import (
 from onnx_ecp.structure.groups import STAYS, Structure
 from onnx_ecp.structure.importance import UnitObserver, met_by_unit, read_by_unit
 from onnx_ecp.structure.latency import Watch, liked
-from onnx_ecp.structure.selection import Budget, budget, choose, multiples
+from onnx_ecp.structure.selection import Budget, budget, choose, in_order, last_ones, multiples
 
 # A model is chosen to be faster than asked for by so much: two measurements differ.
 MARGIN = 0.98
@@ -178,12 +178,11 @@ class UnitStep:
 
     def _on_the_way(self, scores: np.ndarray, keep: np.ndarray, share: float) -> np.ndarray:
         """(units,) bool: what stays at this share of the way to what is planned."""
-        rest = keep.copy()
+        rest, held = keep.copy(), last_ones(self.structure, scores, keep)
         for group, planned in zip(self.structure.groups, self._planned, strict=True):
-            alive = group.units[keep[group.units]]
+            worst, least = in_order(group, scores, keep, held)
             number = len(group.units) - round(share * (len(group.units) - planned))
-            worst = alive[np.argsort(scores[alive], kind="stable")]
-            rest[worst[: max(len(alive) - number, 0)]] = False
+            rest[worst[: max(len(worst) - max(number, least), 0)]] = False
         return rest
 
     def predicted(self, keep: np.ndarray) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +10,9 @@ import onnx_graphsurgeon as gs
 
 from onnx_ecp.layers.trace import Scope, Traced
 from onnx_ecp.structure.marks import Axis, Marks
+
+Sizes = tuple[np.ndarray | None, ...]
+"""By entry of an integer tensor, the marks that it counts; None where it counts no units."""
 
 
 class Refused(Exception):
@@ -41,11 +44,12 @@ class Count:
 
     Args:
         node: first output of the operator that holds it.
-        kind: "shape" (target of a Reshape), "part" (of a target that a Concat puts together),
-            "split" (sizes of a Split) or "group" (of a Conv).
+        kind: "shape" (target of a Reshape), "part" (of a target that is computed), "rest" (the
+            same, but of what is merged with axes of any size), "stay" (the same, but it must not
+            follow), "split" (sizes of a Split) or "group" (of a Conv).
         entry: which of several numbers.
         marks: what is counted, as in a ``Slot``.
-        sizes: the other numbers, as the operator has or implies them.
+        sizes: all of the numbers, as the operator has or implies them.
     """
 
     node: str
@@ -74,12 +78,19 @@ class Walk:
     products: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     marks: Marks = field(default_factory=Marks)
     axes: dict[str, Axis] = field(default_factory=dict)
+    sizes: dict[str, Sizes] = field(default_factory=dict)
     slots: list[Slot] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
 
     def axis(self, tensor: gs.Tensor) -> Axis | None:
         """Where the units of a tensor lie, if it has any."""
         return self.axes.get(tensor.name)
+
+    def marks_of(self, name: str) -> Iterator[np.ndarray]:
+        """Marks of the units that a tensor has, or counts."""
+        if name in self.axes:
+            yield self.axes[name].marks
+        yield from (marks for marks in self.sizes.get(name, ()) if marks is not None)
 
     def shape(self, tensor: gs.Tensor) -> tuple[int, ...]:
         """Shape of a tensor.
