@@ -20,7 +20,7 @@ from onnx_ecp.gradients.observer import ENGINES, STATISTICS
 from onnx_ecp.gradients.seeds import METRICS
 from onnx_ecp.methods import COMPENSATIONS, METHODS, Method
 from onnx_ecp.model import ENCODINGS
-from onnx_ecp.pruning import BLOCKS
+from onnx_ecp.network import BLOCKS
 from onnx_ecp.selection import NM, SCOPES, Sparsity, parse_sparsity
 from onnx_ecp.shelf import parse_size
 from onnx_ecp.statistics import POSITIONS

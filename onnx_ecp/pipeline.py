@@ -34,8 +34,9 @@ from onnx_ecp.gradients.observer import Observer, State, original_state
 from onnx_ecp.layers import Layer, Skip, find_layers
 from onnx_ecp.measurement import Progress, batch_size, silent
 from onnx_ecp.model import Model
+from onnx_ecp.network import Network, Plan
 from onnx_ecp.options import Options
-from onnx_ecp.pruning import Network, Plan, Pruned, importances, observe, polished, prune, stage
+from onnx_ecp.pruning import Pruned, importances, observe, polished, prune, stage
 from onnx_ecp.report import (
     PATTERN_SPEED,
     SYNTHETIC_WARNING,

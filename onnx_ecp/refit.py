@@ -184,13 +184,13 @@ def mean_shift(gram: Gram, target: np.ndarray, weight: np.ndarray) -> np.ndarray
 
 
 def excess(gram: Gram, target: np.ndarray, weight: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """(out,): the weighted squared error of every unit, less what no choice of weights changes.
+    """(..., out): the weighted squared error of every unit, less what no choice of them changes.
 
     Args:
         gram: sums of the rows on which the error is judged.
         target: original weights (out, in).
         weight: candidate (out, in).
-        shift: candidate (out,).
+        shift: candidate (..., out).
     """
     groups = len(gram.weight)
     errors = np.zeros(len(target))

@@ -28,6 +28,7 @@ from onnx_ecp.layers import Layer
 from onnx_ecp.measurement import Measured, Progress, silent
 from onnx_ecp.methods import NEEDS
 from onnx_ecp.model import Model, signature
+from onnx_ecp.network import Network, Plan
 from onnx_ecp.options import Options
 from onnx_ecp.pipeline import (
     Data,
@@ -40,7 +41,7 @@ from onnx_ecp.pipeline import (
     wanted_layers,
     warnings,
 )
-from onnx_ecp.pruning import Network, Plan, observe, prune
+from onnx_ecp.pruning import observe, prune
 from onnx_ecp.report import CalibrationFacts, counted
 from onnx_ecp.runtime import deadline, threads_of
 

@@ -18,7 +18,8 @@ from onnx_ecp.errors import CalibrationError, TargetError
 from onnx_ecp.evaluate import Target, deviation_sums, overall, target_of
 from onnx_ecp.gradients.observer import Observer, State
 from onnx_ecp.measurement import Progress, silent
-from onnx_ecp.pruning import Network, Plan, Pruned, Step, jointly_refitted, observe, stage, tuned
+from onnx_ecp.network import Network, Plan
+from onnx_ecp.pruning import Pruned, Step, jointly_refitted, observe, stage, tuned
 from onnx_ecp.runtime import check_deadline
 
 # Share of the remaining weights that stay after one step of the walk. 0.7 is about the step of an

@@ -15,6 +15,7 @@ from onnx_ecp.errors import CalibrationError, ModelError, TargetError, UsageErro
 from onnx_ecp.gradients.numeric import PIECEWISE
 from onnx_ecp.gradients.seeds import SeedPlan
 from onnx_ecp.model import load as load_model
+from onnx_ecp.network import Run
 from onnx_ecp.options import Options
 from onnx_ecp.runtime import threads_of, workers
 
@@ -115,7 +116,7 @@ def test_reduced_positions_weigh_their_own_rows_wherever_the_batch_axis_is(rng):
         g = network_.observer.observe(network_.original, batch).adjoints["h"]
         expected.append(np.square(g.astype(np.float64)).sum(axis=0).mean(axis=2)[0])
     np.testing.assert_allclose(weights, np.concatenate(expected), rtol=1e-6)
-    walked = pruning._Run(network_, data.fit)
+    walked = Run(network_, data.fit)
     rows = list(walked._now.advance(network_.segments[0], network_.original))
     assert [a.shape[1] for a in rows] == [4] * len(data.fit)
 

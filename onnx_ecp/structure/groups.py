@@ -158,8 +158,8 @@ def _followed(walk: Walk, layers: Sequence[Layer], frozen: Mapping[str, str]) ->
         if layer.name not in found.rows:
             found.rows[layer.name] = walk.marks.fresh(layer.shape[0])
             found.columns[layer.name] = walk.marks.fresh(layer.shape[1])
-            marks = (*found.rows[layer.name], *found.columns[layer.name])
-            walk.marks.pin(marks, "it is inside a local function or an If")
+            both = np.concatenate([found.rows[layer.name], found.columns[layer.name]])
+            walk.marks.pin(both, "it is inside a local function or an If")
     _share(found, layers)
     _meet(found, layers)
     for layer in layers:

@@ -15,7 +15,7 @@ from onnx_ecp.errors import ModelError, ProviderError, TargetError
 from onnx_ecp.layers import find_layers
 from onnx_ecp.layers.fused import preactivation
 from onnx_ecp.model import Model
-from onnx_ecp.pruning import Network, plain_grams
+from onnx_ecp.network import Network, plain_grams
 from onnx_ecp.runtime import Session, check_deadline
 from onnx_ecp.selection import NM
 from onnx_ecp.shelf import Computed

@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 
+from onnx_ecp.compensation import compensate
 from onnx_ecp.errors import TargetError
 from onnx_ecp.gradients.observer import State
 from onnx_ecp.measurement import (
@@ -23,15 +24,8 @@ from onnx_ecp.measurement import (
     silent,
 )
 from onnx_ecp.methods import METHODS
-from onnx_ecp.pruning import (
-    Network,
-    Plan,
-    Pruned,
-    compensate,
-    importances,
-    observe,
-    with_grams,
-)
+from onnx_ecp.network import Network, Plan
+from onnx_ecp.pruning import Pruned, importances, observe, with_grams
 from onnx_ecp.structure.elimination import (
     OutputMetric,
     scores_of_keys,

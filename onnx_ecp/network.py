@@ -1,0 +1,182 @@
+"""What is pruned and how; and walks along its layers that sum up what each of them is given."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from onnx_ecp.calibration import Calibration
+from onnx_ecp.gradients.observer import Observer, State
+from onnx_ecp.layers import Layer
+from onnx_ecp.methods import Method
+from onnx_ecp.objective import Objective
+from onnx_ecp.refit import Gram
+from onnx_ecp.selection import Group
+from onnx_ecp.walk import Passage, Segment, segments
+
+# What the curvature couples: all weights of the network, or those of a stored tensor.
+BLOCKS = ("network", "layer")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is pruned, and the data it is pruned on.
+
+    Args:
+        observer: of the layers.
+        original: the state before pruning.
+        fit: calibration samples for importance and compensation.
+        guard: other calibration samples, on which a refit must not be worse than a bias shift.
+        size: batch size.
+        memory: bytes that statistics and activations may take, None for any number: half of it
+            goes to moments and the sensitivities of rows, a quarter to scores and a quarter to the
+            activations of a walk. What does not fit lies in temporary files.
+    """
+
+    observer: Observer
+    original: State
+    fit: Calibration
+    guard: Calibration
+    size: int
+    memory: int | None = None
+
+    def share(self, part: int) -> int | None:
+        """One of so many equal parts of the memory."""
+        return None if self.memory is None else self.memory // part
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers that are pruned."""
+        return self.observer.layers
+
+    @property
+    def objective(self) -> Objective:
+        """What pruning should leave as it was."""
+        return Objective(self.observer, self.original)
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The cuts of the graph that a refit walks along."""
+        return segments(self.observer, self.layers)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a network is pruned.
+
+    Args:
+        method: importance, compensation, stages.
+        groups: which stored tensors are ranked together, and to what sparsity.
+        positions: "expand" or "reduce".
+        damping: ridge of importance and compensation; None leaves each its own.
+        seed: of the methods' random numbers.
+        finetune_steps: of fine-tuning after the last stage; a tenth of it after every other one.
+        blocks: what the curvature couples: a name in BLOCKS.
+    """
+
+    method: Method
+    groups: tuple[Group, ...]
+    positions: str = "expand"
+    damping: float | None = None
+    seed: int = 0
+    finetune_steps: int = 0
+    blocks: str = "network"
+
+
+def matrix(layer: Layer, state: State) -> np.ndarray:
+    """W (out, in) of a layer as a state has it, float64."""
+    return layer.weight.matrix(state.weights[layer.weight.tensor]).astype(np.float64)
+
+
+class Run:
+    """Both versions of the network on their way along the segments with the same samples.
+
+    Without the original, the current version stands for both.
+    """
+
+    def __init__(self, network: Network, data: Calibration, *, with_original: bool = True) -> None:
+        batches = list(data.batches(network.size))
+        self._original = network.original
+        limit = network.share(8)
+        self._before = Passage(network.observer, batches, limit) if with_original else None
+        self._now = Passage(network.observer, batches, limit)
+
+    def gram(
+        self, segment: Segment, state: State, weights: np.ndarray | None, shrink: float
+    ) -> Gram:
+        """Sums of the next layer's inputs over all samples.
+
+        Args:
+            segment: that ends with the layer's input.
+            state: the network that the layers before it make now.
+            weights: of the rows (groups, rows), their sensitivities; None weighs all alike.
+            shrink: share of the mean weight that every row gets.
+        """
+        total, first = None, 0
+        for before, now in self._rows(segment, state):
+            rows = now.shape[1]
+            if weights is None:
+                s = np.ones(now.shape[:2])
+            else:
+                s = (1 - shrink) * weights[:, first : first + rows]
+                s = s + shrink * weights.mean(axis=1, keepdims=True)
+            centre = now.mean(axis=1, dtype=np.float64) if total is None else total.centre
+            part = Gram.of(now, before, s, centre)
+            total = part if total is None else total + part
+            first += rows
+        assert total is not None, "a calibration has at least one sample"
+        return total
+
+    def skip(self, segment: Segment, state: State) -> None:
+        """Go on past the next layer without looking at its inputs."""
+        for _ in self._rows(segment, state):
+            pass
+
+    def _rows(self, segment: Segment, state: State) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        now = self._now.advance(segment, state)
+        if self._before is None:
+            yield from ((a, a) for a in now)
+        else:
+            yield from zip(self._before.advance(segment, self._original), now, strict=True)
+
+
+def plain_grams(network: Network, names: Collection[str]) -> dict[str, Gram]:
+    """By layer name, sums of the original inputs of some layers, all rows weighing alike."""
+    found = grams_of(network, network.fit, network.original, names)
+    return {layer.name: gram for layer, gram in found}
+
+
+def grams_of(
+    network: Network,
+    data: Calibration,
+    state: State,
+    names: Collection[str],
+    *,
+    weights: Mapping[str, np.ndarray] | None = None,
+    shrink: float = 0.0,
+    with_original: bool = False,
+) -> Iterator[tuple[Layer, Gram]]:
+    """Some layers in graph order, each with the sums of its inputs in one state.
+
+    Args:
+        network: whose layers they are.
+        data: the samples.
+        state: the same all along the walk.
+        names: of the layers.
+        weights: by layer name, of the rows; where there are none all rows weigh alike.
+        shrink: share of the mean weight that every row gets.
+        with_original: whether the inputs in the original network are looked at, too.
+    """
+    run, left = Run(network, data, with_original=with_original), set(names)
+    for segment in network.segments:
+        name = segment.layer.name
+        if name in left:
+            left.remove(name)
+            yield segment.layer, run.gram(segment, state, (weights or {}).get(name), shrink)
+        else:
+            run.skip(segment, state)
+        if not left:
+            return
