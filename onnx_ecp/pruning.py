@@ -16,7 +16,7 @@ import numpy as np
 
 from onnx_ecp.compensation import compensate, removed, victims
 from onnx_ecp.curvature import CurvatureObserver
-from onnx_ecp.errors import ModelError
+from onnx_ecp.errors import ModelError, UsageError
 from onnx_ecp.finetune import finetune
 from onnx_ecp.gradients.observer import State
 from onnx_ecp.joint import ROUNDS, memory_needed, refit_jointly
@@ -358,12 +358,18 @@ def importances(
             blocks.get(tensor),
         )
         score = method.importance(view)
-        _check_finite(layer, score)
+        _check_scores(layer, score)
         scores[layer.name] = score
     return scores
 
 
-def _check_finite(layer: Layer, scores: np.ndarray) -> None:
+def _check_scores(layer: Layer, scores: np.ndarray) -> None:
+    if np.shape(scores) != layer.shape:
+        raise UsageError(
+            f"the method gives layer {printable(layer.name)!r} importances of shape "
+            f"{np.shape(scores)}: its weights are {layer.shape}, (out, in).",
+            hint="An importance has the shape of View.weight.",
+        )
     if not np.isfinite(scores).all():
         raise ModelError(
             f"the importance of layer {printable(layer.name)!r} is NaN or infinite: on these "

@@ -157,9 +157,11 @@ def seek(
     walk = _Walk(network, plan, limit, judge, progress, step)
     best, at = walk.along(Pruned(network.original), 0.0, stride=1.0)
     if not at:
+        refits = plan.method.repair.joint
         raise TargetError(
             f"no sparsity meets the target: {walk.points[-1].described} already.",
-            hint="Allow a larger error, give more calibration samples, or use --method ecp-refit.",
+            hint="Allow a larger error, or give more calibration samples"
+            + ("." if refits else "; --compensation joint lets the other weights make good."),
         )
     if plan.finetune_steps:
         best = walk.tuned_along(best, at)

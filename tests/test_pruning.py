@@ -175,3 +175,12 @@ def test_a_kernel_may_be_shared_by_convolutions_of_other_groups(rng):
     }
     found = onnx_ecp.optimize(model, x, sparsity=0.5, stages=2, cleanup=False)
     assert found.report.sparsity == 0.5
+
+
+def test_an_importance_of_another_shape_is_refused(model, data, monkeypatch):
+    method = onnx_ecp.Method(lambda view: np.abs(view.weight).T)
+    monkeypatch.setitem(onnx_ecp.METHODS, "mine", method)
+    with pytest.raises(
+        onnx_ecp.OnnxEcpError, match=r"shape \(12, 16\): its weights are \(16, 12\)"
+    ):
+        onnx_ecp.optimize(model, data, method="mine")

@@ -695,6 +695,26 @@ def test_directions_that_heads_do_not_use_leave_without_a_trace(method, rng):
     )
 
 
+@pytest.mark.parametrize("method", ["ecp-refit", "ecp"])
+def test_the_importance_of_heads_that_went_is_reported(method, rng, tmp_path):
+    """Beside that of their dimensions, whose layers are the same."""
+    model = build(NETWORKS["attention: heads"], rng)
+    made = onnx_ecp.optimize(
+        model.proto,
+        inputs(model, rng, 100),
+        granularity="unit",
+        sparsity=0.25,
+        method=method,
+        stages=1,
+        unit_multiple=2,
+        masks=tmp_path / "masks.npz",
+    )
+    gone = {row.producers: row.before - row.after for row in made.report.units}
+    assert gone["q", "k", "v"] > 0
+    removed = {layer.name: layer.importance_removed for layer in made.report.layers}
+    assert removed["q"] > 0
+
+
 def test_masks_are_of_heads_in_the_bases_given(rng, tmp_path):
     """Dimensions that no head uses go, and masks say which: no other basis knows their numbers."""
     model = build(NETWORKS["attention: heads"], rng)

@@ -137,12 +137,11 @@ class UnitStep:
             network, plan, self.structure, before.state, rest, measured, progress
         )
         ess = {name: effective_sample_size(s) for name, s in measured.weights.items()}
-        gone = {
-            group.producers[0]: before.removed.get(group.producers[0], 0.0)
-            + float(scores[group.units][(keep & ~rest)[group.units]].sum())
-            for group in self.structure.groups
-        }
-        return PrunedUnits(state, gone, ess, notes, keep=rest)
+        removed = dict(before.removed)
+        for group in self.structure.groups:  # heads and their dimensions have the same producers
+            first, units = group.producers[0], group.units[(keep & ~rest)[group.units]]
+            removed[first] = removed.get(first, 0.0) + float(scores[units].sum())
+        return PrunedUnits(state, removed, ess, notes, before.warnings, keep=rest)
 
     def _chosen(
         self,
