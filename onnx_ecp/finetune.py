@@ -1,21 +1,27 @@
 """Fine-tuning: the pruned network learns the original's outputs on calibration inputs, or labels.
 
-Adam (Kingma & Ba, arXiv:1412.6980) moves kept weights and shifts down the loss of ``objective``.
+Adam (Kingma & Ba, arXiv:1412.6980) moves kept weights and shifts down the loss of ``objective``, in
+coordinates in which inputs have mean zero: an offset of the inputs would otherwise be in every
+gradient, and a step of the weights a larger one of what the shift makes of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from onnx_ecp.calibration import Batch, Calibration
 from onnx_ecp.gradients.observer import State
-from onnx_ecp.measurement import Progress, silent
-from onnx_ecp.objective import BATCH, Objective, Parameters
+from onnx_ecp.layers import Layer
+from onnx_ecp.measurement import Progress, measure_activations, silent
+from onnx_ecp.objective import BATCH, Centred, Objective, Parameters
 from onnx_ecp.runtime import check_deadline
+from onnx_ecp.statistics import Moments
 
-# Adam's step as a share of each tensor's own root mean square, falling to zero along a half cosine.
+# Adam's step as a share of each tensor's own root mean square, falling to zero along a half cosine;
+# of shifts no larger than a share of what the layer's inputs make its outputs vary.
 STEP = 2e-2
 BETAS = (0.9, 0.999)
 # The loss on held-out samples is looked at this often; the best state seen is what comes back.
@@ -63,21 +69,24 @@ def finetune(
     """
     rng = np.random.default_rng(seed)
     theta = Parameters(objective.observer.layers, state.keep)
-    values = theta.of(state)
-    scale = np.concatenate([np.full(x.size, _root_mean_square(x)) for x in theta.parts(values)])
-    first, second = np.zeros_like(values), np.zeros_like(values)
+    start, layers = state, objective.observer.layers
+    seen = measure_activations(objective.observer, state, fit, size=size).moments
+    centred = Centred(theta, layers, lambda x: _per_row(x, seen[x.name].mean))
+    begin = theta.of(state)
+    scale = _scales(theta, begin, {x.name: _spread(x, state, seen[x.name]) for x in layers})
+    moved, first, second = np.zeros((3, begin.size))
     best, best_loss = state, objective.loss(state, guard, size)
     before = best_loss
     for step in range(1, steps + 1):
         check_deadline()
-        g = _gradient(objective, state, _draw(fit, rng), size, theta)
+        g = centred.pulled(_gradient(objective, state, _draw(fit, rng), size, theta))
         rate = STEP * 0.5 * (1 + np.cos(np.pi * step / steps))
         first += (1 - BETAS[0]) * (g - first)
         second += (1 - BETAS[1]) * (g * g - second)
         corrected = first / (1 - BETAS[0] ** step)
         spread = np.sqrt(second / (1 - BETAS[1] ** step))
-        values = values - rate * scale * corrected / (spread + 1e-12)
-        state = theta.state(state, values)
+        moved -= rate * scale * corrected / (spread + 1e-12)
+        state = theta.state(start, begin + centred.moved(moved))
         if step % max(steps // CHECKS, 1) == 0 or step == steps:
             now = objective.loss(state, guard, size)
             if now < best_loss:
@@ -99,10 +108,36 @@ def _gradient(
     return np.asarray(sum(map(part, data.batches(size))) / len(data))
 
 
+def _scales(theta: Parameters, values: np.ndarray, spreads: Mapping[str, float]) -> np.ndarray:
+    """(theta.size,): in which unit each of the values moves; 1 where nothing tells."""
+    weights, shifts = theta.named(values)
+
+    def of_shift(name: str) -> float:
+        sizes = (_root_mean_square(shifts[name]), spreads[name])
+        return min((x for x in sizes if x), default=1.0)
+
+    return theta.vector(
+        {name: np.full(x.size, _root_mean_square(x) or 1.0) for name, x in weights.items()},
+        {name: np.full(x.size, of_shift(name)) for name, x in shifts.items()},
+    )
+
+
+def _spread(layer: Layer, state: State, moments: Moments) -> float:
+    """Deviation of a layer's outputs, of all units together, if its inputs were independent."""
+    weight = layer.weight.matrix(state.weights[layer.weight.tensor]).astype(np.float64)
+    variance = (weight**2 * _per_row(layer, moments.spread)).sum(axis=1)
+    return float(np.sqrt(variance.mean()))
+
+
+def _per_row(layer: Layer, x: np.ndarray) -> np.ndarray:
+    """(groups, in) values repeated for the rows of W: (out, in)."""
+    return np.repeat(x, layer.shape[0] // len(x), axis=0)
+
+
 def _root_mean_square(values: np.ndarray) -> float:
-    """Of the elements that are not zero; 1 where there are none, as for shifts that begin at 0."""
+    """Of the elements that are not zero; 0 where there are none."""
     there = values[values != 0]
-    return float(np.sqrt(np.square(there).mean())) if there.size else 1.0
+    return float(np.sqrt(np.square(there).mean())) if there.size else 0.0
 
 
 def _draw(data: Calibration, rng: np.random.Generator) -> Calibration:

@@ -24,7 +24,7 @@ from onnx_ecp.finetune import Tuned
 from onnx_ecp.gradients.observer import State
 from onnx_ecp.layers import Layer
 from onnx_ecp.measurement import Progress, measure, silent
-from onnx_ecp.objective import Objective, Parameters
+from onnx_ecp.objective import Centred, Objective, Parameters
 from onnx_ecp.runtime import check_deadline
 from onnx_ecp.shelf import Shelf
 
@@ -106,46 +106,6 @@ def refit_jointly(
     return Tuned(best, before, best_loss)
 
 
-class _Centred:
-    """Displacements d of theta in coordinates whose shifts are those at the mean input.
-
-    There a layer is ``z = W (a - m) + b'``: a change of W is none of b' as well, whatever the mean
-    of its inputs, and the system is as well conditioned as if they had none.
-
-    Args:
-        theta: what moves.
-        layers: of the network.
-        means: by layer name, (kept,), the mean input m of every kept weight, weighted by the
-            sensitivities of its unit, in units of the stored weight.
-        units: by stored tensor, (kept,) int, the unit of every kept weight.
-    """
-
-    def __init__(
-        self,
-        theta: Parameters,
-        layers: Sequence[Layer],
-        means: Mapping[str, np.ndarray],
-        units: Mapping[str, np.ndarray],
-    ) -> None:
-        self._theta, self._means = theta, means
-        self._units = {x.name: (x.weight.tensor, units[x.weight.tensor]) for x in layers}
-
-    def moved(self, d: np.ndarray) -> np.ndarray:
-        """(theta.size,): how d moves theta, b = b' - W m."""
-        weights, shifts = self._theta.named(d)
-        for name, (tensor, units) in self._units.items():
-            lost = np.bincount(units, weights[tensor] * self._means[name], len(shifts[name]))
-            shifts[name] = shifts[name] - lost
-        return self._theta.vector(weights, shifts)
-
-    def pulled(self, gradient: np.ndarray) -> np.ndarray:
-        """(theta.size,): the gradient in d, from that in theta."""
-        weights, shifts = self._theta.named(gradient)
-        for name, (tensor, units) in self._units.items():
-            weights[tensor] = weights[tensor] - shifts[name][units] * self._means[name]
-        return self._theta.vector(weights, shifts)
-
-
 def _coordinates(
     objective: Objective,
     state: State,
@@ -153,7 +113,7 @@ def _coordinates(
     size: int,
     memory: int | None,
     theta: Parameters,
-) -> tuple[_Centred, np.ndarray]:
+) -> tuple[Centred, np.ndarray]:
     """Centred coordinates, and (theta.size,) the diagonal E[(dy/dd)^2] in them.
 
     The diagonal is in the metric, and summed over the outputs.
@@ -161,16 +121,15 @@ def _coordinates(
     observer = objective.observer
     measured = measure(observer, state, fit, size=size, memory=memory)
     weights: dict[str, np.ndarray] = {}
-    shifts, means, units = {}, {}, {}
+    shifts = {}
     for layer in observer.layers:
         moments, view = measured.moments[layer.name], layer.weight
         part = theta.kept(view.tensor, view.layout(moments.variance)) * view.scale**2
         weights[view.tensor] = weights.get(view.tensor, 0.0) + part
         shifts[layer.name] = moments.bb / moments.count
-        means[layer.name] = theta.kept(view.tensor, view.layout(moments.gain)) * view.scale
-        rows = np.broadcast_to(np.arange(layer.shape[0])[:, None], layer.shape)
-        units[view.tensor] = theta.kept(view.tensor, view.layout(rows)).astype(np.intp)
-    return _Centred(theta, observer.layers, means, units), theta.vector(weights, shifts)
+    # The means are weighted by the sensitivities of every unit, as in ECP's bias shift.
+    centred = Centred(theta, observer.layers, lambda layer: measured.moments[layer.name].gain)
+    return centred, theta.vector(weights, shifts)
 
 
 class _System:
@@ -194,7 +153,7 @@ class _System:
         state: State,
         batches: list[Batch],
         theta: Parameters,
-        centred: _Centred,
+        centred: Centred,
         diagonal: np.ndarray,
         damping: float,
         memory: int | None,

@@ -13,7 +13,7 @@ part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -165,3 +165,45 @@ class Parameters:
             weights[name][kept] = next(parts)
         shifts = {name: next(parts) for name in self._units}
         return replace(state, weights=Computed.of(weights), shifts=shifts)
+
+
+class Centred:
+    """Displacements d of theta in coordinates whose shifts are those at the mean input.
+
+    There a layer is ``z = W (a - m) + b'``: a change of W is none of b' as well, whatever the mean
+    of its inputs, and the system is as well conditioned as if they had none.
+
+    Args:
+        theta: what moves.
+        layers: of the network.
+        mean: of a layer, (out, in), the mean input m of every weight.
+    """
+
+    def __init__(
+        self, theta: Parameters, layers: Sequence[Layer], mean: Callable[[Layer], np.ndarray]
+    ) -> None:
+        self._theta, self._tensor = theta, {x.name: x.weight.tensor for x in layers}
+        self._means, self._units = {}, {}
+        for layer in layers:
+            view = layer.weight
+            mean_input = theta.kept(view.tensor, view.layout(mean(layer)))
+            self._means[layer.name] = mean_input * view.scale
+            rows = np.broadcast_to(np.arange(layer.shape[0])[:, None], layer.shape)
+            self._units[view.tensor] = theta.kept(view.tensor, view.layout(rows)).astype(np.intp)
+
+    def moved(self, d: np.ndarray) -> np.ndarray:
+        """(theta.size,): how d moves theta, b = b' - W m."""
+        weights, shifts = self._theta.named(d)
+        for name, tensor in self._tensor.items():
+            units = self._units[tensor]
+            lost = np.bincount(units, weights[tensor] * self._means[name], len(shifts[name]))
+            shifts[name] = shifts[name] - lost
+        return self._theta.vector(weights, shifts)
+
+    def pulled(self, gradient: np.ndarray) -> np.ndarray:
+        """(theta.size,): the gradient in d, from that in theta."""
+        weights, shifts = self._theta.named(gradient)
+        for name, tensor in self._tensor.items():
+            units = self._units[tensor]
+            weights[tensor] = weights[tensor] - shifts[name][units] * self._means[name]
+        return self._theta.vector(weights, shifts)

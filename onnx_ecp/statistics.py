@@ -85,6 +85,11 @@ class Moments:
         return np.repeat(x, len(self.bb) // len(x), axis=0)
 
     @property
+    def mean(self) -> np.ndarray:
+        """(groups, in): the mean of every input over all rows."""
+        return np.asarray(self.centre + self.a / self.rows)
+
+    @property
     def norms(self) -> np.ndarray:
         """(groups, in): the l2 norm of every input over all rows."""
         return np.sqrt(
