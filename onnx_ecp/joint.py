@@ -37,6 +37,10 @@ PATIENCE = 4
 LEAST_GAIN = 0.01
 # The loss on held-out samples is looked at every so many steps.
 CHECK = 2
+# The ridge in units of that of one layer's refit. On training digits held out, over six networks, 1
+# to 10 leave the same error on average; with less a narrow network of seven layers with 2:4 goes
+# further astray on single samples.
+RIDGE = 10.0
 # Size of the disturbance that J d is measured with, as a share of the weights, both in units of the
 # outputs: float32 outputs have seven digits, of which a difference this small keeps four.
 DISTURBANCE = 3e-3
@@ -76,7 +80,8 @@ def refit_jointly(
         fit: samples to learn from.
         guard: other samples: the best state on them is what comes back.
         size: batch size.
-        damping: ridge as a share of the mean diagonal of the system, tensor by tensor.
+        damping: a tenth of the ridge, as a share of the mean diagonal of the system, tensor by
+            tensor: what a layer's refit calls damping.
         rounds: how many times the network is linearised, at most.
         memory: bytes that outputs of all samples may take; beyond, they lie in a temporary file.
         progress: called after every step.
@@ -88,7 +93,8 @@ def refit_jointly(
     for turn in range(rounds):
         around = best_loss
         batches = list(fit.batches(size))
-        system = _System(objective, best, batches, theta, centred, diagonal, damping, memory)
+        ridge = RIDGE * damping
+        system = _System(objective, best, batches, theta, centred, diagonal, ridge, memory)
         found = 0
         for step, d in enumerate(system.steps(), 1):
             progress("joint refit", turn * STEPS + step, rounds * STEPS)

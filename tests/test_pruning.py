@@ -9,7 +9,7 @@ import pytest
 from onnx import numpy_helper
 
 import onnx_ecp
-from onnx_ecp import pipeline, pruning
+from onnx_ecp import compensation, pipeline, pruning
 from onnx_ecp.methods import COMPENSATIONS, METHODS, Solved
 from onnx_ecp.options import Options
 
@@ -102,7 +102,7 @@ def test_neither_a_refit_nor_a_bias_shift_may_raise_the_held_out_error(
 
     choices = {"method": "magnitude", "sparsity": 0.5, "cleanup": False}
     masked = onnx_ecp.optimize(model, data, **choices)
-    monkeypatch.setattr(pruning, "bias_shift", lambda weight, *_: np.full(len(weight), 1e3))
+    monkeypatch.setattr(compensation, "bias_shift", lambda weight, *_: np.full(len(weight), 1e3))
     monkeypatch.setitem(COMPENSATIONS, "refit", replace(COMPENSATIONS["refit"], solve=solve))
     found = onnx_ecp.optimize(model, data, compensation="refit", **choices)
     assert found.model == masked.model

@@ -231,7 +231,8 @@ class Observer:
         self._forward = self._with_outputs(tensors)
         self.layers: tuple[Layer, ...] = tuple(layers)
         # Without a float output there is nothing to differentiate, in either way.
-        self.blocked: dict[str, str] = {} if self._seeded else dict.fromkeys(names, NO_OUTPUT)
+        nothing = reverse and not self._seeded
+        self.blocked: dict[str, str] = dict.fromkeys(names, NO_OUTPUT) if nothing else {}
         self.numeric: dict[str, str] = {}
         self._adjoints: dict[str, str] = {}
         self._reverse_proto: onnx.ModelProto | None = None
