@@ -34,7 +34,7 @@ from tables import read
 
 from onnx_ecp import pruning
 from onnx_ecp.methods import METHODS as ALL
-from onnx_ecp.pipeline import stored
+from onnx_ecp.output import stored
 from onnx_ecp.sweep import grid_of, prepare
 
 NAME = "cbs_chita"

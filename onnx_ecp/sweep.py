@@ -30,19 +30,20 @@ from onnx_ecp.methods import NEEDS
 from onnx_ecp.model import Model, signature
 from onnx_ecp.network import Network, Plan
 from onnx_ecp.options import Options
-from onnx_ecp.pipeline import (
+from onnx_ecp.output import finished
+from onnx_ecp.preparation import (
     Data,
-    finished,
+    Prepared,
     gather,
     load,
     make_plan,
     misfits,
     observe_network,
     wanted_layers,
-    warnings,
 )
 from onnx_ecp.pruning import observe, prune
 from onnx_ecp.report import CalibrationFacts, counted
+from onnx_ecp.report.telling import warnings
 from onnx_ecp.runtime import deadline, threads_of
 
 METHODS_SWEPT = ("ecp-refit", "ecp", "wanda", "magnitude")
@@ -430,7 +431,7 @@ def run(shared: Shared, options: Options, plan: Plan, progress: Progress = silen
     network = shared.networks[needs]
     pruned = prune(network, plan, progress, measured=shared.measured[needs])
     seconds = time.monotonic() - began
-    result = finished(shared.source, network, None, pruned, options).model
+    result = finished(Prepared(shared.source, network, plan), pruned, options).model
     gap = measure_gap(
         shared.source,
         result,

@@ -15,7 +15,7 @@ from onnx_ecp.layers import find_layers
 from onnx_ecp.measurement import measure, measure_activations, row_sensitivities
 from onnx_ecp.model import load as load_model
 from onnx_ecp.options import Options
-from onnx_ecp.pipeline import choose_layers, gather, load, observe_network
+from onnx_ecp.preparation import choose_layers, gather, load, observe_network
 from onnx_ecp.runtime import OutOfMemory, Session, deadline
 
 PARTS = ("centre", "bb", "wb", "ww", "gradient", "a", "aa")

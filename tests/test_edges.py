@@ -10,7 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 import onnx_ecp
-from onnx_ecp import pipeline, pruning
+from onnx_ecp import preparation, pruning
 from onnx_ecp.errors import CalibrationError, ModelError, TargetError, UsageError
 from onnx_ecp.gradients.numeric import PIECEWISE
 from onnx_ecp.gradients.seeds import SeedPlan
@@ -105,10 +105,10 @@ def test_reduced_positions_weigh_their_own_rows_wherever_the_batch_axis_is(rng):
     }"""
     model = load_model(network(text, {"W": (6, 12), "V": (12, 3)}, rng))
     options = Options(positions="reduce", batch_size=8)
-    data = pipeline.gather(model, drawn(rng, 30, 6, 4), options)
-    layers, _ = pipeline.choose_layers(model, options)
-    network_, _ = pipeline.observe_network(model, layers, data, options)
-    plan = pipeline.make_plan(network_.layers, options)
+    data = preparation.gather(model, drawn(rng, 30, 6, 4), options)
+    layers, _ = preparation.choose_layers(model, options)
+    network_, _ = preparation.observe_network(model, layers, data, options)
+    plan = preparation.make_plan(network_.layers, options)
     weights = pruning.observe(network_, plan, network_.original).weights["h"][0]
     # One sample at a time, its four positions are next to each other.
     expected = []
@@ -128,7 +128,7 @@ def test_gradients_of_many_outputs_do_not_cancel(rng):
     x = drawn(rng, 400, 5) + 1.0
     found = onnx_ecp.importance(net, x, method="gradient-magnitude", probes=64)["y"]
     # dy_k/dV_jk = r_j for output k alone: the exact mean gradient is E[r_j].
-    fit = pipeline.gather(load_model(net), x, Options()).fit.arrays["x"]
+    fit = preparation.gather(load_model(net), x, Options()).fit.arrays["x"]
     w, v = (numpy_helper.to_array(t) for t in net.graph.initializer)
     exact = np.abs(v * np.tanh(fit @ w).mean(axis=0)[:, None]).T
     assert np.linalg.norm(found - exact) < 0.01 * np.linalg.norm(exact)

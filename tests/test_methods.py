@@ -14,7 +14,7 @@ import pytest
 from onnx import numpy_helper
 
 import onnx_ecp
-from onnx_ecp import curvature, pipeline, pruning
+from onnx_ecp import curvature, preparation, pruning
 from onnx_ecp.curvature import Curvature, Full, Outer
 from onnx_ecp.errors import CalibrationError, UsageError
 from onnx_ecp.methods import (
@@ -557,11 +557,11 @@ def network_of(text, rng, tmp_path, samples=20, **choices):
     x, labels = rng.normal(size=shape), rng.integers(0, 3, samples)
     np.save(tmp_path / "y.npy", labels)
     options = Options.of(method="cbs", **choices)
-    source = pipeline.load(model)
-    layers, _ = pipeline.choose_layers(source, options)
-    data = pipeline.gather(source, {"x": x}, options)
-    network, _ = pipeline.observe_network(source, layers, data, options)
-    return network, pipeline.make_plan(network.layers, options)
+    source = preparation.load(model)
+    layers, _ = preparation.choose_layers(source, options)
+    data = preparation.gather(source, {"x": x}, options)
+    network, _ = preparation.observe_network(source, layers, data, options)
+    return network, preparation.make_plan(network.layers, options)
 
 
 def matrices(network):

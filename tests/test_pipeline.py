@@ -24,7 +24,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 import onnx_ecp
-from onnx_ecp import pipeline
+from onnx_ecp import preparation
 from onnx_ecp.errors import (
     CalibrationError,
     ModelError,
@@ -39,7 +39,8 @@ from onnx_ecp.methods import METHODS
 from onnx_ecp.model import constants, decode_sparse, read_tensor, signature
 from onnx_ecp.model import load as load_model
 from onnx_ecp.options import Options
-from onnx_ecp.pipeline import Result, choose_layers, gather, load, observe_network
+from onnx_ecp.pipeline import Result
+from onnx_ecp.preparation import choose_layers, gather, load, observe_network
 from onnx_ecp.report import SYNTHETIC_WARNING, Report
 from onnx_ecp.runtime import OutOfMemory, Session
 from onnx_ecp.selection import zeros_wanted
@@ -670,7 +671,7 @@ def test_reduced_positions_are_the_sensitivity_of_the_whole_layer():
         {"W": (8, 3)},
     )
     x = np.random.default_rng(3).standard_normal((10, 4, 8)).astype(np.float32)
-    data = pipeline.gather(load_model(net.model()), {"x": x}, Options())
+    data = preparation.gather(load_model(net.model()), {"x": x}, Options())
     seen = data.fit.arrays["x"].astype(np.float64)
     weight = tensors(net.model())["W"].T.astype(np.float64)
     reduced = onnx_ecp.importance(net.model(), {"x": x}, method="obd", positions="reduce")["h"]

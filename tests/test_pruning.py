@@ -9,7 +9,7 @@ import pytest
 from onnx import numpy_helper
 
 import onnx_ecp
-from onnx_ecp import compensation, pipeline, pruning
+from onnx_ecp import compensation, preparation, pruning
 from onnx_ecp.methods import COMPENSATIONS, METHODS, Solved
 from onnx_ecp.options import Options
 
@@ -123,12 +123,12 @@ def twice(rng, **choices):
     mixing = rng.normal(size=(2, 6, 6))
     x = {f"x{i + 1}": rng.normal(size=(90, 6)) @ m + i for i, m in enumerate(mixing)}
     options = Options.of(sparsity=0.5, stages=1, **choices)
-    source = pipeline.load(model)
-    layers, _ = pipeline.choose_layers(source, options)
-    network, _ = pipeline.observe_network(
-        source, layers, pipeline.gather(source, x, options), options
+    source = preparation.load(model)
+    layers, _ = preparation.choose_layers(source, options)
+    network, _ = preparation.observe_network(
+        source, layers, preparation.gather(source, x, options), options
     )
-    return network, pipeline.make_plan(network.layers, options)
+    return network, preparation.make_plan(network.layers, options)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "obc"])
