@@ -89,7 +89,7 @@ def refit_jointly(
     theta = Parameters(objective.observer.layers, state.keep)
     centred, diagonal = _coordinates(objective, state, fit, size, memory, theta)
     best, best_loss = state, objective.loss(state, guard, size)
-    before = best_loss
+    before, fit_loss = best_loss, objective.loss(state, fit, size)
     for turn in range(rounds):
         around = best_loss
         batches = list(fit.batches(size))
@@ -102,8 +102,10 @@ def refit_jointly(
                 continue
             tried = theta.state(system.state, system.point + centred.moved(d))
             loss = objective.loss(tried, guard, size)
-            if loss < best_loss:
-                best, best_loss, found = tried, loss, step
+            # A step may go so far that the network is no longer what it was linearised to: a few
+            # of the samples to learn from tell, where those on guard are not among the few.
+            if loss < best_loss and (fitted := objective.loss(tried, fit, size)) < fit_loss:
+                best, best_loss, fit_loss, found = tried, loss, fitted, step
             if step == STEPS or step - found >= PATIENCE:
                 break
         if best_loss > (1 - LEAST_GAIN) * around:
