@@ -34,6 +34,7 @@ from tables import read
 
 from onnx_ecp import pruning
 from onnx_ecp.methods import METHODS as ALL
+from onnx_ecp.network import Network, Plan
 from onnx_ecp.output import stored
 from onnx_ecp.sweep import grid_of, prepare
 
@@ -170,9 +171,7 @@ def our_models(
             yield options.sparsity, stored(shared.source, network, state)[0].proto, seconds
 
 
-def with_masks(
-    network: pruning.Network, plan: pruning.Plan, like: onnx.ModelProto
-) -> pruning.State:
+def with_masks(network: Network, plan: Plan, like: onnx.ModelProto) -> pruning.State:
     """The weights that ``like`` removed are removed, every layer by itself.
 
     Each layer is solved with the inputs that the original network gives it.

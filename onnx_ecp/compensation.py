@@ -171,7 +171,8 @@ def solve_shared(
         groups = lcm(*(x.groups for x in shared.values() if x.weight.tensor == tensor))
         part = _summable(seen, groups, about_mean=repair.shifts)
         sums[tensor] = sums[tensor] + part if tensor in sums else part
-        means[layer.name] = replace(seen, gram=seen.gram[:0], cross=seen.cross[:0])
+        nothing = np.empty((0, 0, 0))  # a view would keep the matrices alive
+        means[layer.name] = replace(seen, gram=nothing, cross=nothing)
     found, shifts = {}, dict(state.shifts)
     for layer in shared.values():
         tensor = layer.weight.tensor

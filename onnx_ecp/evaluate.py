@@ -40,7 +40,7 @@ from onnx_ecp.model import (
     read_tensor,
     signature,
 )
-from onnx_ecp.runtime import OutOfMemory, Session
+from onnx_ecp.runtime import OutOfMemory, Session, workers
 
 if TYPE_CHECKING:
     from onnx_ecp.structure.outcome import Work
@@ -170,7 +170,7 @@ class Latency:
         seconds_a: of model a, the least.
         seconds_b: of model b, the least.
         ratio: seconds_b / seconds_a; below 1 when b is faster.
-        threads: threads within an operator, as many as were there; None where nothing tells.
+        threads: threads within an operator.
         batch: samples a run.
         median_a: median of the seconds of model a.
         median_b: median of those of model b.
@@ -179,7 +179,7 @@ class Latency:
     seconds_a: float
     seconds_b: float
     ratio: float
-    threads: int | None
+    threads: int
     batch: int
     median_a: float | None = None
     median_b: float | None = None
@@ -187,8 +187,7 @@ class Latency:
     @property
     def conditions(self) -> str:
         """How it was measured, for people."""
-        threads = f", {self.threads} thread{'s' * (self.threads != 1)}" if self.threads else ""
-        return f"batch {self.batch}{threads}"
+        return f"batch {self.batch}, {self.threads} thread{'s' * (self.threads != 1)}"
 
 
 @dataclass(frozen=True)
@@ -474,17 +473,14 @@ def measure_latency(
         b: a model with the same inputs.
         batch: what both are fed.
         provider: execution provider.
-        threads: threads within an operator.
+        threads: threads within an operator; None takes one per core.
         turns: so many at least.
         seconds: for so long at least.
     """
-    before = _threads_now()
+    used = threads or workers()  # said, not left to ONNX Runtime, which would not tell
     sessions = [
-        Session(m.proto, provider=provider, threads=threads, base=m.base, packed=True)
-        for m in (a, b)
+        Session(m.proto, provider=provider, threads=used, base=m.base, packed=True) for m in (a, b)
     ]
-    # Each session starts its threads at once, all but the one that calls it.
-    started = None if before is None else (_threads_now() or 0) - before
     for _ in range(3):  # the first runs allocate
         for session in sessions:
             session.seconds(batch.feeds)
@@ -493,18 +489,9 @@ def measure_latency(
     while len(times[0]) < turns or time.monotonic() - began < seconds:
         for session, taken in zip(sessions, times, strict=True):
             taken.append(session.seconds(batch.feeds))
-    used = threads or (None if started is None else max(started // 2, 0) + 1)
     seconds_a, seconds_b = map(min, times)
     medians = map(statistics.median, times)
     return Latency(seconds_a, seconds_b, seconds_b / seconds_a, used, batch.samples, *medians)
-
-
-def _threads_now() -> int | None:
-    """Threads of this process; None where the system does not tell."""
-    try:
-        return len(os.listdir("/proc/self/task"))
-    except OSError:
-        return None
 
 
 def model_facts(model: Model) -> ModelFacts:

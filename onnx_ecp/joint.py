@@ -91,7 +91,7 @@ def refit_jointly(
     best, best_loss = state, objective.loss(state, guard, size)
     before, fit_loss = best_loss, objective.loss(state, fit, size)
     for turn in range(rounds):
-        around = best_loss
+        system, around = None, best_loss  # one linearisation is in memory at a time
         batches = list(fit.batches(size))
         ridge = RIDGE * damping
         system = _System(objective, best, batches, theta, centred, diagonal, ridge, memory)

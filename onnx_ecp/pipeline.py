@@ -247,9 +247,9 @@ def fast_enough(
     assert options.speedup is not None, "the target of the step"
     source, step = ready.source, ready.step
     wanted, closest = 1 / options.speedup, 1.0
-    for _ in range(ATTEMPTS):
+    batch = timed_batch(data, options)
+    for attempt in range(ATTEMPTS + 1):
         assert isinstance(pruned, PrunedUnits), "a UnitStep gives them"
-        batch = timed_batch(data, options)
         latency = evaluate.measure_latency(source, made.model, batch, **options.session)
         if latency.ratio > wanted:  # before more goes: was it other work on the machine?
             latency = evaluate.measure_latency(
@@ -258,6 +258,8 @@ def fast_enough(
         if latency.ratio <= wanted:
             return pruned, made, Speedup(options.speedup, step.predicted(pruned.keep), latency)
         closest = min(closest, latency.ratio)
+        if attempt == ATTEMPTS:
+            break
         step = step.with_more(latency.ratio)
         again = step(ready.network, ready.plan, pruned, 1.0, progress)
         pruned = polished(ready.network, ready.plan, again, progress)

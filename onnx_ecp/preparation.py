@@ -32,7 +32,7 @@ from onnx_ecp.pruning import importances, observe
 from onnx_ecp.report import (
     CalibrationFacts,
 )
-from onnx_ecp.runtime import free_memory
+from onnx_ecp.runtime import free_memory, workers
 from onnx_ecp.selection import NM, Group, Sparsity
 from onnx_ecp.structure import Structure
 from onnx_ecp.structure.latency import Watch
@@ -44,7 +44,8 @@ from onnx_ecp.structure.smaller import (
 from onnx_ecp.structure.units import Goal, UnitStep
 
 # Shares of the calibration samples that are set aside, and how many at most: to judge refits, and
-# to measure the error that the report states. Neither is used for anything else.
+# to measure the error that the report states. Importances and solutions see neither; the first also
+# says where a joint refit or fine-tuning stops, both how far an error target lets a run go.
 HELD_OUT, HELD_OUT_MOST = 0.1, 512
 # So many candidates are listed in an error.
 _MOST_LISTED = 3
@@ -507,7 +508,7 @@ def unit_step(
             network.layers,
             timed_batch(data, options),
             (next(data.fit.batches(1)), next(data.fit.batches(2))),
-            options.session,
+            options.session | {"threads": workers()},  # as the result is measured in the end
             progress=progress,
         )
     return UnitStep(network, structure, goal, watch)

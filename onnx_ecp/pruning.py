@@ -60,6 +60,10 @@ class Pruned:
     notes: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
+    def removes_no_more_than(self, other: Pruned) -> bool:
+        """Whether the same is gone as there."""
+        return all(np.array_equal(k, other.state.keep[n]) for n, k in self.state.keep.items())
+
 
 class Step(Protocol):
     """One stage of pruning: ``stage`` for single weights, or the same for something larger."""

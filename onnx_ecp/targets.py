@@ -8,7 +8,7 @@ all of it after every guess.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -155,8 +155,14 @@ def seek(
         TargetError: not even the first step is within the limit.
     """
     walk = _Walk(network, plan, limit, judge, progress, step)
-    best, at = walk.along(Pruned(network.original), 0.0, stride=1.0)
-    if not at:
+    start = Pruned(network.original)
+    best, at = walk.along(start, 0.0, stride=1.0)
+    if best.removes_no_more_than(start):
+        if all(point.within for point in walk.points):
+            raise TargetError(
+                "nothing can be removed, whatever the target.",
+                hint="A smaller --unit-multiple, or single weights, leave more to choose from.",
+            )
         refits = plan.method.repair.joint
         raise TargetError(
             f"no sparsity meets the target: {walk.points[-1].described} already.",
@@ -183,7 +189,7 @@ class _Walk:
         self._network, self._plan, self._limit = network, plan, limit
         self._judge, self._progress, self._step = judge, progress, step
         self.points: list[Point] = []
-        self._refused: tuple[Pruned | None, Mapping[str, np.ndarray]] = None, {}  # from where, what
+        self._refused: tuple[Pruned | None, Pruned | None] = None, None  # from where, what
         tuning = bool(plan.finetune_steps)
         self._most = STEPS + HALVINGS + tuning * (STEPS + 2 * HALVINGS + 1)
         # A one-stage method ranks the original network, whatever the sparsity: one look is enough.
@@ -244,17 +250,18 @@ class _Walk:
         origin = before if self._first is None else Pruned(network.original)
         share = 1 - STEP**at
         found = self._step(network, plan, origin, share, self._progress, measured=self._first)
-        masks = found.state.keep
-        if self.points and _same(masks, before.state.keep):
+        if self.points and found.removes_no_more_than(before):
             return before
         start, refused = self._refused
-        if before is start and _same(masks, refused):
+        if before is start and refused is not None and found.removes_no_more_than(refused):
             return None
         found = jointly_refitted(network, plan, found, self._progress)
         found = tuned(network, plan, found, last=last, progress=self._progress)
         if self._is_within(found):
             return found
-        self._refused = before, masks
+        # What went is all that is asked of it: its weights need not stay in memory.
+        emptied = replace(found.state, weights=network.original.weights)
+        self._refused = before, replace(found, state=emptied)
         return None
 
     def _is_within(self, found: Pruned) -> bool:
@@ -262,10 +269,6 @@ class _Walk:
         within = self._limit.allows(point)
         self.points.append(replace(point, within=within))
         return within
-
-
-def _same(masks: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> bool:
-    return all(np.array_equal(mask, others[name]) for name, mask in masks.items())
 
 
 def _error(y: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:

@@ -331,14 +331,11 @@ def test_latency_is_measured_in_turns(x, monkeypatch):
 
 
 def test_latency_says_how_many_threads_were_there(x, monkeypatch):
-    """Two sessions start all threads but one each; where nothing tells, nothing is said."""
-    counts = iter([10, 10 + 2 * 3])
-    monkeypatch.setattr(evaluate, "_threads_now", lambda: next(counts))
+    """One per core unless told otherwise, which is what the sessions are told as well."""
+    monkeypatch.setattr(evaluate, "workers", lambda: 3)
     batch = next(data(x).batches(8))
-    assert evaluate.measure_latency(NET, PRUNED, batch, turns=1, seconds=0).threads == 4
-    monkeypatch.setattr(evaluate, "_threads_now", lambda: None)
     latency = evaluate.measure_latency(NET, PRUNED, batch, turns=1, seconds=0)
-    assert (latency.threads, latency.conditions) == (None, "batch 8")
+    assert (latency.threads, latency.conditions) == (3, "batch 8, 3 threads")
 
 
 def test_a_comparison_counts_multiplications(x):

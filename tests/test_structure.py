@@ -1289,3 +1289,35 @@ def test_clean_up_leaves_layers_alone_that_were_not_pruned(rng):
     assert not result.report.units
     after = next(t for t in result.model.graph.initializer if t.name == "V")
     assert after == stored
+
+
+def test_a_search_tells_units_apart_whose_weights_are_zero_already(rng):
+    """Masks of weights are the same whether such a unit is there or not."""
+    model = build(NETWORKS["Gemm chain"], rng)
+    for tensor in model.proto.graph.initializer:
+        if tensor.name in "WbV":  # units 0 to 2 of h
+            values = onnx.numpy_helper.to_array(tensor).copy()
+            values[:3] = 0
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    made = onnx_ecp.optimize(
+        model.proto,
+        inputs(model, rng, 60),
+        granularity="unit",
+        method="magnitude",
+        max_error=1e-5,
+    )
+    assert sum(row.before - row.after for row in made.report.units) > 0
+    assert made.report.gap.relative_error <= 1e-5
+
+
+def test_a_search_that_can_remove_nothing_says_so(rng):
+    model = build(NETWORKS["Gemm chain"], rng)
+    with pytest.raises(TargetError, match="nothing can be removed"):
+        onnx_ecp.optimize(
+            model.proto,
+            inputs(model, rng, 60),
+            granularity="unit",
+            method="magnitude",
+            max_error=0.9,
+            unit_multiple=512,
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,11 @@ def latency_rows(latency: Latency) -> Iterator[tuple[str, float, float]]:
 def fate(row: UnitRow) -> str:
     """What happened to the units of a row, in one word."""
     return "unchanged" if row.after == row.before else row.why
+
+
+def curve_title(curve: Sequence[Point]) -> str:
+    """Of the points of a search; a gate has one."""
+    return "The way to the target" if len(curve) > 1 else "Held against the target"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from onnx_ecp.report import (
     Report,
     bounding,
     counted,
+    curve_title,
     fate,
     latency_rows,
 )
@@ -196,7 +197,7 @@ def _curve(report: Report) -> str:
     if not rows:
         return ""
     columns = ["sparsity", "relative error>", *(["accuracy drop>"] if dropped else []), "target"]
-    return f"{table('The way to the target', columns, rows)}\n<p>{CURVE_NOTE}</p>"
+    return f"{table(curve_title(report.curve), columns, rows)}\n<p>{CURVE_NOTE}</p>"
 
 
 def _bounds(report: Report) -> str:

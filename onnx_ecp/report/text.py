@@ -39,6 +39,7 @@ from onnx_ecp.report import (
     Report,
     bounding,
     counted,
+    curve_title,
     fate,
     latency_rows,
 )
@@ -447,7 +448,7 @@ def _gap_table(gap: Gap) -> Table:
 def _curve_table(curve: Sequence[Point]) -> Group:
     dropped = any(point.drop is not None for point in curve)
     columns = ["sparsity>", "relative error>", *(["accuracy drop>"] if dropped else []), "target"]
-    table = _table("The way to the target", *columns)
+    table = _table(curve_title(curve), *columns)
     for point in curve:
         drop = [] if point.drop is None else [f"{point.drop:.2f} points"]
         verdict = "within" if point.within else "beyond"

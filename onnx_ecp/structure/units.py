@@ -71,6 +71,12 @@ class PrunedUnits(Pruned):
 
     keep: np.ndarray = field(default_factory=lambda: np.ones(0, np.bool_))
 
+    def removes_no_more_than(self, other: Pruned) -> bool:
+        """Whether the same units are gone; weights that were zero before tell nothing."""
+        if isinstance(other, PrunedUnits):
+            return np.array_equal(self.keep, other.keep)
+        return bool(self.keep.all())
+
 
 class UnitStep:
     """One stage of removing units: the ``step`` of ``prune`` and ``seek``.
