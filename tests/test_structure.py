@@ -25,6 +25,21 @@ from onnx_ecp.structure.cleanup import clean_up, largest_difference
 from onnx_ecp.structure.selection import budget, choose, multiples
 
 HEADER = '<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>\n'
+# What attentions have in common: Q, K and V of tokens; heads apart; what they see, with no scale.
+QKV = """q = MatMul(x, Q)
+        k = MatMul(x, K)
+        v = MatMul(x, V)"""
+HEADS_APART = """qs = Reshape(q, shape)
+        ks = Reshape(k, shape)
+        vs = Reshape(v, shape)
+        qt = Transpose<perm = [0, 2, 1, 3]>(qs)
+        kt = Transpose<perm = [0, 2, 3, 1]>(ks)
+        vt = Transpose<perm = [0, 2, 1, 3]>(vs)"""
+PLAIN_HEADS = f"""{HEADS_APART}
+        l = MatMul(qt, kt)
+        p = Softmax(l)
+        o = MatMul(p, vt)
+        ot = Transpose<perm = [0, 2, 1, 3]>(o)"""
 # Name: (signature, body, initializer shapes, units by group).
 NETWORKS = {
     "Gemm chain": (
@@ -151,16 +166,12 @@ NETWORKS = {
     ),
     "attention: heads": (
         "float[N, 3, 5] x",
-        """q = MatMul(x, Q)
-        k = MatMul(x, K)
-        v = MatMul(x, V)
+        QKV
+        + """
         shape = Constant<value = int64[4] {0, 0, 4, 2}>()
-        qs = Reshape(q, shape)
-        ks = Reshape(k, shape)
-        vs = Reshape(v, shape)
-        qt = Transpose<perm = [0, 2, 1, 3]>(qs)
-        kt = Transpose<perm = [0, 2, 3, 1]>(ks)
-        vt = Transpose<perm = [0, 2, 1, 3]>(vs)
+        """
+        + HEADS_APART
+        + """
         l = MatMul(qt, kt)
         d = Div(l, root)
         p = Softmax<axis = -1>(d)
@@ -178,12 +189,9 @@ NETWORKS = {
         z = Add(h, b)
         q, k, v = Split<axis = 2>(z)
         shape = Constant<value = int64[4] {0, 0, 2, 4}>()
-        qs = Reshape(q, shape)
-        ks = Reshape(k, shape)
-        vs = Reshape(v, shape)
-        qt = Transpose<perm = [0, 2, 1, 3]>(qs)
-        kt = Transpose<perm = [0, 2, 3, 1]>(ks)
-        vt = Transpose<perm = [0, 2, 1, 3]>(vs)
+        """
+        + HEADS_APART
+        + """
         l = MatMul(qt, kt)
         d = Mul(root, l)
         e = Add(d, mask)
@@ -198,9 +206,8 @@ NETWORKS = {
     ),
     "attention: shapes computed": (
         "float[N, 3, 5] x",
-        """q = MatMul(x, Q)
-        k = MatMul(x, K)
-        v = MatMul(x, V)
+        QKV
+        + """
         sizes = Shape(x)
         first = Constant<value = int64[1] {0}>()
         second = Constant<value = int64[1] {1}>()
@@ -210,16 +217,9 @@ NETWORKS = {
         size = Constant<value = int64[1] {3}>()
         all = Constant<value = int64[1] {6}>()
         shape = Concat<axis = 0>(n, t, heads, size)
-        qs = Reshape(q, shape)
-        ks = Reshape(k, shape)
-        vs = Reshape(v, shape)
-        qt = Transpose<perm = [0, 2, 1, 3]>(qs)
-        kt = Transpose<perm = [0, 2, 3, 1]>(ks)
-        vt = Transpose<perm = [0, 2, 1, 3]>(vs)
-        l = MatMul(qt, kt)
-        p = Softmax(l)
-        o = MatMul(p, vt)
-        ot = Transpose<perm = [0, 2, 1, 3]>(o)
+        """
+        + PLAIN_HEADS
+        + """
         back = Concat<axis = 0>(n, t, all)
         m = Reshape(ot, back)
         y = MatMul(m, O)""",
@@ -228,9 +228,8 @@ NETWORKS = {
     ),
     "attention: sizes of another tensor": (
         "float[N, 3, 8] x",
-        """q = MatMul(x, Q)
-        k = MatMul(x, K)
-        v = MatMul(x, V)
+        QKV
+        + """
         sizes = Shape(x)
         first = Constant<value = int64[1] {0}>()
         second = Constant<value = int64[1] {1}>()
@@ -241,16 +240,9 @@ NETWORKS = {
         heads = Constant<value = int64[1] {2}>()
         size = Div(c, heads)
         shape = Concat<axis = 0>(n, t, heads, size)
-        qs = Reshape(q, shape)
-        ks = Reshape(k, shape)
-        vs = Reshape(v, shape)
-        qt = Transpose<perm = [0, 2, 1, 3]>(qs)
-        kt = Transpose<perm = [0, 2, 3, 1]>(ks)
-        vt = Transpose<perm = [0, 2, 1, 3]>(vs)
-        l = MatMul(qt, kt)
-        p = Softmax(l)
-        o = MatMul(p, vt)
-        ot = Transpose<perm = [0, 2, 1, 3]>(o)
+        """
+        + PLAIN_HEADS
+        + """
         back = Concat<axis = 0>(n, t, c)
         m = Reshape(ot, back)
         y = MatMul(m, O)""",
@@ -259,9 +251,8 @@ NETWORKS = {
     ),
     "attention: sizes of the units' own tensors": (
         "float[N, 3, 5] x",
-        """q = MatMul(x, Q)
-        k = MatMul(x, K)
-        v = MatMul(x, V)
+        QKV
+        + """
         sizes = Shape(v)
         zero = Constant<value = int64[1] {0}>()
         two = Constant<value = int64[1] {2}>()
@@ -270,16 +261,9 @@ NETWORKS = {
         c = Slice(sizes, two, three)
         size = Div(c, two)
         shape = Concat<axis = 0>(places, two, size)
-        qs = Reshape(q, shape)
-        ks = Reshape(k, shape)
-        vs = Reshape(v, shape)
-        qt = Transpose<perm = [0, 2, 1, 3]>(qs)
-        kt = Transpose<perm = [0, 2, 3, 1]>(ks)
-        vt = Transpose<perm = [0, 2, 1, 3]>(vs)
-        l = MatMul(qt, kt)
-        p = Softmax(l)
-        o = MatMul(p, vt)
-        ot = Transpose<perm = [0, 2, 1, 3]>(o)
+        """
+        + PLAIN_HEADS
+        + """
         m = Reshape(ot, sizes)
         y = MatMul(m, O)""",
         {"Q": (5, 8), "K": (5, 8), "V": (5, 8), "O": (8, 5)},
@@ -318,9 +302,8 @@ NETWORKS = {
     ),
     "attention: one head": (
         "float[N, 3, 5] x",
-        """q = MatMul(x, Q)
-        k = MatMul(x, K)
-        v = MatMul(x, V)
+        QKV
+        + """
         kt = Transpose<perm = [0, 2, 1]>(k)
         l = MatMul(q, kt)
         p = Softmax<axis = 2>(l)
