@@ -170,10 +170,8 @@ def not_behind(where: str, mine: Row, peers: Sequence[Row]) -> Claim:
     many of the samples that only one of the two has right fall to the peer where both are as good.
     """
     best = max(peers, key=lambda row: float(row["accuracy"]))
-    ours, theirs = (
-        int((mine["right"] & ~best["right"]).sum()),
-        int((best["right"] & ~mine["right"]).sum()),
-    )
+    ours = int((mine["right"] & ~best["right"]).sum())
+    theirs = int((best["right"] & ~mine["right"]).sum())
     chance = binomtest(theirs, ours + theirs, alternative="greater").pvalue if theirs else 1.0
     ahead = "ahead" if ours >= theirs else f"behind, p = {chance:.2g}"
     text = (

@@ -6,7 +6,6 @@ together from what was measured, and solutions are held against samples that the
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from math import lcm
@@ -110,24 +109,23 @@ def solve_layers(
     state, notes = solve_shared(network, plan, before, state, measured, free)
     fit = Run(network, network.fit, with_original=repair.weighted)
     guard = _Guard(network, plan, state) if repair.guarded else None
-    uses = Counter(layer.weight.tensor for layer in network.layers)
     for done, segment in enumerate(network.segments, 1):
         check_deadline()
         layer = segment.layer
         tensor = layer.weight.tensor
         weights = measured.weights[layer.name] if repair.weighted else None
         seen = fit.gram(segment, state, weights, repair.shrinkage)
-        original, current = matrix(layer, network.original), matrix(layer, state)
-        if uses[tensor] == 1:
+        if network.uses[tensor] == 1:
             solved = _solved(network, plan, before, state, layer, seen, free)
         else:
+            original, current = matrix(layer, network.original), matrix(layer, state)
             shift = mean_shift(seen, original, current) if repair.shifts else None
             solved = Solved(current, state.keep[tensor], shift)
         better = None if guard is None else guard.better(segment, before, state, solved)
         if better is None:
             state = _with_solution(state, layer, solved)
         else:
-            if uses[tensor] == 1:
+            if network.uses[tensor] == 1:
                 what = "refit" if better is state.shifts[layer.name] else "refit and bias shift"
                 notes[layer.name] = f"last {what} not kept: {RAISED}"
             state = replace(state, shifts={**state.shifts, layer.name: better})
@@ -152,8 +150,7 @@ def solve_shared(
         The new state, and by layer name why a solution was not kept.
     """
     repair = plan.method.repair
-    uses = Counter(layer.weight.tensor for layer in network.layers)
-    shared = {layer.name: layer for layer in network.layers if uses[layer.weight.tensor] > 1}
+    shared = {x.name: x for x in network.layers if network.uses[x.weight.tensor] > 1}
     if not shared:
         return state, {}
     sums: dict[str, Gram] = {}

@@ -396,7 +396,7 @@ def _work(model: Model, samples: Calibration, settings: Mapping[str, Any]) -> Wo
     from onnx_ecp.structure.smaller import work  # it measures latency: by what is here
 
     try:
-        return work(model, next(samples.batches(1)).feeds, settings)
+        return work(model, next(samples.batches(2)).feeds, settings)
     except ProviderError:
         return None
 

@@ -16,9 +16,10 @@ from onnx_ecp.calibration import Batch, Calibration
 from onnx_ecp.gradients.observer import State
 from onnx_ecp.layers import Layer
 from onnx_ecp.measurement import Progress, measure_activations, silent
+from onnx_ecp.network import matrix
 from onnx_ecp.objective import BATCH, Centred, Objective, Parameters
 from onnx_ecp.runtime import check_deadline
-from onnx_ecp.statistics import Moments
+from onnx_ecp.statistics import Moments, per_row
 
 # Adam's step as a share of each tensor's own root mean square, falling to zero along a half cosine;
 # of shifts no larger than a share of what the layer's inputs make its outputs vary.
@@ -71,7 +72,7 @@ def finetune(
     theta = Parameters(objective.observer.layers, state.keep)
     start, layers = state, objective.observer.layers
     seen = measure_activations(objective.observer, state, fit, size=size).moments
-    centred = Centred(theta, layers, lambda x: _per_row(x, seen[x.name].mean))
+    centred = Centred(theta, layers, lambda x: per_row(seen[x.name].mean, x.shape[0]))
     begin = theta.of(state)
     scale = _scales(theta, begin, {x.name: _spread(x, state, seen[x.name]) for x in layers})
     moved, first, second = np.zeros((3, begin.size))
@@ -124,14 +125,8 @@ def _scales(theta: Parameters, values: np.ndarray, spreads: Mapping[str, float])
 
 def _spread(layer: Layer, state: State, moments: Moments) -> float:
     """Deviation of a layer's outputs, of all units together, if its inputs were independent."""
-    weight = layer.weight.matrix(state.weights[layer.weight.tensor]).astype(np.float64)
-    variance = (weight**2 * _per_row(layer, moments.spread)).sum(axis=1)
+    variance = (matrix(layer, state) ** 2 * per_row(moments.spread, layer.shape[0])).sum(axis=1)
     return float(np.sqrt(variance.mean()))
-
-
-def _per_row(layer: Layer, x: np.ndarray) -> np.ndarray:
-    """(groups, in) values repeated for the rows of W: (out, in)."""
-    return np.repeat(x, layer.shape[0] // len(x), axis=0)
 
 
 def _root_mean_square(values: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,6 +57,11 @@ class Network:
     def objective(self) -> Objective:
         """What pruning should leave as it was."""
         return Objective(self.observer, self.original)
+
+    @cached_property
+    def uses(self) -> Counter[str]:
+        """By stored tensor, how many layers share it."""
+        return Counter(layer.weight.tensor for layer in self.layers)
 
     @cached_property
     def segments(self) -> list[Segment]:

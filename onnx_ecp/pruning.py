@@ -5,7 +5,6 @@ One-shot pruning is one stage. Nothing here knows files or reports.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -343,7 +342,6 @@ def importances(
     """
     method, scores = plan.method, Shelf(network.share(4))
     index = {layer.name: i for i, layer in enumerate(network.layers)}
-    uses = Counter(layer.weight.tensor for layer in network.layers)
     blocks = {n: block for block in measured.curvature for n in block.rows}
     for layer, gram in with_grams(network, plan, state, measured):
         moments = measured.moments.get(layer.name)
@@ -358,7 +356,7 @@ def importances(
             gram,
             plan.damping or method.damping,
             tensor,
-            uses[tensor],
+            network.uses[tensor],
             blocks.get(tensor),
         )
         score = method.importance(view)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_ecp.runtime import blas_threads, workers
+from onnx_ecp.statistics import per_row
 
 # Rows whose products are summed before they join the float64 sums.
 BLOCK = 4096
@@ -177,9 +178,7 @@ def damped(covariance: np.ndarray, damping: float) -> np.ndarray:
 
 def mean_shift(gram: Gram, target: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Shift (out,) that makes the weighted means of both versions of the layer equal."""
-    out = len(target) // len(gram.weight)
-    before = np.repeat(gram.mean_before, out, axis=0)
-    now = np.repeat(gram.mean_now, out, axis=0)
+    before, now = (per_row(x, len(target)) for x in (gram.mean_before, gram.mean_now))
     return np.asarray((target * before - weight * now).sum(axis=1))
 
 

@@ -8,7 +8,7 @@ earlier layer and index.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -235,12 +235,13 @@ def select(
     if last is not None:
         # On the way there only victims of these masks may go, the least important of them first.
         victims = sum(int(np.count_nonzero(~mask)) for mask in last.values())
-        ranked = Computed(names, lambda n: np.where(last[n], np.inf, scores[n]))
+        held = last
     else:
         assert not isinstance(group.sparsity, NM), "a pattern has masks to end with"
         victims = max(zeros_wanted(group.sparsity, size), gone)
         density = floor * (1 - (gone + share * (victims - gone)) / max(size, 1))
-        ranked = Computed(names, lambda n: _protected(n, scores, keep, density, sizes))
+        held = _best(names, scores, keep, density, sizes) if density else {}
+    ranked = Computed(names, lambda n: np.where(held[n], np.inf, scores[n]) if held else scores[n])
     return lowest(ranked, keep, round(gone + share * (victims - gone)), sizes)
 
 
@@ -277,17 +278,17 @@ def _pattern(
     return mask
 
 
-def _protected(
-    name: str,
+def _best(
+    names: Iterable[str],
     scores: Mapping[str, np.ndarray],
     keep: Mapping[str, np.ndarray],
     density: float,
     sizes: Mapping[str, np.ndarray] | None,
-) -> np.ndarray:
-    """Scores in which the best ``density`` of a tensor, of what is still there, goes last."""
-    score = scores[name]
-    if not density:
-        return score
-    number = int(np.ceil(density * score.size))
-    best = lowest({name: score}, keep, score.size - number, sizes)[name]
-    return np.where(best, np.inf, score)
+) -> dict[str, np.ndarray]:
+    """Masks of the best ``density`` of every tensor, of what is still there: they go last."""
+    best: dict[str, np.ndarray] = {}
+    for name in names:
+        score = scores[name]
+        number = int(np.ceil(density * score.size))
+        best |= lowest({name: score}, keep, score.size - number, sizes)
+    return best

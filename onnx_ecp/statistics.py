@@ -23,6 +23,11 @@ POSITIONS = ("expand", "reduce")
 BLOCK = 2048
 
 
+def per_row(x: np.ndarray, rows: int) -> np.ndarray:
+    """(groups, in) values repeated for the rows of W: (rows, in)."""
+    return np.repeat(x, rows // len(x), axis=0)
+
+
 @dataclass(frozen=True)
 class Moments:
     """Sums over rows of one layer. ``first + second`` are the moments of both sets of rows.
@@ -82,7 +87,7 @@ class Moments:
 
     def per_row(self, x: np.ndarray) -> np.ndarray:
         """(groups, in) values repeated for the rows of W: (out, in)."""
-        return np.repeat(x, len(self.bb) // len(x), axis=0)
+        return per_row(x, len(self.bb))
 
     @property
     def mean(self) -> np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -270,20 +270,25 @@ def grid_of(
     for name in choices:
         if name not in COMMON:
             raise UsageError(f"a sweep has no option {name!r}.", hint=did_you_mean(name, COMMON))
+    listed = _listed("methods", methods)
     plain = {name: value for name, value in choices.items() if name != "blocks"}
 
-    def options(method: str, sparsity: Any) -> Options:
-        found = Options.of(method=method, sparsity=sparsity, labels=labels, **plain)
-        looks = found.recipe.measures == "curvature"  # the others have no use for blocks
-        return replace(found, blocks=choices["blocks"]) if looks and "blocks" in choices else found
+    def looks_at_it(method: str) -> bool:
+        recipe = Options.of(method=method, labels=labels, **plain).recipe
+        return recipe.measures == "curvature"
 
+    looks = [method for method in listed if looks_at_it(method)]
+    # Blocks are for methods that look at the curvature; where there is none, they are refused.
     grid = [
-        options(method, sparsity)
-        for method in _listed("methods", methods)
+        Options.of(
+            method=method,
+            sparsity=sparsity,
+            labels=labels,
+            **(choices if method in looks or not looks else plain),
+        )
+        for method in listed
         for sparsity in _listed("sparsities", sparsities)
     ]
-    if all(point.recipe.measures != "curvature" for point in grid):
-        grid = [replace(point, blocks=choices.get("blocks", "network")) for point in grid]
     return list({(o.method, o.sparsity): o for o in grid}.values())
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from onnx_ecp.curvature import Curvature
 from onnx_ecp.refit import Gram, damped, inverse_diagonal, refit
-from onnx_ecp.statistics import Moments
+from onnx_ecp.statistics import Moments, per_row
 
 # Each step needs all that the steps before it need, but that curvature goes without gradients.
 NEEDS = ("nothing", "activations", "sensitivities", "gradients", "curvature")
@@ -48,7 +48,7 @@ class View:
 
     def per_row(self, x: np.ndarray) -> np.ndarray:
         """(groups, in) values repeated for the rows of W: (out, in)."""
-        return np.repeat(x, len(self.weight) // len(x), axis=0)
+        return per_row(x, len(self.weight))
 
     def removal_cost(self, hessian: np.ndarray) -> np.ndarray:
         """``1 / [H^-1]_jj`` (out, in): what a weight of 1 costs when its row makes the best of it.

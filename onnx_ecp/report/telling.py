@@ -30,9 +30,7 @@ from onnx_ecp.report import (
 )
 from onnx_ecp.structure.bases import heads_of
 from onnx_ecp.structure.outcome import Speedup
-from onnx_ecp.structure.smaller import (
-    Smaller,
-)
+from onnx_ecp.structure.smaller import Smaller
 from onnx_ecp.structure.units import UnitStep
 from onnx_ecp.targets import Point
 from onnx_ecp.tensorrt import sparse_kernels

@@ -100,7 +100,7 @@ def _of_layer(state: Steady, node: gs.Node, layer: Layer, dead: np.ndarray) -> n
     """A row is its bias where it has no weights, or where a depthwise Conv reads one number."""
     output, data = node.outputs[0], state.of(node.inputs[0])
     steady = dead.copy()
-    if layer.groups > 1 and data is not None and len(dead) % len(data) == 0:
+    if data is not None and layer.groups == len(data) > 1:
         seen = state.zero(node.inputs[0]) if is_padded(node) else data
         assert seen is not None, "its input has units"
         steady |= np.repeat(seen, len(dead) // len(data))

@@ -24,7 +24,7 @@ from onnx_ecp.measurement import (
     silent,
 )
 from onnx_ecp.methods import METHODS
-from onnx_ecp.network import Network, Plan
+from onnx_ecp.network import Network, Plan, matrix
 from onnx_ecp.pruning import Pruned, importances, observe, with_grams
 from onnx_ecp.structure.elimination import (
     OutputMetric,
@@ -305,7 +305,7 @@ def _after_refit(
         if layer.name not in metric.readers:
             continue
         assert gram is not None, "the method needs Gram matrices"
-        weight = layer.weight.matrix(state.weights[layer.weight.tensor]).astype(np.float64)
+        weight = matrix(layer, state)
         sensitivity = metric.sums[layer.name] / measured.moments[layer.name].count
         for units in structure.units_at(structure.columns[layer.name]):
             if not np.any(units >= 0):
