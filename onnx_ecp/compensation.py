@@ -17,7 +17,7 @@ from onnx_ecp.layers import Layer
 from onnx_ecp.measurement import Measured, Progress, row_sensitivities, silent
 from onnx_ecp.methods import BlockProblem, LayerProblem, Solved, bias_shift
 from onnx_ecp.network import Network, Plan, Run, grams_of, matrix
-from onnx_ecp.refit import Gram, excess, mean_shift
+from onnx_ecp.refit import Gram, mean_shift
 from onnx_ecp.runtime import check_deadline
 from onnx_ecp.selection import NM
 from onnx_ecp.shelf import Computed
@@ -25,6 +25,8 @@ from onnx_ecp.walk import Segment
 
 # Why a solution is not kept.
 RAISED = "it raised the error on the samples that judge it"
+# Share of an error by which another may be larger and still be the same.
+ROUNDING = 1e-12
 
 
 def compensate(
@@ -219,20 +221,16 @@ def _worse(
     weights = row_sensitivities(
         network.observer, state, network.guard, size=network.size, memory=network.share(8)
     )
-    for layer, seen in grams_of(
-        network,
-        network.guard,
-        state,
-        shared,
-        weights=weights,
-        shrink=plan.method.repair.shrinkage,
-        with_original=True,
-    ):
-        tensor, original = layer.weight.tensor, matrix(layer, network.original)
-        old = excess(seen, original, matrix(layer, state), state.shifts[layer.name])
-        new = excess(seen, original, found[tensor].weight, shifts[layer.name])
-        share = np.repeat(seen.weight, len(old) // len(seen.weight))
-        rise[tensor] += float(share @ (new - old)) - 1e-12 * float(share @ np.abs(old))
+    run, shrink = Run(network, network.guard), plan.method.repair.shrinkage
+    for segment in run.stops(state, shared):
+        layer = segment.layer
+        tensor, name = layer.weight.tensor, layer.name
+        candidates = [
+            (matrix(layer, state), state.shifts[name][None]),
+            (found[tensor].weight, shifts[name][None]),
+        ]
+        (old,), (new,) = run.errors(segment, state, weights[name], shrink, candidates)
+        rise[tensor] += new - old - ROUNDING * old
     return {tensor for tensor, much in rise.items() if much > 0}
 
 
@@ -301,18 +299,18 @@ class _Guard:
             state: with the shifts of ``bias_shift``, and what the layers before it became.
             solved: the solution.
         """
-        layer = segment.layer
-        seen = self._run.gram(segment, state, self._weights[layer.name], self._shrink)
-        target, current = matrix(layer, self._network.original), matrix(layer, state)
-        shift, old = state.shifts[layer.name], before.shifts[layer.name]
+        name, current = segment.layer.name, matrix(segment.layer, state)
+        shift, old = state.shifts[name], before.shifts[name]
         new = shift if solved.shift is None else solved.shift
-        found = excess(seen, target, solved.weight, new).sum()
-        with_shift, without = excess(seen, target, current, np.stack([shift, old]))
+        candidates = [(solved.weight, new[None]), (current, np.stack([shift, old]))]
+        (found,), (with_shift, without) = self._run.errors(
+            segment, state, self._weights[name], self._shrink, candidates
+        )
         # Where nothing went, and nothing before it changed, all are the same but for rounding.
-        rounding = 1e-12 * np.abs(with_shift).sum()
-        if found <= min(with_shift.sum(), without.sum()) + rounding:
+        rounding = ROUNDING * with_shift
+        if found <= min(with_shift, without) + rounding:
             return None
-        return old if without.sum() < with_shift.sum() - rounding else shift
+        return old if without < with_shift - rounding else shift
 
 
 def victims(layer: Layer, before: State, keep: dict[str, np.ndarray]) -> np.ndarray:

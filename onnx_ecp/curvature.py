@@ -16,14 +16,13 @@ from typing import Protocol
 
 import numpy as np
 
+from onnx_ecp.cholesky import Cholesky
 from onnx_ecp.gradients.observer import Observation
 from onnx_ecp.layers import Layer
 from onnx_ecp.runtime import check_deadline
 
 # Gradients that are expanded to float64 at a time may take this much.
 CHUNK_BYTES = 64 * 2**20
-# Rows that a triangular solve takes at a time.
-BLOCK = 256
 
 
 class Gradients(Protocol):
@@ -205,39 +204,6 @@ class Curvature:
             step = max(CHUNK_BYTES // max(first.nbytes, 1), 1)
             for i in range(0, len(units), step):
                 yield gradients.columns(units[i : i + step], inputs[i : i + step])
-
-
-class Cholesky:
-    """``matrix + ridge I = L L^T`` with L lower triangular; systems with it.
-
-    NumPy has no triangular solve: here it goes block by block, in matrix products.
-
-    Args:
-        matrix: (n, n), symmetric positive semidefinite; the ridge is added to it in place.
-        ridge: > 0.
-    """
-
-    def __init__(self, matrix: np.ndarray, ridge: float) -> None:
-        matrix.flat[:: len(matrix) + 1] += ridge
-        self._lower = np.linalg.cholesky(matrix)
-        ends = range(0, len(matrix), BLOCK)
-        self._blocks = [slice(i, min(i + BLOCK, len(matrix))) for i in ends]
-        self._inverses = [np.linalg.inv(self._lower[b, b]) for b in self._blocks]
-
-    def half(self, right: np.ndarray) -> np.ndarray:
-        """(n, ...): L^-1 b."""
-        x = np.empty(right.shape)
-        for b, inverse in zip(self._blocks, self._inverses, strict=True):
-            check_deadline()
-            x[b] = inverse @ (right[b] - self._lower[b, : b.start] @ x[: b.start])
-        return x
-
-    def solve(self, right: np.ndarray) -> np.ndarray:
-        """(n, ...): (L L^T)^-1 b."""
-        x = self.half(right)
-        for b, inverse in zip(reversed(self._blocks), reversed(self._inverses), strict=True):
-            x[b] = inverse.T @ (x[b] - self._lower[b.stop :, b].T @ x[b.stop :])
-        return x
 
 
 class Inverse:

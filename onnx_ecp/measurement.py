@@ -213,6 +213,7 @@ def measure(
     *,
     size: int,
     positions: str = "expand",
+    with_squares: bool = True,
     with_gradient: bool = False,
     visit: Visit | None = None,
     memory: int | None = None,
@@ -230,6 +231,8 @@ def measure(
         data: calibration samples.
         size: batch size.
         positions: "expand" (every position is a sample) or "reduce" (exact per sample).
+        with_squares: whether to sum the squares of gradients in weights; reduced positions always
+            do.
         with_gradient: also sum the gradients that gradient-magnitude ranks by; all samples are
             then probed in the same random directions, or their gradients would cancel.
         visit: called with every observation and the moments so far of the layers in turn: once a
@@ -250,12 +253,11 @@ def measure(
     in_graph = _in_graph(observer, positions, visit)
     for_rows = None if memory is None else memory // 4
     for_moments = None if memory is None else memory - memory // 4
-    groups = layer_groups(observer, for_moments, with_gradient=with_gradient, twice=in_graph)
+    sums = {"with_squares": with_squares, "with_gradient": with_gradient}
+    groups = layer_groups(observer, for_moments, **sums, twice=in_graph)
     weights = RowWeights(for_rows)
     if in_graph:
-        turns = _turns_in_graph(
-            observer, state, data, size, groups, weights, progress, with_gradient=with_gradient
-        )
+        turns = _turns_in_graph(observer, state, data, size, groups, weights, progress, **sums)
     else:
         fits = observer.tensor_bytes_per_sample * len(data) <= sum(sum(g.values()) for g in groups)
         passes = _Passes(
@@ -266,9 +268,7 @@ def measure(
             Recording() if len(groups) > 1 and fits else None,
             progress,
         )
-        turns = _turns_on_host(
-            passes, groups, weights, positions, visit, with_gradient=with_gradient
-        )
+        turns = _turns_on_host(passes, groups, weights, positions, visit, **sums)
     if len(groups) == 1:
         return Measured(next(turns), weights)
     shelved = ShelvedMoments()
@@ -334,11 +334,14 @@ def _turns_in_graph(
     weights: RowWeights,
     progress: Progress,
     *,
+    with_squares: bool,
     with_gradient: bool,
 ) -> Iterator[dict[str, Moments]]:
     """Moments of one group of layers after the other; the first pass gives row sensitivities."""
     for turn, group in enumerate(groups):
-        sums = observer.nothing_summed(group, with_gradient=with_gradient)
+        sums = observer.nothing_summed(
+            group, with_squares=with_squares, with_gradient=with_gradient
+        )
         wanted, advance = None if turn else weights, _in_turn(progress, turn, len(groups))
         yield _summed_in_graph(observer, sums, state, data, size, wanted, advance).moments()
 
@@ -350,6 +353,7 @@ def _turns_on_host(
     positions: str,
     visit: Visit | None,
     *,
+    with_squares: bool,
     with_gradient: bool,
 ) -> Iterator[dict[str, Moments]]:
     """The same from rows that come out of the graph."""
@@ -363,13 +367,21 @@ def _turns_on_host(
                     weights.add({name: s.mean(axis=2)})
                 if name not in group:
                     continue
-                a, gradient = seen.inputs[name], with_gradient
+                a = seen.inputs[name]
                 before = moments.get(name)
                 centre = a.mean(axis=1, dtype=np.float64) if before is None else before.centre
                 if positions == "expand":
-                    part = expand(a, g, centre, samples=seen.samples, s=s, with_gradient=gradient)
+                    part = expand(
+                        a,
+                        g,
+                        centre,
+                        samples=seen.samples,
+                        s=s,
+                        with_squares=with_squares,
+                        with_gradient=with_gradient,
+                    )
                 else:
-                    part = reduce_positions(a, g, centre, seen.samples, with_gradient=gradient)
+                    part = reduce_positions(a, g, centre, seen.samples, with_gradient=with_gradient)
                 moments[name] = part if before is None else before + part
             if visit is not None:
                 visit(seen, moments)
@@ -419,7 +431,12 @@ class _Passes:
 
 
 def layer_groups(
-    observer: Observer, memory: int | None, *, with_gradient: bool = False, twice: bool = False
+    observer: Observer,
+    memory: int | None,
+    *,
+    with_squares: bool = True,
+    with_gradient: bool = False,
+    twice: bool = False,
 ) -> list[dict[str, int]]:
     """Layers with a sensitivity, in groups whose moments take ``memory`` at most.
 
@@ -428,13 +445,15 @@ def layer_groups(
     Args:
         observer: of the network.
         memory: bytes; None for any number.
+        with_squares: whether there are sums of squares, too.
         with_gradient: whether there is also a sum for each probe.
         twice: whether old and new sums are there at the same time.
 
     Returns:
         For each group, the bytes of the moments by layer name.
     """
-    products = (2 + (observer.probes if with_gradient else 0)) * (2 if twice else 1)
+    products = 1 + with_squares + (observer.probes if with_gradient else 0)
+    products *= 2 if twice else 1
     groups: list[dict[str, int]] = []
     group: dict[str, int] = {}
     for layer in observer.layers:
@@ -463,7 +482,7 @@ def measure_activations(
             before = moments.get(name)
             centre = a.mean(axis=1, dtype=np.float64) if before is None else before.centre
             nothing = np.zeros((1, *a.shape[:2], 0))
-            part = expand(a, nothing, centre, samples=batch.samples)
+            part = expand(a, nothing, centre, samples=batch.samples, with_squares=False)
             moments[name] = part if before is None else before + part
         progress("activations", batch.start + batch.samples, len(data))
     return Measured(moments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from onnx_ecp.gradients.observer import Observer, State
 from onnx_ecp.layers import Layer
 from onnx_ecp.methods import Method
 from onnx_ecp.objective import Objective
-from onnx_ecp.refit import Gram
+from onnx_ecp.refit import BLOCK, Gram, outputs, squared_errors
 from onnx_ecp.selection import Group
 from onnx_ecp.walk import Passage, Segment, segments
 
@@ -105,10 +105,29 @@ class Run:
 
     def __init__(self, network: Network, data: Calibration, *, with_original: bool = True) -> None:
         batches = list(data.batches(network.size))
-        self._original = network.original
+        self._original, self._segments = network.original, network.segments
         limit = network.share(8)
         self._before = Passage(network.observer, batches, limit) if with_original else None
         self._now = Passage(network.observer, batches, limit)
+
+    def stops(self, state: State, names: Collection[str]) -> Iterator[Segment]:
+        """Segments that end with the inputs of some layers, each to be looked at before the next.
+
+        Args:
+            state: the same all along the way.
+            names: of the layers.
+        """
+        left = set(names)
+        for segment in self._segments:
+            name = segment.layer.name
+            if name in left:
+                left.remove(name)
+                yield segment
+            else:
+                for _ in self._rows(segment, state):
+                    pass
+            if not left:
+                return
 
     def gram(
         self, segment: Segment, state: State, weights: np.ndarray | None, shrink: float
@@ -121,25 +140,57 @@ class Run:
             weights: of the rows (groups, rows), their sensitivities; None weighs all alike.
             shrink: share of the mean weight that every row gets.
         """
-        total, first = None, 0
-        for before, now in self._rows(segment, state):
+        total = None
+        for before, now, s in self._weighted(segment, state, weights, shrink):
+            centre = now.mean(axis=1, dtype=np.float64) if total is None else total.centre
+            part = Gram.of(now, before, s, centre)
+            total = part if total is None else total + part
+        assert total is not None, "a calibration has at least one sample"
+        return total
+
+    def errors(
+        self,
+        segment: Segment,
+        state: State,
+        weights: np.ndarray,
+        shrink: float,
+        candidates: Sequence[tuple[np.ndarray, np.ndarray]],
+    ) -> list[np.ndarray]:
+        """Squared errors of what the next layer could become, summed over all samples and units.
+
+        Args:
+            segment: see ``gram``.
+            state: see ``gram``.
+            weights: see ``gram``.
+            shrink: see ``gram``.
+            candidates: weights (out, in) and shifts (k, out) that go with them.
+
+        Returns:
+            For each candidate (k,).
+        """
+        layer = segment.layer
+        target = matrix(layer, self._original)
+        totals = [np.zeros(len(shifts)) for _, shifts in candidates]
+        for before, now, s in self._weighted(segment, state, weights, shrink):
+            wanted = outputs(before, target)
+            for total, (weight, shifts) in zip(totals, candidates, strict=True):
+                total += squared_errors(outputs(now, weight) - wanted, s, shifts)
+        return totals
+
+    def _weighted(
+        self, segment: Segment, state: State, weights: np.ndarray | None, shrink: float
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Rows of both versions and their weights, in blocks that products are fast with."""
+        first = 0
+        for before, now in _blocks(self._rows(segment, state)):
             rows = now.shape[1]
             if weights is None:
                 s = np.ones(now.shape[:2])
             else:
                 s = (1 - shrink) * weights[:, first : first + rows]
                 s = s + shrink * weights.mean(axis=1, keepdims=True)
-            centre = now.mean(axis=1, dtype=np.float64) if total is None else total.centre
-            part = Gram.of(now, before, s, centre)
-            total = part if total is None else total + part
+            yield before, now, s
             first += rows
-        assert total is not None, "a calibration has at least one sample"
-        return total
-
-    def skip(self, segment: Segment, state: State) -> None:
-        """Go on past the next layer without looking at its inputs."""
-        for _ in self._rows(segment, state):
-            pass
 
     def _rows(self, segment: Segment, state: State) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         now = self._now.advance(segment, state)
@@ -147,6 +198,29 @@ class Run:
             yield from ((a, a) for a in now)
         else:
             yield from zip(self._before.advance(segment, self._original), now, strict=True)
+
+
+def _blocks(
+    pairs: Iterable[tuple[np.ndarray, np.ndarray]],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The rows (groups, rows, in) of small batches put together, BLOCK or a few more at a time."""
+    held: list[tuple[np.ndarray, np.ndarray]] = []
+    for pair in pairs:
+        held.append(pair)
+        if sum(now.shape[1] for _, now in held) >= BLOCK:
+            yield _together(held)
+            held = []
+    if held:
+        yield _together(held)
+
+
+def _together(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    if len(pairs) == 1:
+        return pairs[0]
+    now = np.concatenate([now for _, now in pairs], axis=1)
+    if all(before is now for before, now in pairs):
+        return now, now
+    return np.concatenate([before for before, _ in pairs], axis=1), now
 
 
 def plain_grams(network: Network, names: Collection[str]) -> dict[str, Gram]:
@@ -176,13 +250,7 @@ def grams_of(
         shrink: share of the mean weight that every row gets.
         with_original: whether the inputs in the original network are looked at, too.
     """
-    run, left = Run(network, data, with_original=with_original), set(names)
-    for segment in network.segments:
-        name = segment.layer.name
-        if name in left:
-            left.remove(name)
-            yield segment.layer, run.gram(segment, state, (weights or {}).get(name), shrink)
-        else:
-            run.skip(segment, state)
-        if not left:
-            return
+    run = Run(network, data, with_original=with_original)
+    for segment in run.stops(state, names):
+        layer = segment.layer
+        yield layer, run.gram(segment, state, (weights or {}).get(layer.name), shrink)

@@ -309,6 +309,7 @@ def observe(network: Network, plan: Plan, state: State, progress: Progress = sil
             network.fit,
             size=network.size,
             positions=plan.positions,
+            with_squares=needs != "means",
             with_gradient=needs == "gradients",
             memory=network.share(2),
             progress=progress,

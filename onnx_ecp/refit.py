@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_ecp.cholesky import Cholesky
 from onnx_ecp.runtime import blas_threads, workers
 from onnx_ecp.statistics import per_row
 
@@ -63,28 +64,29 @@ class Gram:
             a: a', rows (groups, rows, in) of the current network.
             before: a, rows of the original network; may be the same.
             s: weight of every row (groups, rows).
-            centre: c, (groups, in).
+            centre: c, (groups, in); rounded to the type of the rows, so that a' - c loses nothing.
         """
         kind = np.promote_types(a.dtype, np.float32)
+        c = centre.astype(kind)
         same = before is a or np.array_equal(before, a)
         most = s.max(axis=1, initial=0)
         root = np.sqrt(s / np.where(most > 0, most, 1)[:, None])  # at most 1: no overflow
-        total = [np.zeros(centre.shape) for _ in range(2)]
-        second = [np.zeros((*centre.shape, centre.shape[1])) for _ in range(2)]
-        for first in range(0, a.shape[1], BLOCK):
-            rows = slice(first, first + BLOCK)
+        first = np.zeros((2, *centre.shape))
+        second = np.zeros((1 if same else 2, *centre.shape, centre.shape[1]))
+        for begin in range(0, a.shape[1], BLOCK):
+            rows = slice(begin, begin + BLOCK)
             r = root[:, rows, None].astype(kind)
-            x = (a[:, rows] - centre[:, None, :]).astype(kind) * r
-            y = x if same else (before[:, rows] - centre[:, None, :]).astype(kind) * r
+            x = (a[:, rows] - c[:, None, :]) * r
             second[0] += x.swapaxes(1, 2) @ x
-            total[0] += (r * x).sum(axis=1, dtype=np.float64)
+            first[0] += (r * x).sum(axis=1, dtype=np.float64)
             if not same:
+                y = (before[:, rows] - c[:, None, :]) * r
                 second[1] += y.swapaxes(1, 2) @ x
-                total[1] += (r * y).sum(axis=1, dtype=np.float64)
-        now, gram = total[0] * most[:, None], second[0] * most[:, None, None]
-        past, cross = total[1] * most[:, None], second[1] * most[:, None, None]
-        weight = s.sum(axis=1)
-        return Gram(weight, now, *((now, gram, gram) if same else (past, gram, cross)), centre)
+                first[1] += (r * y).sum(axis=1, dtype=np.float64)
+        first *= most[:, None]
+        second *= most[:, None, None]
+        now, past = (first[0], first[0]) if same else first
+        return Gram(s.sum(axis=1), now, past, second[0], second[-1], c.astype(np.float64))
 
     def __add__(self, other: Gram) -> Gram:
         """The sums over both sets of rows; both have the same centre."""
@@ -182,24 +184,22 @@ def mean_shift(gram: Gram, target: np.ndarray, weight: np.ndarray) -> np.ndarray
     return np.asarray((target * before - weight * now).sum(axis=1))
 
 
-def excess(gram: Gram, target: np.ndarray, weight: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """(..., out): the weighted squared error of every unit, less what no choice of them changes.
+def outputs(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """(groups, rows, out per group) float64: W a of rows (groups, rows, in) for W (out, in)."""
+    per_group = weight.reshape(len(rows), -1, rows.shape[2])
+    return np.asarray(rows.astype(np.float64) @ per_group.swapaxes(1, 2))
+
+
+def squared_errors(off: np.ndarray, s: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    """(k,): sums of ``s (w a' + d - W a)^2`` over rows and units, for k shifts d.
 
     Args:
-        gram: sums of the rows on which the error is judged.
-        target: original weights (out, in).
-        weight: candidate (out, in).
-        shift: candidate (..., out).
+        off: w a' - W a, (groups, rows, out per group).
+        s: weight of every row (groups, rows).
+        shifts: (k, out).
     """
-    groups = len(gram.weight)
-    errors = np.zeros(len(target))
-    residual = shift - mean_shift(gram, target, weight)
-    for h, k, rows in zip(
-        gram.covariance, gram.cross_covariance, _rows(target, groups), strict=True
-    ):
-        w = weight[rows]
-        errors[rows] = ((w @ h) * w).sum(axis=1) - 2 * ((target[rows] @ k) * w).sum(axis=1)
-    return errors + residual**2
+    residuals = (off + shift.reshape(len(off), 1, -1) for shift in shifts)
+    return np.array([(s * np.einsum("gro,gro->gr", r, r)).sum() for r in residuals])
 
 
 def solve(
@@ -243,12 +243,20 @@ def inverse_diagonal(system: np.ndarray, keep: np.ndarray) -> np.ndarray:
         keep: (rows, in), the supports.
     """
     if not _is_narrow(keep):
-        return np.where(keep, np.diagonal(np.linalg.inv(system)), 0.0)
+        return np.where(keep, _whole_inverse_diagonal(system), 0.0)
 
     def inverted(part: _Part) -> np.ndarray:
         return np.diagonal(np.linalg.inv(part.systems(system)), axis1=1, axis2=2)
 
     return _by_support(inverted, keep)
+
+
+def _whole_inverse_diagonal(system: np.ndarray) -> np.ndarray:
+    """(in,): the diagonal of the inverse."""
+    try:
+        return Cholesky(system).inverse_diagonal()
+    except np.linalg.LinAlgError:  # a tiny ridge, lost in the rounding of the sums
+        return np.diagonal(np.linalg.inv(system))
 
 
 def _is_narrow(keep: np.ndarray) -> bool:

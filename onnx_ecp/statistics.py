@@ -37,7 +37,7 @@ class Moments:
         centre: (groups, in), the constant c.
         bb: (out,), sum of (dy/db)^2.
         wb: (out, in), sum of dy/dW dy/db, at a - c.
-        ww: (out, in), sum of (dy/dW)^2, at a - c.
+        ww: (out, in), sum of (dy/dW)^2, at a - c; None where nobody asked for it.
         gradient: (P, out, in), sum of dy/dW at a itself, one for each probe.
         rows: number of rows summed.
         a: (groups, in), sum of a - c over rows.
@@ -48,7 +48,7 @@ class Moments:
     centre: np.ndarray
     bb: np.ndarray
     wb: np.ndarray
-    ww: np.ndarray
+    ww: np.ndarray | None
     gradient: np.ndarray | None
     rows: int
     a: np.ndarray
@@ -57,14 +57,13 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         """Moments of both sets; they must have the same centre, see ``recentred``."""
         other = other.recentred(self.centre)
-        both = self.gradient is not None and other.gradient is not None
         return Moments(
             self.count + other.count,
             self.centre,
             self.bb + other.bb,
             self.wb + other.wb,
-            self.ww + other.ww,
-            self.gradient + other.gradient if both else None,  # type: ignore[operator]
+            _both(self.ww, other.ww),
+            _both(self.gradient, other.gradient),
             self.rows + other.rows,
             self.a + other.a,
             self.aa + other.aa,
@@ -80,7 +79,7 @@ class Moments:
             self,
             centre=centre,
             wb=self.wb + self.bb[:, None] * rows,
-            ww=self.ww + 2 * rows * self.wb + self.bb[:, None] * rows**2,
+            ww=_both(self.ww, 2 * rows * self.wb + self.bb[:, None] * rows**2),
             a=self.a + self.rows * d,
             aa=self.aa + 2 * d * self.a + self.rows * d**2,
         )
@@ -125,16 +124,26 @@ class Moments:
         safe = self._responsive
         explained = np.where(safe[:, None], self.wb**2 / np.where(safe, self.bb, 1)[:, None], 0.0)
         # Cauchy-Schwarz makes the difference >= 0; rounding may not.
-        return np.maximum(self.ww - explained, 0) / self.count
+        return np.maximum(self.squares - explained, 0) / self.count
+
+    @property
+    def squares(self) -> np.ndarray:
+        """(out, in): ww, of a method that said it needs sensitivities of weights."""
+        assert self.ww is not None, "the method's `needs` must name what it reads"
+        return self.ww
 
     @property
     def _responsive(self) -> np.ndarray:
         """(out,) bool: the bias moves the outputs at all (docs/method.md, section 1).
 
-        bb may vanish while ww does not: dead units, and attention keys in ``reduce`` mode, where
-        the softmax does not feel a shift.
+        bb may vanish while ww does not: attention keys in ``reduce`` mode, where the softmax does
+        not feel a shift. Both are compared in units in which every input has a mean square of one.
         """
-        return np.asarray(self.bb > 1e-10 * self.ww.max(axis=1, initial=0.0))
+        if self.ww is None:
+            return np.asarray(self.bb > 0)
+        square = self.per_row(self.aa / self.rows)
+        weights = np.divide(self.ww, square, out=np.zeros_like(self.ww), where=square > 0)
+        return np.asarray(self.bb > 1e-10 * weights.max(axis=1, initial=0.0))
 
     def shrunk(self, q: float) -> Moments:
         """Moments as if every sensitivity were ``(1 - q) s + q mean(s)`` of its unit.
@@ -146,8 +155,12 @@ class Moments:
         return replace(
             self,
             wb=(1 - q) * self.wb + mean * self.per_row(self.a),
-            ww=(1 - q) * self.ww + mean * self.per_row(self.aa),
+            ww=None if self.ww is None else (1 - q) * self.ww + mean * self.per_row(self.aa),
         )
+
+
+def _both(x: np.ndarray | None, y: np.ndarray | None) -> np.ndarray | None:
+    return None if x is None or y is None else x + y
 
 
 def total(parts: Iterable[Moments]) -> Moments:
@@ -162,6 +175,7 @@ def expand(
     *,
     samples: int | None = None,
     s: np.ndarray | None = None,
+    with_squares: bool = True,
     with_gradient: bool = False,
 ) -> Moments:
     """Moments in which the positions of a sample count as if they were independent.
@@ -174,18 +188,21 @@ def expand(
         centre: (groups, in).
         samples: how many samples the rows come from; None: one per row.
         s: ``sensitivities(g)`` where the caller has them already.
+        with_squares: whether to sum (dy/dW)^2.
         with_gradient: also sum dy/dW per probe.
     """
     s = sensitivities(g) if s is None else s
     blocks = (slice(first, first + BLOCK) for first in range(0, a.shape[1], BLOCK))
-    parts = (_weighted(a[:, rows], s[:, rows], centre) for rows in blocks)
-    wb, ww, first, second = reduce(lambda x, y: tuple(map(add, x, y)), parts)
+    parts = (
+        _weighted(a[:, rows], s[:, rows], centre, with_squares=with_squares) for rows in blocks
+    )
+    first, second, wb, *ww = reduce(lambda x, y: tuple(map(add, x, y)), parts)
     return Moments(
         count=a.shape[1] if samples is None else samples,
         centre=centre,
         bb=s.sum(axis=1).reshape(-1),
         wb=wb,
-        ww=ww,
+        ww=ww[0] if with_squares else None,
         gradient=_gradients(g, a.astype(np.float64)) if with_gradient else None,
         rows=a.shape[1],
         a=first,
@@ -193,12 +210,15 @@ def expand(
     )
 
 
-def _weighted(a: np.ndarray, s: np.ndarray, centre: np.ndarray) -> tuple[np.ndarray, ...]:
-    """wb, ww, a and aa of rows (groups, rows, in) with sensitivities (groups, rows, out)."""
+def _weighted(
+    a: np.ndarray, s: np.ndarray, centre: np.ndarray, *, with_squares: bool
+) -> tuple[np.ndarray, ...]:
+    """a, aa, wb and ww of rows (groups, rows, in) with sensitivities (groups, rows, out)."""
     x = np.subtract(a, centre[:, None, :], dtype=np.float64)
     wb, first = _products(s, x), x.sum(axis=1)
     np.square(x, out=x)
-    return wb, _products(s, x), first, x.sum(axis=1)
+    ww = (_products(s, x),) if with_squares else ()
+    return first, x.sum(axis=1), wb, *ww
 
 
 def reduce_positions(

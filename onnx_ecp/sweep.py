@@ -350,10 +350,13 @@ def prepare(
     networks = networks_of(source, layers, data, grid)
     plans = tuple(make_plan(networks[o.recipe.measures].layers, o) for o in grid)
     one_each = {plan.method.measures: plan for plan in plans}
+    if "sensitivities" in one_each:
+        one_each.pop("means", None)  # they are among the sensitivities
     measured = {
         needs: observe(networks[needs], plan, networks[needs].original, progress)
         for needs, plan in one_each.items()
     }
+    measured.setdefault("means", measured.get("sensitivities", Measured()))
     return Shared(source, model_facts(source), data, judge, networks, plans, measured)
 
 

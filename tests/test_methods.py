@@ -14,7 +14,7 @@ import pytest
 from onnx import numpy_helper
 
 import onnx_ecp
-from onnx_ecp import curvature, preparation, pruning
+from onnx_ecp import cholesky, preparation, pruning
 from onnx_ecp.curvature import Curvature, Full, Outer
 from onnx_ecp.errors import CalibrationError, UsageError
 from onnx_ecp.methods import (
@@ -359,11 +359,11 @@ def test_products_with_the_rows_are_those_of_the_matrix(net):
 
 
 def test_triangular_systems_are_solved_block_by_block(rng, monkeypatch):
-    monkeypatch.setattr(curvature, "BLOCK", 4)
+    monkeypatch.setattr(cholesky, "BLOCK", 4)
     x = rng.normal(size=(10, 30))
     matrix = x @ x.T
     right = rng.normal(size=(10, 3))
-    factor = curvature.Cholesky(matrix.copy(), 0.5)
+    factor = cholesky.Cholesky(matrix.copy(), 0.5)
     matrix += 0.5 * np.eye(10)
     np.testing.assert_allclose(factor.solve(right), np.linalg.solve(matrix, right), rtol=1e-9)
     lower = np.linalg.cholesky(matrix)

@@ -106,6 +106,36 @@ def test_positions_that_cancel_in_the_bias_do_not_blow_up(rng):
     assert np.all(moments.variance > 0)
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+@pytest.mark.parametrize("reduce", [False, True], ids=["expand", "reduce"])
+def test_compensation_does_not_feel_the_unit_of_the_inputs(rows, unit, reduce):
+    """A table's columns come as they are: in dollars, in seconds since 1970."""
+
+    def moments(a, centre):
+        return reduce_positions(a, g, centre, ROWS // 3) if reduce else expand(a, g, centre)
+
+    a, g, centre = rows
+    plain, scaled = moments(a, centre), moments(a * unit, centre * unit)
+    assert np.all(plain.gain != 0)
+    np.testing.assert_allclose(scaled.gain, plain.gain * unit, rtol=1e-9)
+    np.testing.assert_allclose(scaled.variance, plain.variance * unit**2, rtol=1e-9)
+
+
+def test_without_squares_everything_else_is_the_same(rows):
+    a, g, centre = rows
+    whole = expand(a, g, centre).shrunk(0.3)
+    parts = [
+        expand(a[:, i], g[:, :, i], c, with_squares=False)
+        for i, c in ((slice(9), centre), (slice(9, None), centre + 1))
+    ]
+    found = total(parts).shrunk(0.3)
+    assert found.ww is None
+    for name in ("bb", "wb", "gain", "a", "aa"):
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(whole, name), rtol=1e-10, atol=1e-9
+        )
+
+
 def test_reduce_squares_after_summing_positions(rows):
     a, g, centre = rows
     moments = reduce_positions(a, g, centre, samples=ROWS // 3)

@@ -47,6 +47,7 @@ def accumulation(
     summed: Collection[str],
     facts: Mapping[str, Fact],
     *,
+    with_squares: bool = True,
     with_gradient: bool = False,
 ) -> tuple[onnx.ModelProto, Accumulation]:
     """The observation graph with sums and sensitivities of rows for its outputs.
@@ -58,6 +59,7 @@ def accumulation(
             are summed.
         summed: names of the layers whose moments are wanted.
         facts: by tensor name.
+        with_squares: whether to sum (dy/dW)^2.
         with_gradient: also sum dy/dW per probe.
     """
     graph = gs.import_onnx(proto)
@@ -75,7 +77,7 @@ def accumulation(
             weights[layer.name] = mean.name
         if layer.name in summed:
             a = _rows_in(op, layer, op.cast(tensors[layer.input], np.float64), tensors)
-            sums.of(layer, a, s, g if with_gradient else None)
+            sums.of(layer, a, s, g if with_gradient else None, with_squares=with_squares)
     model = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = proto.ir_version
     return model, Accumulation(weights, sums.start, sums.new)
@@ -95,15 +97,15 @@ def moments(layer: Layer, sums: Mapping[str, np.ndarray], samples: int) -> Momen
             values = ordered
         return values.reshape(shape)
 
-    known = _name("gradient", layer) in sums
+    known = {part for part in ("ww", "gradient") if _name(part, layer) in sums}
     bb = sums.get(_name("bb", layer), np.zeros(0)).reshape(-1)
     return Moments(
         count=samples,
         centre=columns("centre", (layer.groups, width)),
         bb=bb,
         wb=columns("wb", (len(bb), width)),
-        ww=columns("ww", (len(bb), width)),
-        gradient=columns("gradient", (-1, out, width)) if known else None,
+        ww=columns("ww", (len(bb), width)) if "ww" in known else None,
+        gradient=columns("gradient", (-1, out, width)) if "gradient" in known else None,
         rows=int(sums[_name("rows", layer)].item()),
         a=columns("a", (layer.groups, width)),
         aa=columns("aa", (layer.groups, width)),
@@ -118,7 +120,15 @@ class _Sums:
         self.start: dict[str, np.ndarray] = {}
         self.new: dict[str, str] = {}
 
-    def of(self, layer: Layer, a: gs.Tensor, s: gs.Tensor | None, g: gs.Tensor | None) -> None:
+    def of(
+        self,
+        layer: Layer,
+        a: gs.Tensor,
+        s: gs.Tensor | None,
+        g: gs.Tensor | None,
+        *,
+        with_squares: bool,
+    ) -> None:
         """Add up one layer.
 
         Args:
@@ -126,6 +136,7 @@ class _Sums:
             a: (groups, rows, in).
             s: sensitivities (1, groups, out per group, rows), where they are known.
             g: the adjoint, where gradients are wanted.
+            with_squares: whether to sum (dy/dW)^2, where sensitivities are known.
         """
         op = self._op
         before = self._before("centre", layer, np.nan)
@@ -141,7 +152,8 @@ class _Sums:
         if s is not None:
             parts["bb"] = op.ReduceSum(s, [3], keepdims=0)
             parts["wb"] = op.MatMul(s, shifted)
-            parts["ww"] = op.MatMul(s, squared)
+            if with_squares:
+                parts["ww"] = op.MatMul(s, squared)
         if g is not None:
             parts["gradient"] = op.MatMul(_rows_out(op, layer, g), a)
         for part, values in parts.items():

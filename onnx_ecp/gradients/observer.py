@@ -211,7 +211,9 @@ class Observer:
         }
         self._dtypes = _float_inputs(self._prepared.proto)
         self._held: list[tuple[weakref.ref[State], dict[str, Value]]] = []
-        self._adding: dict[tuple[tuple[str, ...], bool, bool], tuple[Session, Accumulation]] = {}
+        self._adding: dict[
+            tuple[tuple[str, ...], bool, bool, bool], tuple[Session, Accumulation]
+        ] = {}
         feeds = self.input_feeds(first.feeds) | self.state_feeds(state)
         self.facts: dict[str, Fact] = facts_of(self.proto, model.base, feeds, threads)
         producers = {y: node for node in self.proto.graph.node for y in node.output if y}
@@ -278,16 +280,22 @@ class Observer:
         self._adding, self._held = {}, []
 
     def nothing_summed(
-        self, names: Collection[str], *, backward: bool = True, with_gradient: bool = False
+        self,
+        names: Collection[str],
+        *,
+        backward: bool = True,
+        with_squares: bool = True,
+        with_gradient: bool = False,
     ) -> Sums:
         """The beginning of sums over batches.
 
         Args:
             names: of the layers whose moments are wanted.
             backward: whether there is more to sum than activations.
+            with_squares: whether to sum (dy/dW)^2.
             with_gradient: also sum dy/dW per probe; random probes are then common to all samples.
         """
-        key = (tuple(names), backward, with_gradient)
+        key = (tuple(names), backward, with_squares, with_gradient)
         if key not in self._adding:
             # Two alternate: sums and, on other samples, sensitivities alone. More would take the
             # memory that groups of layers are there to save.
@@ -299,7 +307,7 @@ class Observer:
         return Sums(layers, session, graph, graph.start, common=with_gradient)
 
     def _accumulating(
-        self, names: Collection[str], backward: bool, with_gradient: bool
+        self, names: Collection[str], backward: bool, with_squares: bool, with_gradient: bool
     ) -> tuple[Session, Accumulation]:
         proto = self._reverse_proto if backward else self.proto
         assert proto is not None, "who asks for sensitivities has a reverse graph"
@@ -309,6 +317,7 @@ class Observer:
             self._adjoints if backward else {},
             names,
             self.facts,
+            with_squares=with_squares,
             with_gradient=with_gradient,
         )
         return self.session(proto), graph

@@ -19,7 +19,7 @@ from onnx_ecp.methods.obs import importance
 ECP_REFIT = Method(
     importance,
     compensation="joint",
-    needs="sensitivities",
+    needs="means",
     needs_gram=True,
     stages=16,
     shrinkage=0.3,

@@ -12,7 +12,9 @@ from onnx_ecp.refit import Gram, damped, inverse_diagonal, refit
 from onnx_ecp.statistics import Moments, per_row
 
 # Each step needs all that the steps before it need, but that curvature goes without gradients.
-NEEDS = ("nothing", "activations", "sensitivities", "gradients", "curvature")
+# "means" are the sensitivities of units and the means of inputs weighted by them (bb and wb of
+# ``Moments``); "sensitivities" are those of weights besides (ww).
+NEEDS = ("nothing", "activations", "means", "sensitivities", "gradients", "curvature")
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ def _refitted(problem: LayerProblem) -> Solved:
 
 
 _REFIT = Compensation(
-    "sensitivities",
+    "means",
     shifts=True,
     solve=_refitted,
     weighted=True,
@@ -255,7 +257,7 @@ _REFIT = Compensation(
 
 COMPENSATIONS: dict[str, Compensation] = {
     "none": Compensation(),
-    "bias": Compensation("sensitivities", shifts=True),
+    "bias": Compensation("means", shifts=True),
     "refit": _REFIT,
     "joint": replace(_REFIT, joint=True),
 }

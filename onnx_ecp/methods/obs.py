@@ -29,7 +29,7 @@ def importance(view: View) -> np.ndarray:
 OBS = Method(
     importance,
     compensation="refit",
-    needs="sensitivities",
+    needs="means",
     needs_gram=True,
     shrinkage=0.3,
     floor=0.2,

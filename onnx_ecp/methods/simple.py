@@ -53,4 +53,4 @@ def _mean_gradient(view: View) -> np.ndarray:
 def _mean_square_gradient(view: View) -> np.ndarray:
     zero = view.seen.recentred(np.zeros_like(view.seen.centre))
     # A sum of squares; rounding while the centre moves may make zeros negative.
-    return np.maximum(zero.ww, 0) / zero.count
+    return np.maximum(zero.squares, 0) / zero.count
