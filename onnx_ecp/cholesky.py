@@ -6,8 +6,8 @@ import numpy as np
 
 from onnx_ecp.runtime import check_deadline
 
-# Rows that are taken at a time.
-BLOCK = 256
+# Rows that are taken at a time: of one matrix, and of matrices that may be many and small.
+BLOCK, SMALL = 256, 32
 
 
 class Cholesky:
@@ -43,14 +43,22 @@ class Cholesky:
             x[b] = inverse.T @ (x[b] - self._lower[b.stop :, b].T @ x[b.stop :])
         return x
 
-    def inverse_diagonal(self) -> np.ndarray:
-        """(n,): the diagonal of (L L^T)^-1: squared lengths of the columns of L^-1.
 
-        A third of what the whole inverse takes.
-        """
-        x = np.zeros_like(self._lower)
-        for b, inverse in zip(self._blocks, self._inverses, strict=True):
-            check_deadline()
-            x[b, : b.start] = inverse @ -(self._lower[b, : b.start] @ x[: b.start, : b.start])
-            x[b, b] = inverse
-        return np.asarray(np.einsum("ij,ij->j", x, x))
+def diagonal_of_inverse(matrix: np.ndarray) -> np.ndarray:
+    """(..., n): the diagonals of inverses of (..., n, n), symmetric positive definite.
+
+    They are the squared lengths of the columns of L^-1, of which each block of rows follows from
+    those above it: less than half the work of the whole inverse.
+    """
+    try:
+        lower = np.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError:  # a tiny ridge, lost in the rounding of the sums
+        return np.diagonal(np.linalg.inv(matrix), axis1=-2, axis2=-1)
+    x = np.zeros_like(lower)
+    for i in range(0, lower.shape[-1], SMALL):
+        check_deadline()
+        b, above = slice(i, i + SMALL), slice(i)
+        inverse = np.linalg.inv(lower[..., b, b])
+        x[..., b, above] = inverse @ -(lower[..., b, above] @ x[..., above, above])
+        x[..., b, b] = inverse
+    return np.asarray(np.einsum("...ij,...ij->...j", x, x))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_ecp.cholesky import Cholesky
+from onnx_ecp.cholesky import diagonal_of_inverse
 from onnx_ecp.runtime import blas_threads, workers
 from onnx_ecp.statistics import per_row
 
@@ -29,6 +29,9 @@ CHUNK_BYTES = 32 * 2**20
 # --direct compares the outcome with that of direct solutions.
 CG_TOLERANCE = 3e-3
 CG_STEPS = 40
+# Multiplications with one large matrix take so much less time than those of many small systems; and
+# so many of the latter take a few seconds.
+FASTER, SECONDS = 5.0, 1e10
 # The ridge where no input varies at all, as with one calibration sample.
 LEAST_RIDGE = 1e-290
 
@@ -243,29 +246,21 @@ def inverse_diagonal(system: np.ndarray, keep: np.ndarray) -> np.ndarray:
         keep: (rows, in), the supports.
     """
     if not _is_narrow(keep):
-        return np.where(keep, _whole_inverse_diagonal(system), 0.0)
+        return np.where(keep, diagonal_of_inverse(system), 0.0)
 
-    def inverted(part: _Part) -> np.ndarray:
-        return np.diagonal(np.linalg.inv(part.systems(system)), axis1=1, axis2=2)
-
-    return _by_support(inverted, keep)
-
-
-def _whole_inverse_diagonal(system: np.ndarray) -> np.ndarray:
-    """(in,): the diagonal of the inverse."""
-    try:
-        return Cholesky(system).inverse_diagonal()
-    except np.linalg.LinAlgError:  # a tiny ridge, lost in the rounding of the sums
-        return np.diagonal(np.linalg.inv(system))
+    return _by_support(lambda part: diagonal_of_inverse(part.systems(system)), keep)
 
 
 def _is_narrow(keep: np.ndarray) -> bool:
-    """Whether systems of every row's own cost less than steps with one system for all rows.
+    """Whether systems of every row's own are cheaper than steps with one system for all rows.
 
-    Own: 2/3 k^3 per row. All: a product with the system per step, 2 in^2 per row.
+    Own: k^3 / 3 multiplications per row. All: a product with the system per step, in^2 per row; in
+    float32 and one large matrix they go FASTER. As long as own systems take no more than seconds,
+    exact solutions are worth it.
     """
     widest = int(keep.sum(axis=1).max(initial=0))
-    return bool(widest**3 / 3 <= CG_STEPS * keep.shape[1] ** 2)
+    own, common = widest**3 / 3, CG_STEPS * keep.shape[1] ** 2
+    return bool(own <= common and (own <= common / FASTER or own * len(keep) <= SECONDS))
 
 
 @dataclass(frozen=True)

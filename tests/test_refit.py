@@ -140,7 +140,7 @@ def test_wide_supports_take_the_whole_inverse(rng, monkeypatch):
     keep = rng.random((20, 30)) > 0.3
     own = inverse_diagonal(system, keep)
     monkeypatch.setattr(module, "CG_STEPS", 0)
-    monkeypatch.setattr(cholesky, "BLOCK", 8)
+    monkeypatch.setattr(cholesky, "SMALL", 8)
     whole = inverse_diagonal(system, keep)
     np.testing.assert_allclose(whole, np.where(keep, np.diagonal(np.linalg.inv(system)), 0))
     assert np.all(whole >= own - 1e-12)
@@ -151,3 +151,22 @@ def test_a_system_that_rounding_made_indefinite_has_an_inverse_all_the_same(monk
     system = np.diag([1.0, -1e-18])
     found = inverse_diagonal(system, np.ones((2, 2), bool))
     np.testing.assert_allclose(found, [[1, -1e18]] * 2)
+
+
+def test_few_rows_have_their_own_systems_where_many_share_one(rng, monkeypatch):
+    """A layer of 40 inputs: its supports of 30 cost no more than steps, a fifth of it is 20."""
+    keep = np.zeros((8, 40), bool)
+    keep[:, :30] = True
+    assert module._is_narrow(keep)
+    monkeypatch.setattr(module, "SECONDS", 0.0)
+    monkeypatch.setattr(module, "CG_STEPS", 10)
+    assert not module._is_narrow(keep)
+    assert module._is_narrow(keep & (np.arange(40) < 20))
+
+
+@pytest.mark.parametrize("size", [1, 7, 33, 70])
+def test_diagonals_of_inverses_are_had_for_many_matrices_at_once(size, rng):
+    x = rng.normal(size=(3, size, 2 * size))
+    matrices = x @ x.swapaxes(1, 2) + 0.1 * np.eye(size)
+    expected = np.diagonal(np.linalg.inv(matrices), axis1=1, axis2=2)
+    np.testing.assert_allclose(cholesky.diagonal_of_inverse(matrices), expected, rtol=1e-9)
