@@ -172,9 +172,11 @@ class Run:
         target = matrix(layer, self._original)
         totals = [np.zeros(len(shifts)) for _, shifts in candidates]
         for before, now, s in self._weighted(segment, state, weights, shrink):
-            wanted = outputs(before, target)
-            for total, (weight, shifts) in zip(totals, candidates, strict=True):
-                total += squared_errors(outputs(now, weight) - wanted, s, shifts)
+            for first in range(0, now.shape[1], BLOCK):  # patches of a convolution may be many
+                rows = (slice(None), slice(first, first + BLOCK))
+                wanted = outputs(before[rows], target)
+                for total, (weight, shifts) in zip(totals, candidates, strict=True):
+                    total += squared_errors(outputs(now[rows], weight) - wanted, s[rows], shifts)
         return totals
 
     def _weighted(

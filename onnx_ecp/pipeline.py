@@ -128,7 +128,7 @@ def optimize(
         comparison = compare(given, result, data, options, original)
         bounded = bound(given, result, data, options) if options.bound else None
         masks = stored_masks(network.layers, pruned.state)
-        if options.masks is not None and not options.dry_run:
+        if options.masks is not None:
             save_masks(masks, options.masks)
         if output is None or options.dry_run:
             result = held(result)

@@ -101,6 +101,18 @@ def test_a_dry_run_writes_nothing(folder):
     assert last_line(result).startswith("OK (nothing written) sparsity=0.5000")
 
 
+def test_a_dry_run_writes_whatever_else_is_asked_for(folder):
+    files = {"m.npz", "r.json"}
+    result = command(
+        "optimize", "in.onnx", "--dry-run", "-c", "data.npz", "--masks", "m.npz",
+        "--report", "r.json",
+    )  # fmt: skip
+    assert result.exit_code == 0
+    assert files <= {path.name for path in folder.iterdir()}
+    with np.load(folder / "m.npz") as masks:
+        assert sum(int((~masks[name]).sum()) for name in masks.files) > 0
+
+
 def test_reports_say_what_was_printed(folder):
     result = command(
         "optimize",
