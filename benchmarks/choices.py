@@ -12,7 +12,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -20,6 +22,7 @@ from contest import Feeds, compete_on, ours
 from networks import NETWORKS, Network
 from outcome import Claim, Row, finish, pivot, publish, table
 
+from onnx_ecp import joint, pruning
 from onnx_ecp.methods import COMPENSATIONS, METHODS, Method, View
 
 DEFAULT = METHODS["ecp-refit"]
@@ -30,7 +33,7 @@ JUDGED = 5_000
 # An alternative may be better by this much before a default counts as wrong.
 SLACK = 0.05
 # Twice the work: what it would gain is in the table, for those who have the time.
-SLOWER = {"32 stages"}
+SLOWER = {"32 stages", "joint, 6 rounds"}
 
 
 def averaged(view: View) -> np.ndarray:
@@ -63,6 +66,17 @@ ALTERNATIVES: dict[str, tuple[Any, dict[str, Any]]] = {
     "floor 0": (replace(DEFAULT, floor=0.0), {}),
     "damping 1e-3": (DEFAULT, {"damping": 1e-3}),
     "damping 1e-1": (DEFAULT, {"damping": 1e-1}),
+    "joint, ridge x 0.1": (DEFAULT, {}),
+    "joint, ridge x 10": (DEFAULT, {}),
+    "joint, 1 round": (DEFAULT, {}),
+    "joint, 6 rounds": (DEFAULT, {}),
+}
+# Constants of the joint refit that some alternatives change: where, which, to what.
+CONSTANTS: dict[str, tuple[ModuleType, str, float]] = {
+    "joint, ridge x 0.1": (joint, "RIDGE", joint.RIDGE * 0.1),
+    "joint, ridge x 10": (joint, "RIDGE", joint.RIDGE * 10),
+    "joint, 1 round": (pruning, "ROUNDS", 1),
+    "joint, 6 rounds": (pruning, "ROUNDS", 6),
 }
 
 
@@ -92,11 +106,10 @@ def measured(name: str, network: Network) -> Iterator[Row]:
     for choice, (method, choices) in ALTERNATIVES.items():
         METHODS["ecp-refit"] = method
         sparsities = SPARSITIES.get(name, (0.9,))
-        for row in compete_on(
-            name, model, calibration, judged, labels, {choice: ours("ecp-refit", **choices)},
-            sparsities,
-        ):  # fmt: skip
-            yield {"choice": choice, "point": f"{name} {row['sparsity']}", **row}
+        contestant = {choice: ours("ecp-refit", **choices)}
+        with patch.object(*CONSTANTS.get(choice, (joint, "RIDGE", joint.RIDGE))):
+            for row in compete_on(name, model, calibration, judged, labels, contestant, sparsities):
+                yield {"choice": choice, "point": f"{name} {row['sparsity']}", **row}
     METHODS["ecp-refit"] = DEFAULT
 
 
