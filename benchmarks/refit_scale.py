@@ -38,7 +38,7 @@ SAMPLES = 2048
 BERT = Shape(tokens=128, features=768, width=768, heads=12, hidden=3072, blocks=12, classes=2)
 BERT_SAMPLES = 64
 # Functions of the package among which the time is divided; none of them calls another one, but the
-# joint refit runs the network.
+# joint refit, which measures and runs the network.
 PARTS = {
     "refit_jointly": "joint refit",
     "solve": "solving",

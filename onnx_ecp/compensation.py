@@ -25,7 +25,8 @@ from onnx_ecp.walk import Segment
 
 # Why a solution is not kept.
 RAISED = "it raised the error on the samples that judge it"
-# Share of an error by which another may be larger and still be the same.
+# Two errors are the same that differ by no more than this share of the layer's squared outputs:
+# their rounding in float32, squared.
 ROUNDING = 1e-12
 
 
@@ -229,8 +230,9 @@ def _worse(
             (matrix(layer, state), state.shifts[name][None]),
             (found[tensor].weight, shifts[name][None]),
         ]
-        (old,), (new,) = run.errors(segment, state, weights[name], shrink, candidates)
-        rise[tensor] += new - old - ROUNDING * old
+        energy, errors = run.errors(segment, state, weights[name], shrink, candidates)
+        (old,), (new,) = errors
+        rise[tensor] += new - old - ROUNDING * energy
     return {tensor for tensor, much in rise.items() if much > 0}
 
 
@@ -303,11 +305,12 @@ class _Guard:
         shift, old = state.shifts[name], before.shifts[name]
         new = shift if solved.shift is None else solved.shift
         candidates = [(solved.weight, new[None]), (current, np.stack([shift, old]))]
-        (found,), (with_shift, without) = self._run.errors(
+        energy, errors = self._run.errors(
             segment, state, self._weights[name], self._shrink, candidates
         )
+        (found,), (with_shift, without) = errors
         # Where nothing went, and nothing before it changed, all are the same but for rounding.
-        rounding = ROUNDING * with_shift
+        rounding = ROUNDING * energy
         if found <= min(with_shift, without) + rounding:
             return None
         return old if without < with_shift - rounding else shift

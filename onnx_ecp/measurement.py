@@ -250,6 +250,7 @@ def measure(
         )
     if _one_by_one(observer, positions):
         size = 1
+        with_squares = True  # reduced positions need them to tell what moves anything
     in_graph = _in_graph(observer, positions, visit)
     for_rows = None if memory is None else memory // 4
     for_moments = None if memory is None else memory - memory // 4

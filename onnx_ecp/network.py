@@ -18,6 +18,8 @@ from onnx_ecp.refit import BLOCK, Gram, outputs, squared_errors
 from onnx_ecp.selection import Group
 from onnx_ecp.walk import Passage, Segment, segments
 
+# Rows are looked at in blocks: of BLOCK rows, or as many as take so much memory.
+BLOCK_BYTES = 64 * 2**20
 # What the curvature couples: all weights of the network, or those of a stored tensor.
 BLOCKS = ("network", "layer")
 
@@ -155,8 +157,10 @@ class Run:
         weights: np.ndarray,
         shrink: float,
         candidates: Sequence[tuple[np.ndarray, np.ndarray]],
-    ) -> list[np.ndarray]:
+    ) -> tuple[float, list[np.ndarray]]:
         """Squared errors of what the next layer could become, summed over all samples and units.
+
+        Products are taken in the type of the rows, at least float32, and squares in float64.
 
         Args:
             segment: see ``gram``.
@@ -166,18 +170,20 @@ class Run:
             candidates: weights (out, in) and shifts (k, out) that go with them.
 
         Returns:
-            For each candidate (k,).
+            The squares of what is wanted, summed likewise; for each candidate its errors (k,).
         """
-        layer = segment.layer
-        target = matrix(layer, self._original)
-        totals = [np.zeros(len(shifts)) for _, shifts in candidates]
+        target = matrix(segment.layer, self._original)
+        nothing = np.zeros((1, len(target)))
+        energy, totals = 0.0, [np.zeros(len(shifts)) for _, shifts in candidates]
+        step = int(np.clip(BLOCK_BYTES // target[:, 0].nbytes, 1, BLOCK))
         for before, now, s in self._weighted(segment, state, weights, shrink):
-            for first in range(0, now.shape[1], BLOCK):  # patches of a convolution may be many
-                rows = (slice(None), slice(first, first + BLOCK))
+            for first in range(0, now.shape[1], step):
+                rows = (slice(None), slice(first, first + step))
                 wanted = outputs(before[rows], target)
+                energy += float(squared_errors(wanted, s[rows], nothing)[0])
                 for total, (weight, shifts) in zip(totals, candidates, strict=True):
                     total += squared_errors(outputs(now[rows], weight) - wanted, s[rows], shifts)
-        return totals
+        return energy, totals
 
     def _weighted(
         self, segment: Segment, state: State, weights: np.ndarray | None, shrink: float
@@ -205,13 +211,16 @@ class Run:
 def _blocks(
     pairs: Iterable[tuple[np.ndarray, np.ndarray]],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The rows (groups, rows, in) of small batches put together, BLOCK or a few more at a time."""
+    """The rows (groups, rows, in) of small batches put together, until they are large enough."""
     held: list[tuple[np.ndarray, np.ndarray]] = []
-    for pair in pairs:
-        held.append(pair)
-        if sum(now.shape[1] for _, now in held) >= BLOCK:
-            yield _together(held)
-            held = []
+    rows = size = 0
+    for before, now in pairs:
+        held.append((before, now))
+        rows, size = rows + now.shape[1], size + now.nbytes
+        if rows >= BLOCK or size >= BLOCK_BYTES:
+            block, held, rows, size = _together(held), [], 0, 0
+            del before, now  # nothing but the block is held while it is looked at
+            yield block
     if held:
         yield _together(held)
 

@@ -25,6 +25,7 @@ from onnx_ecp.errors import (
 from onnx_ecp.gradients.observer import Observer, original_state
 from onnx_ecp.layers import Layer, Skip, find_layers
 from onnx_ecp.measurement import Progress, batch_size
+from onnx_ecp.methods import FORWARD
 from onnx_ecp.model import Model
 from onnx_ecp.network import Network, Plan
 from onnx_ecp.options import Options
@@ -367,8 +368,7 @@ def observe_network(
             seed=options.seed,
             provider=options.provider,
             threads=options.threads,
-            reverse=options.recipe.measures not in ("nothing", "activations")
-            or options.finetune_steps > 0,
+            reverse=options.recipe.measures not in FORWARD or options.finetune_steps > 0,
             statistics=options.statistics,
         )
 

@@ -67,7 +67,7 @@ class Gram:
             a: a', rows (groups, rows, in) of the current network.
             before: a, rows of the original network; may be the same.
             s: weight of every row (groups, rows).
-            centre: c, (groups, in); rounded to the type of the rows, so that a' - c loses nothing.
+            centre: c, (groups, in); rounded to the type of the rows, in which a' - c is taken.
         """
         kind = np.promote_types(a.dtype, np.float32)
         c = centre.astype(kind)
@@ -188,13 +188,17 @@ def mean_shift(gram: Gram, target: np.ndarray, weight: np.ndarray) -> np.ndarray
 
 
 def outputs(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """(groups, rows, out per group) float64: W a of rows (groups, rows, in) for W (out, in)."""
-    per_group = weight.reshape(len(rows), -1, rows.shape[2])
-    return np.asarray(rows.astype(np.float64) @ per_group.swapaxes(1, 2))
+    """(groups, rows, out per group): W a of rows (groups, rows, in) for W (out, in), in their type.
+
+    That is at least float32.
+    """
+    kind = np.promote_types(rows.dtype, np.float32)
+    per_group = weight.reshape(len(rows), -1, rows.shape[2]).astype(kind)
+    return np.asarray(rows.astype(kind, copy=False) @ per_group.swapaxes(1, 2))
 
 
 def squared_errors(off: np.ndarray, s: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-    """(k,): sums of ``s (w a' + d - W a)^2`` over rows and units, for k shifts d.
+    """(k,) float64: sums of ``s (w a' + d - W a)^2`` over rows and units, for k shifts d.
 
     Args:
         off: w a' - W a, (groups, rows, out per group).
@@ -252,11 +256,12 @@ def inverse_diagonal(system: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 
 def _is_narrow(keep: np.ndarray) -> bool:
-    """Whether systems of every row's own are cheaper than steps with one system for all rows.
+    """Whether every row has its own system, instead of one for all rows.
 
-    Own: k^3 / 3 multiplications per row. All: a product with the system per step, in^2 per row; in
-    float32 and one large matrix they go FASTER. As long as own systems take no more than seconds,
-    exact solutions are worth it.
+    Own systems are exact and take k^3 / 3 multiplications per row. They are worth it while they are
+    cheaper than CG_STEPS steps with the common system, in^2 per row and step, which go FASTER in
+    one large matrix and float32; and where all of them are a matter of seconds, even if they are
+    up to so much slower.
     """
     widest = int(keep.sum(axis=1).max(initial=0))
     own, common = widest**3 / 3, CG_STEPS * keep.shape[1] ** 2

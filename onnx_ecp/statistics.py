@@ -74,12 +74,14 @@ class Moments:
         if centre is self.centre or np.array_equal(centre, self.centre):
             return self
         d = self.centre - centre  # a - centre = (a - self.centre) + d
-        rows = self.per_row(d)
+        rows, ww = self.per_row(d), self.ww
+        if ww is not None:
+            ww = ww + 2 * rows * self.wb + self.bb[:, None] * rows**2
         return replace(
             self,
             centre=centre,
             wb=self.wb + self.bb[:, None] * rows,
-            ww=_both(self.ww, 2 * rows * self.wb + self.bb[:, None] * rows**2),
+            ww=ww,
             a=self.a + self.rows * d,
             aa=self.aa + 2 * d * self.a + self.rows * d**2,
         )
@@ -137,7 +139,8 @@ class Moments:
         """(out,) bool: the bias moves the outputs at all (docs/method.md, section 1).
 
         bb may vanish while ww does not: attention keys in ``reduce`` mode, where the softmax does
-        not feel a shift. Both are compared in units in which every input has a mean square of one.
+        not feel a shift. Both are compared in units in which every input has a mean square, about
+        its constant c, of one. Where positions are not reduced ``bb > 0`` says the same.
         """
         if self.ww is None:
             return np.asarray(self.bb > 0)

@@ -26,7 +26,7 @@ from onnx_ecp.errors import UsageError, did_you_mean
 from onnx_ecp.evaluate import Comparison, ModelFacts, expected_rows, measure_gap, model_facts
 from onnx_ecp.layers import Layer
 from onnx_ecp.measurement import Measured, Progress, silent
-from onnx_ecp.methods import NEEDS
+from onnx_ecp.methods import FORWARD, NEEDS
 from onnx_ecp.model import Model, signature
 from onnx_ecp.network import Network, Plan
 from onnx_ecp.options import Options
@@ -416,11 +416,10 @@ def networks_of(
     if not blocked:
         return dict.fromkeys(by_needs, network)
     others = {
-        needs: observe_network(source, layers, data, options)[0]
+        needs: observe_network(source, layers, data, options)[0] if needs in FORWARD else network
         for needs, options in by_needs.items()
-        if needs != most
     }
-    return {most: network, **others}
+    return others | {most: network}
 
 
 @dataclass(frozen=True)
@@ -473,7 +472,9 @@ def run(shared: Shared, options: Options, plan: Plan, progress: Progress = silen
 
 def uneven(networks: Mapping[str, Network]) -> Iterator[str]:
     """A warning where the methods do not prune the same layers."""
-    counts = {needs: len(network.layers) for needs, network in networks.items()}
+    # What several needs share is named after the most of them.
+    named = {id(networks[needs]): needs for needs in sorted(networks, key=NEEDS.index)}
+    counts = {needs: len(networks[needs].layers) for needs in named.values()}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{count} layers with {needs}" for needs, count in counts.items())
         yield (

@@ -43,9 +43,9 @@ def assert_same(found, expected):
                 assert x is None
                 continue
             assert x.shape == y.shape
-            # Sums about the mean may be all rounding: these are their Cauchy-Schwarz bounds.
+            # Sums about the mean may be all rounding: these are bounds of theirs.
             bound = {
-                "wb": np.sqrt(right.bb[:, None] * right.per_row(right.aa)) if len(right.bb) else y,
+                "wb": right.bb[:, None] * np.sqrt(right.per_row(right.aa)) if len(right.bb) else y,
                 "a": np.sqrt(right.rows * right.aa),
                 "centre": np.sqrt(right.aa / right.rows) + abs(right.centre),
             }.get(part, y)

@@ -9,7 +9,8 @@ import pytest
 from onnx import numpy_helper
 
 import onnx_ecp
-from onnx_ecp import compensation, preparation, pruning
+from onnx_ecp import compensation, preparation, pruning, refit
+from onnx_ecp import network as networks
 from onnx_ecp.methods import COMPENSATIONS, METHODS, Solved
 from onnx_ecp.options import Options
 
@@ -109,6 +110,79 @@ def test_neither_a_refit_nor_a_bias_shift_may_raise_the_held_out_error(
     notes = {row.note for row in found.report.layers}
     assert len(notes) == 1
     assert notes.pop().startswith("last refit and bias shift not kept")
+
+
+THRICE = """(float[n,6] x1, float[n,6] x2) => (float[n,3] y) {
+    h1 = Gemm<transB=1>(x1, W, b)  h2 = Gemm<transB=1>(x2, W, b)  h = Concat<axis=1>(h1, h2)
+    r = Relu(h)  y = Gemm<transB=1>(r, V, c)
+}"""
+
+
+def test_a_layer_where_nothing_went_is_told_nothing_of_a_refit(model, data, rng):
+    """Its solution is the original but for rounding, and so is its error."""
+    choices = {"compensation": "refit", "stages": 2, "sparsity": 0.5, "cleanup": False}
+    report = onnx_ecp.optimize(model, data, layer_sparsity={"h": 0}, **choices).report
+    assert [row.note for row in report.layers] == ["", ""]
+    shared = with_values(THRICE, {"W": (4, 6), "b": (4,), "V": (3, 8), "c": (3,)}, rng)
+    x = {name: rng.normal(size=(90, 6)).astype(np.float32) for name in ("x1", "x2")}
+    report = onnx_ecp.optimize(shared, x, layer_sparsity={"h1": 0, "h2": 0}, **choices).report
+    assert [row.note for row in report.layers][:2] == ["", ""]
+
+
+GROUPED = """(float[n,4,6] x) => (float[n,6,4] y) { h = Conv<group=2>(x, W, b)  y = Relu(h) }"""
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [{"BLOCK": 10}, {"BLOCK_BYTES": 200}, {"BLOCK": 1}, {}],
+    ids=["ten rows", "200 bytes", "one row", "all at once"],
+)
+@pytest.mark.parametrize("batch_size", [3, 40])
+@pytest.mark.parametrize("name", ["rows", "patches in groups"])
+def test_sums_and_errors_do_not_depend_on_the_blocks(name, batch_size, blocks, rng, monkeypatch):
+    text, shapes, sample = {
+        "rows": (MLP, SHAPES, (12,)),
+        "patches in groups": (GROUPED, {"W": (6, 2, 3), "b": (6,)}, (4, 6)),
+    }[name]
+    for constant, value in blocks.items():
+        monkeypatch.setattr(networks, constant, value)
+        if constant == "BLOCK":
+            monkeypatch.setattr(refit, "BLOCK", value)
+    source = preparation.load(with_values(text, shapes, rng))
+    options = Options.of(batch_size=batch_size)
+    layers, _ = preparation.choose_layers(source, options)
+    x = {"x": rng.normal(size=(50, *sample)).astype(np.float32) + 2}
+    network, _ = preparation.observe_network(
+        source, layers, preparation.gather(source, x, options), options
+    )
+    state = network.original
+    run, run_twice = (networks.Run(network, network.fit) for _ in range(2))
+    for segment in network.segments:
+        layer = segment.layer
+        whole = next(network.fit.batches(len(network.fit)))
+        a = np.asarray(network.observer.activations(state, whole)[layer.name], np.float64)
+        weights, shrink = rng.random(a.shape[:2]), 0.3
+        s = (1 - shrink) * weights + shrink * weights.mean(axis=1, keepdims=True)
+        gram = run.gram(segment, state, weights, shrink)
+        mean = np.einsum("gr,gri->gi", s, a) / s.sum(axis=1)[:, None]
+        off = a - mean[:, None]
+        covariance = np.einsum("gr,gri,grj->gij", s, off, off) / s.sum(axis=1)[:, None, None]
+        np.testing.assert_allclose(gram.mean_now, mean, rtol=1e-5)
+        for found in (gram.covariance, gram.cross_covariance):
+            np.testing.assert_allclose(found, covariance, rtol=1e-4, atol=1e-5)
+        target = networks.matrix(layer, state)
+        candidate, shifts = rng.normal(size=target.shape), rng.normal(size=(2, len(target)))
+        energy, (errors,) = run_twice.errors(segment, state, weights, shrink, [(candidate, shifts)])
+        groups = (len(a), -1, target.shape[1])
+        wanted, made = (
+            np.einsum("gri,goi->gro", a, w.reshape(groups)) for w in (target, candidate)
+        )
+        expected = [
+            np.einsum("gr,gro->", s, (made + d.reshape(len(a), 1, -1) - wanted) ** 2)
+            for d in shifts
+        ]
+        np.testing.assert_allclose(errors, expected, rtol=1e-5)
+        np.testing.assert_allclose(energy, np.einsum("gr,gro->", s, wanted**2), rtol=1e-5)
 
 
 TWICE = """(double[n,6] x1, double[n,6] x2) => (double[n,8] y) {

@@ -122,11 +122,18 @@ def test_a_point_is_bit_by_bit_what_optimize_makes(net, x, options):
 
 def test_that_holds_where_only_some_methods_can_prune_a_layer(rng, x):
     proto = model(BLOCKED, rng, U=(8, 4), **SHAPES)
-    methods = ["magnitude", "ecp", "wanda", "gradient-magnitude"]
+    methods = ["magnitude", "ecp", "wanda", "gradient-magnitude", "ecp-refit"]
     assert_like_optimize(proto, x, methods, [0.5])
-    swept = sweep(proto, x, methods="magnitude,ecp", sparsities="0.5")
-    assert [point.weights for point in swept.points] == [224, 192]
+    swept = sweep(proto, x, methods="magnitude,ecp,obs", sparsities="0.5")
+    assert [point.weights for point in swept.points] == [224, 192, 192]
     assert "their sparsities are not shares of the same weights" in swept.warnings[0]
+    assert "(3 layers with nothing, 2 layers with sensitivities measured)" in swept.warnings[0]
+
+
+def test_what_looks_backward_has_one_observer_even_where_layers_are_blocked(rng, x, seen):
+    proto = model(BLOCKED, rng, U=(8, 4), **SHAPES)
+    sweep(proto, x, methods="magnitude,ecp,obs,gradient-magnitude", sparsities=[0.5])
+    assert seen["observers"] == 3  # two of them: before and after it is known what is blocked
 
 
 # One observation for all.

@@ -3,6 +3,7 @@
 from onnx_ecp.methods import cbs, ecp, ecp_refit, obc, obs, simple, sparsegpt, woodfisher
 from onnx_ecp.methods.method import (
     COMPENSATIONS,
+    FORWARD,
     NEEDS,
     BlockProblem,
     Compensation,
@@ -37,6 +38,7 @@ COMPENSATIONS["woodfisher"] = woodfisher.COMPENSATION
 
 __all__ = [
     "COMPENSATIONS",
+    "FORWARD",
     "METHODS",
     "NEEDS",
     "BlockProblem",

@@ -15,6 +15,8 @@ from onnx_ecp.statistics import Moments, per_row
 # "means" are the sensitivities of units and the means of inputs weighted by them (bb and wb of
 # ``Moments``); "sensitivities" are those of weights besides (ww).
 NEEDS = ("nothing", "activations", "means", "sensitivities", "gradients", "curvature")
+# Those that need no sensitivity of any kind.
+FORWARD = ("nothing", "activations")
 
 
 @dataclass(frozen=True)
