@@ -328,10 +328,11 @@ def removed(network: Network, before: State, after: State) -> Computed:
     Those that lie in an external file are masked when they are asked for.
     """
     weights = {layer.weight.tensor: layer.weight for layer in network.layers}
+    values, keep = before.weights, after.keep  # nothing else of the states is held on to
 
     def masked(name: str) -> np.ndarray:
-        stored = before.weights[name]
-        return np.where(weights[name].layout(after.keep[name]), stored, stored.dtype.type(0))
+        stored = values[name]
+        return np.where(weights[name].layout(keep[name]), stored, stored.dtype.type(0))
 
     in_memory = {name: masked(name) for name in weights if before.weights.knows(name)}
     return Computed(weights, masked, in_memory)

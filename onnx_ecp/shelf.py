@@ -51,8 +51,10 @@ class Computed(Mapping[str, np.ndarray]):
         known: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self._names = dict.fromkeys(names)
-        self._compute = compute
         self._known = known or {}
+        # Where all are known nothing is computed any more: what that would take is let go, such as
+        # the arrays that these have replaced.
+        self._compute = _absent if self._names.keys() <= self._known.keys() else compute
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Compute one, unless it is known."""
@@ -75,7 +77,7 @@ class Computed(Mapping[str, np.ndarray]):
     @staticmethod
     def of(known: Mapping[str, np.ndarray]) -> Computed:
         """Arrays that are all there."""
-        return Computed(known, known.__getitem__, known)
+        return Computed(known, _absent, known)
 
     def knows(self, name: str) -> bool:
         """Whether an array is there without being computed."""
@@ -84,6 +86,10 @@ class Computed(Mapping[str, np.ndarray]):
     def replaced(self, name: str, array: np.ndarray) -> Computed:
         """The same with another array for one name."""
         return Computed(self._names, self._compute, {**self._known, name: array})
+
+
+def _absent(name: str) -> np.ndarray:
+    raise KeyError(name)
 
 
 class Shelf(MutableMapping[Any, np.ndarray]):

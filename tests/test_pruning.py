@@ -1,5 +1,7 @@
 """The loop of stages: what holds whatever the data, the batch size and the sharing of weights."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -249,6 +251,30 @@ def test_a_kernel_may_be_shared_by_convolutions_of_other_groups(rng):
     }
     found = onnx_ecp.optimize(model, x, sparsity=0.5, stages=2, cleanup=False)
     assert found.report.sparsity == 0.5
+
+
+@pytest.mark.parametrize("compensation", ["bias", "refit", "joint"])
+def test_what_a_stage_made_is_let_go_by_the_next(model, data, compensation):
+    """As many copies of the weights as there are stages would not fit in memory."""
+    options = Options.of(stages=3, compensation=compensation)
+    source = preparation.load(model)
+    layers, _ = preparation.choose_layers(source, options)
+    network, _ = preparation.observe_network(
+        source, layers, preparation.gather(source, data, options), options
+    )
+    made = []
+
+    def step(*arguments, **choices):
+        result = pruning.stage(*arguments, **choices)
+        made.append([weakref.ref(result.state.weights[x.weight.tensor]) for x in layers])
+        return result
+
+    plan = preparation.make_plan(network.layers, options)
+    result = pruning.prune(network, plan, step=step)
+    gc.collect()
+    assert len(made) == 3
+    assert all(array() is None for stage in made[:2] for array in stage)
+    assert not result.state.keep["W1"].all()
 
 
 def test_an_importance_of_another_shape_is_refused(model, data, monkeypatch):
