@@ -4,9 +4,10 @@ Time and peak memory of whole runs of ``ecp-refit``, each in a fresh process: ne
 square layer whose width doubles, with one stage and without the joint refit at the end, and (with
 ``--bert``) an encoder of the shape of BERT-base with random weights, by the default as it is: all
 its stages, and the joint refit. What dominates is read off a profile. With ``--direct``, wide
-layers are solved by conjugate gradients and, once more, directly.
+layers are solved by conjugate gradients and, once more, directly. With ``--stages``, a smaller
+encoder says what stages add to the peak of memory.
 
-Usage: python benchmarks/refit_scale.py [WIDTH ... | --bert | --direct]
+Usage: python benchmarks/refit_scale.py [WIDTH ... | --bert | --direct | --stages]
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ WIDTHS = (256, 512, 1024, 2048, 4096)
 SAMPLES = 2048
 BERT = Shape(tokens=128, features=768, width=768, heads=12, hidden=3072, blocks=12, classes=2)
 BERT_SAMPLES = 64
+SMALL = Shape(tokens=16, features=1024, width=1024, heads=8, hidden=4096, blocks=2, classes=2)
+SMALL_SAMPLES = 16
+STAGES = (1, 2, 4, 8)
+# What the last of STAGES may add to the peak of one, as a share of it.
+GROWTH = 0.1
 # Functions of the package among which the time is divided; none of them calls another one, but the
 # joint refit, which measures and runs the network.
 PARTS = {
@@ -65,6 +71,16 @@ def main() -> int:
         publish("refit_scale_bert", rows)
         print(table(rows))
         return finish([whole(row) for row in rows])
+    if sys.argv[1:2] == ["--one-staged"]:
+        print(json.dumps(staged(int(sys.argv[2]))))
+        return 0
+    if sys.argv[1:2] == ["--stages"]:
+        rows = [fresh("--one-staged", str(stages)) for stages in STAGES]
+        publish("refit_scale_stages", rows)
+        print(table(rows))
+        first, last = rows[0]["peak MiB"], rows[-1]["peak MiB"]
+        text = f"peak of {STAGES[-1]} stages: {last} MiB, of one: {first} MiB"
+        return finish([Claim(text, last <= (1 + GROWTH) * first)])
     if sys.argv[1:2] == ["--direct"]:
         rows = [direct(width) for width in WIDTHS[:3]]
         publish("refit_scale_direct", rows)
@@ -166,6 +182,23 @@ def bert() -> dict[str, Any]:
         )
         row["loads"] = "y" in Session(target).outputs
     return {"model": "BERT-base shape", "samples": BERT_SAMPLES} | row
+
+
+def staged(stages: int) -> dict[str, Any]:
+    """The smaller encoder by ``ecp`` in some stages, from file to file."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(SMALL_SAMPLES, SMALL.tokens, SMALL.features)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "in.onnx")
+        onnx.save(encoder(SMALL), source)
+        report = onnx_ecp.optimize(source, {"x": inputs}, method="ecp", stages=stages).report
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return {
+        "stages": stages,
+        "weights": report.weights,
+        "MiB of weights": 4 * report.weights // 2**20,
+        "peak MiB": peak,
+    }
 
 
 def told(what: str, done: int, of: int) -> None:
