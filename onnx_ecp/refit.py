@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_ecp.cholesky import diagonal_of_inverse
-from onnx_ecp.runtime import blas_threads, workers
+from onnx_ecp.runtime import blas_threads, check_deadline, workers
 from onnx_ecp.statistics import per_row
 
 # Rows whose products are summed before they join the float64 sums.
@@ -302,10 +302,15 @@ def _by_support(compute: Callable[[_Part], np.ndarray], keep: np.ndarray) -> np.
     result = np.zeros(keep.shape)
     parts = list(_parts(keep))
     with blas_threads(1), ThreadPoolExecutor(workers()) as pool:
-        for part, found in zip(parts, pool.map(compute, parts), strict=True):
-            block = np.zeros((len(part.rows), keep.shape[1]))
-            np.put_along_axis(block, part.columns, np.where(part.real, found, 0.0), axis=1)
-            result[part.rows] = block
+        try:
+            for part, found in zip(parts, pool.map(compute, parts), strict=True):
+                check_deadline()
+                block = np.zeros((len(part.rows), keep.shape[1]))
+                np.put_along_axis(block, part.columns, np.where(part.real, found, 0.0), axis=1)
+                result[part.rows] = block
+        except BaseException:  # whoever interrupts does not wait for the parts that are left
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return result
 
 

@@ -1,10 +1,13 @@
 """The refit solves the weighted ridge problem on every row's own support."""
 
+import time
+
 import numpy as np
 import pytest
 
 from onnx_ecp import cholesky
 from onnx_ecp import refit as module
+from onnx_ecp.errors import ProviderError
 from onnx_ecp.refit import (
     Gram,
     inverse_diagonal,
@@ -14,6 +17,7 @@ from onnx_ecp.refit import (
     solve,
     squared_errors,
 )
+from onnx_ecp.runtime import deadline
 
 ROWS, INPUTS, OUT = 60, 7, 5
 
@@ -170,3 +174,18 @@ def test_diagonals_of_inverses_are_had_for_many_matrices_at_once(size, rng):
     matrices = x @ x.swapaxes(1, 2) + 0.1 * np.eye(size)
     expected = np.diagonal(np.linalg.inv(matrices), axis1=1, axis2=2)
     np.testing.assert_allclose(cholesky.diagonal_of_inverse(matrices), expected, rtol=1e-9)
+
+
+def test_the_time_limit_ends_the_solution_of_many_small_systems(rng, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)  # every row is a part
+    done = []
+
+    def slow(part):
+        time.sleep(0.02)
+        done.append(part)
+        return np.zeros(part.columns.shape)
+
+    keep = rng.random((200, 5)) > 0.2
+    with deadline(0.1), pytest.raises(ProviderError, match="time limit"):
+        module._by_support(slow, keep)
+    assert len(done) < 100
