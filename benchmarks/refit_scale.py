@@ -172,8 +172,7 @@ def square(width: int, rng: np.random.Generator) -> onnx.ModelProto:
 
 def bert() -> dict[str, Any]:
     """The encoder, from file to file, with nothing chosen."""
-    rng = np.random.default_rng(0)
-    inputs = rng.normal(size=(BERT_SAMPLES, BERT.tokens, BERT.features)).astype(np.float32)
+    inputs = tokens(BERT, BERT_SAMPLES)
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "in.onnx"), Path(folder, "out.onnx")
         onnx.save(encoder(BERT), source)
@@ -185,20 +184,29 @@ def bert() -> dict[str, Any]:
 
 
 def staged(stages: int) -> dict[str, Any]:
-    """The smaller encoder by ``ecp`` in some stages, from file to file."""
-    rng = np.random.default_rng(0)
-    inputs = rng.normal(size=(SMALL_SAMPLES, SMALL.tokens, SMALL.features)).astype(np.float32)
+    """The smaller encoder by ``ecp`` in some stages, from a file."""
+    inputs = tokens(SMALL, SMALL_SAMPLES)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "in.onnx")
         onnx.save(encoder(SMALL), source)
         report = onnx_ecp.optimize(source, {"x": inputs}, method="ecp", stages=stages).report
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return {
         "stages": stages,
         "weights": report.weights,
         "MiB of weights": 4 * report.weights // 2**20,
-        "peak MiB": peak,
+        "peak MiB": peak_memory(),
     }
+
+
+def tokens(shape: Shape, samples: int) -> np.ndarray:
+    """Random inputs of an encoder."""
+    size = (samples, shape.tokens, shape.features)
+    return np.random.default_rng(0).normal(size=size).astype(np.float32)
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def told(what: str, done: int, of: int) -> None:
@@ -227,7 +235,7 @@ def profiled(run: Callable[[], onnx_ecp.Result]) -> dict[str, Any]:
         "zeros": report.zeros_after,
         "seconds": seconds,
         "CPU s": cpu,
-        "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak MiB": peak_memory(),
         "error": report.gap.relative_error,
     }
     return row | {f"{part} %": round(100 * s / seconds) for part, s in parts(profile).items()}

@@ -15,13 +15,13 @@ class Cholesky:
 
     Args:
         matrix: (n, n), symmetric positive semidefinite; the ridge is added to it in place.
-        ridge: >= 0.
+        ridge: > 0.
 
     Raises:
         numpy.linalg.LinAlgError: the sum is not positive definite, rounding included.
     """
 
-    def __init__(self, matrix: np.ndarray, ridge: float = 0.0) -> None:
+    def __init__(self, matrix: np.ndarray, ridge: float) -> None:
         matrix.flat[:: len(matrix) + 1] += ridge
         self._lower = np.linalg.cholesky(matrix)
         ends = range(0, len(matrix), BLOCK)

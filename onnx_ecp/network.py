@@ -189,16 +189,13 @@ class Run:
         self, segment: Segment, state: State, weights: np.ndarray | None, shrink: float
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Rows of both versions and their weights, in blocks that products are fast with."""
-        first = 0
+        first, s = 0, None
+        if weights is not None:
+            s = (1 - shrink) * weights + shrink * weights.mean(axis=1, keepdims=True)
         for before, now in _blocks(self._rows(segment, state)):
-            rows = now.shape[1]
-            if weights is None:
-                s = np.ones(now.shape[:2])
-            else:
-                s = (1 - shrink) * weights[:, first : first + rows]
-                s = s + shrink * weights.mean(axis=1, keepdims=True)
-            yield before, now, s
-            first += rows
+            end = first + now.shape[1]
+            yield before, now, np.ones(now.shape[:2]) if s is None else s[:, first:end]
+            first = end
 
     def _rows(self, segment: Segment, state: State) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         now = self._now.advance(segment, state)

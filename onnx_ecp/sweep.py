@@ -351,12 +351,13 @@ def prepare(
     plans = tuple(make_plan(networks[o.recipe.measures].layers, o) for o in grid)
     one_each = {plan.method.measures: plan for plan in plans}
     if "sensitivities" in one_each:
-        one_each.pop("means", None)  # they are among the sensitivities
+        one_each.pop("means", None)  # which are among them
     measured = {
         needs: observe(networks[needs], plan, networks[needs].original, progress)
         for needs, plan in one_each.items()
     }
-    measured.setdefault("means", measured.get("sensitivities", Measured()))
+    if "sensitivities" in measured:
+        measured["means"] = measured["sensitivities"]
     return Shared(source, model_facts(source), data, judge, networks, plans, measured)
 
 
@@ -415,11 +416,12 @@ def networks_of(
     network, blocked = observe_network(source, layers, data, by_needs[most])
     if not blocked:
         return dict.fromkeys(by_needs, network)
-    others = {
-        needs: observe_network(source, layers, data, options)[0] if needs in FORWARD else network
+    return {
+        needs: network
+        if needs == most or needs not in FORWARD
+        else observe_network(source, layers, data, options)[0]
         for needs, options in by_needs.items()
     }
-    return others | {most: network}
 
 
 @dataclass(frozen=True)
