@@ -18,7 +18,7 @@ from outcome import RESULTS, Claim, Row, finish, pivot, publish, table
 from tables import read
 
 import onnx_ecp
-from onnx_ecp.sweep import sweep
+from onnx_ecp.api.sweep import sweep
 
 SPARSITY = 0.8
 MOST_SAMPLES = 2_000

@@ -20,13 +20,13 @@ from networks import NETWORKS, ROOT, SHARED, outputs
 from outcome import Claim, Row, finish, publish, table
 
 import onnx_ecp
-from onnx_ecp import bounds
-from onnx_ecp.bounds.norms import matrix_norm
-from onnx_ecp.bounds.pair import pair
-from onnx_ecp.bounds.sampling import conformal, upper_limit
-from onnx_ecp.bounds.telescoping import Reach, telescope
+from onnx_ecp.evaluation import bounds
+from onnx_ecp.evaluation.bounds.norms import matrix_norm
+from onnx_ecp.evaluation.bounds.pair import pair
+from onnx_ecp.evaluation.bounds.sampling import conformal, upper_limit
+from onnx_ecp.evaluation.bounds.telescoping import Reach, telescope
+from onnx_ecp.graph import constants, load, read_tensor
 from onnx_ecp.layers import find_layers
-from onnx_ecp.model import constants, load, read_tensor
 
 CONFIDENCE = 0.95
 POPULATION, SAMPLES, TRIALS = 50_000, 100, 4000

@@ -32,11 +32,12 @@ from outcome import RESULTS, Claim, Row, above, finish, near, pivot, publish, ta
 from published_rows import KNOWN
 from tables import read
 
-from onnx_ecp import pruning
+from onnx_ecp.api.output import stored
+from onnx_ecp.api.sweep import grid_of, prepare
 from onnx_ecp.methods import METHODS as ALL
-from onnx_ecp.network import Network, Plan
-from onnx_ecp.output import stored
-from onnx_ecp.sweep import grid_of, prepare
+from onnx_ecp.pruning import loop as pruning
+from onnx_ecp.pruning.plan import Plan
+from onnx_ecp.statistics.layerwise import Network
 
 NAME = "cbs_chita"
 NETWORK = NETWORKS["mlpnet"]

@@ -22,8 +22,9 @@ from contest import Feeds, compete_on, ours
 from networks import NETWORKS, Network
 from outcome import Claim, Row, finish, pivot, publish, table
 
-from onnx_ecp import joint, pruning
 from onnx_ecp.methods import COMPENSATIONS, METHODS, Method, View
+from onnx_ecp.pruning import joint_refit as joint
+from onnx_ecp.pruning import loop as pruning
 
 DEFAULT = METHODS["ecp-refit"]
 # Fewer than the official runs take: what is left judges.

@@ -18,7 +18,7 @@ from outcome import Claim, finish, publish, table
 from units import latency_ratio, measured
 
 import onnx_ecp
-from onnx_ecp.structure.cleanup import UNREAD
+from onnx_ecp.units.cleanup import UNREAD
 
 SPARSITIES = {"mlpnet": (0.95, 0.98), "lenet300": (0.95, 0.98)}
 

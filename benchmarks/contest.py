@@ -18,7 +18,7 @@ from outcome import Claim, Row, shown, text
 from scipy.stats import binomtest
 
 import onnx_ecp
-from onnx_ecp.inspection import inspect
+from onnx_ecp.api.inspect import inspect
 
 Feeds = dict[str, np.ndarray]
 Contestant = Callable[[onnx.ModelProto, Feeds, float | str], onnx.ModelProto]

@@ -18,7 +18,7 @@ import onnxruntime
 from outcome import Claim, finish, publish, table
 from timing import ratio_in_turns
 
-from onnx_ecp.structure.cleanup import is_faster
+from onnx_ecp.units.cleanup import is_faster
 
 INPUTS = (256, 784, 3072)
 OUTPUTS = (32, 128, 512, 2048)

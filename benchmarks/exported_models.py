@@ -31,11 +31,11 @@ import onnx
 import onnxruntime
 from outcome import Claim, Row, finish, publish, table
 
-from onnx_ecp.calibration import Batch
-from onnx_ecp.gradients.observer import Observer, State, original_state
+from onnx_ecp.data.calibration import Batch
+from onnx_ecp.graph import Model
 from onnx_ecp.layers import find_layers
-from onnx_ecp.model import Model
-from onnx_ecp.statistics import reduce_positions
+from onnx_ecp.statistics.moments import reduce_positions
+from onnx_ecp.statistics.observer import Observer, State, original_state
 
 try:
     import onnxscript  # noqa: F401  # what torch's newer exporter needs

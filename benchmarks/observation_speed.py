@@ -27,12 +27,12 @@ from encoders import Shape, encoder
 from networks import NETWORKS, load_digits, plain
 from outcome import Claim, finish, publish, table
 
-from onnx_ecp.calibration import Calibration
-from onnx_ecp.gradients.observer import Observer, State, original_state
-from onnx_ecp.gradients.seeds import plan
+from onnx_ecp.data.calibration import Calibration
+from onnx_ecp.gradients.cotangents import plan
+from onnx_ecp.graph import Model, decode_sparse, load
 from onnx_ecp.layers import Layer, find_layers
-from onnx_ecp.measurement import measure
-from onnx_ecp.model import Model, decode_sparse, load
+from onnx_ecp.statistics.collection import measure
+from onnx_ecp.statistics.observer import Observer, State, original_state
 
 ROUNDS = 5
 BATCH = 128

@@ -29,8 +29,8 @@ from networks import fully_connected, made, outputs, relative_error
 from onnx import helper, numpy_helper
 from outcome import RESULTS, Claim, Row, finish, publish, table, text
 
-from onnx_ecp import bounds
-from onnx_ecp.bounds.norms import matrix_norm
+from onnx_ecp.evaluation import bounds
+from onnx_ecp.evaluation.bounds.norms import matrix_norm
 
 K = math.sqrt(3)  # entries of variance 1 / d, so that activations keep their size
 WIDTHS = {"FCN": (32, 64, 128, 256, 512), "CNN": (8, 16, 32, 64, 128)}

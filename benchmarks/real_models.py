@@ -20,8 +20,9 @@ from networks import NETWORKS, SHARED
 from outcome import Claim, finish, publish, table
 
 import onnx_ecp
+from onnx_ecp.api.inspect import inspect
 from onnx_ecp.errors import OnnxEcpError
-from onnx_ecp.inspection import Inspection, inspect
+from onnx_ecp.report.inspection import Inspection
 
 AFFINE = ("Gemm", "MatMul", "Conv")
 SPARSITY = 0.5

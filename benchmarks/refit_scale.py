@@ -31,8 +31,8 @@ from onnx import helper, numpy_helper
 from outcome import Claim, finish, publish, table
 
 import onnx_ecp
-from onnx_ecp import refit
-from onnx_ecp.runtime import Session
+from onnx_ecp.linalg import masked as refit
+from onnx_ecp.runtime.session import Session
 
 WIDTHS = (256, 512, 1024, 2048, 4096)
 SAMPLES = 2048

@@ -20,9 +20,9 @@ from networks import NETWORKS, accuracy, outputs
 from outcome import Claim, environment, finish, publish, table
 
 import onnx_ecp
-from onnx_ecp.calibration import Batch
-from onnx_ecp.evaluate import measure_latency
-from onnx_ecp.model import Model
+from onnx_ecp.data.calibration import Batch
+from onnx_ecp.evaluation.latency import measure_latency
+from onnx_ecp.graph import Model
 
 ASKED, THREADS = 2.0, 1
 SECONDS = 5.0

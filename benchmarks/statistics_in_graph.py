@@ -27,13 +27,13 @@ from observation_speed import BATCH, Case, cases, disagreement
 from observation_speed import Sums as SumsByLayer
 from outcome import Claim, finish, publish, table
 
-from onnx_ecp.calibration import Calibration
+from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.errors import ProviderError
-from onnx_ecp.gradients.observer import Observer, Sums, original_state
+from onnx_ecp.graph import decode_sparse, load
 from onnx_ecp.layers import find_layers
-from onnx_ecp.measurement import measure
-from onnx_ecp.model import decode_sparse, load
-from onnx_ecp.runtime import Session
+from onnx_ecp.runtime.session import Session
+from onnx_ecp.statistics.collection import measure
+from onnx_ecp.statistics.observer import Observer, Sums, original_state
 
 ROUNDS = 5
 WAYS = ("host", "graph")

@@ -20,8 +20,8 @@ from networks import NETWORKS
 from outcome import Claim, finish, publish, table
 
 import onnx_ecp
-from onnx_ecp.inspection import inspect
-from onnx_ecp.pipeline import Result
+from onnx_ecp.api.inspect import inspect
+from onnx_ecp.api.optimize import Result
 
 POLYGRAPHY = Path(sys.executable).with_name("polygraphy")
 

@@ -30,9 +30,8 @@ from outcome import RESULTS, Claim, above, finish, publish, table
 from timing import ratio_in_turns
 
 import onnx_ecp
-from onnx_ecp.model import Model
-from onnx_ecp.structure.outcome import Work
-from onnx_ecp.structure.smaller import work
+from onnx_ecp.evaluation.work import Work, work
+from onnx_ecp.graph import Model
 
 # Shares that are left: of all weights, of the multiplications, of the weights of the blocks.
 LEFT = {

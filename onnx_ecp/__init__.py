@@ -6,12 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnx_ecp.calibration import Calibration
+    from onnx_ecp.api.inspect import inspect
+    from onnx_ecp.api.optimize import Result, importance, optimize
+    from onnx_ecp.data.calibration import Calibration
     from onnx_ecp.errors import OnnxEcpError
-    from onnx_ecp.evaluate import compare
-    from onnx_ecp.inspection import inspect
+    from onnx_ecp.evaluation.compare import compare
     from onnx_ecp.methods import METHODS, Method
-    from onnx_ecp.pipeline import Result, importance, optimize
     from onnx_ecp.report import Report
 
     __version__: str
@@ -32,22 +32,21 @@ __all__ = [
 
 # Where each public name lives: loaded when it is used first, so that importing costs nothing.
 _HOMES = {
+    "__version__": "runtime.versions",
     "METHODS": "methods",
-    "Calibration": "calibration",
+    "Calibration": "data.calibration",
     "Method": "methods",
     "OnnxEcpError": "errors",
     "Report": "report",
-    "Result": "pipeline",
-    "compare": "evaluate",
-    "importance": "pipeline",
-    "inspect": "inspection",
-    "optimize": "pipeline",
+    "Result": "api.optimize",
+    "compare": "evaluation.compare",
+    "importance": "api.optimize",
+    "inspect": "api.inspect",
+    "optimize": "api.optimize",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
@@ -57,12 +56,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("onnx-ecp")
-    except metadata.PackageNotFoundError:
-        return "0+source"  # run from a checkout that is not installed

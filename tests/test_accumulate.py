@@ -8,15 +8,16 @@ from onnx import numpy_helper
 from test_pipeline import NETS, TRAINED, inputs, original
 
 import onnx_ecp
-from onnx_ecp.calibration import Calibration
+from onnx_ecp.api.options import Options
+from onnx_ecp.api.preparation import choose_layers, gather, load, observe_network
+from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.errors import OnnxEcpError, UsageError
-from onnx_ecp.gradients.observer import Observer, original_state
+from onnx_ecp.graph import load as load_model
 from onnx_ecp.layers import find_layers
-from onnx_ecp.measurement import measure, measure_activations, row_sensitivities
-from onnx_ecp.model import load as load_model
-from onnx_ecp.options import Options
-from onnx_ecp.preparation import choose_layers, gather, load, observe_network
-from onnx_ecp.runtime import OutOfMemory, Session, deadline
+from onnx_ecp.runtime.limits import deadline
+from onnx_ecp.runtime.session import OutOfMemory, Session
+from onnx_ecp.statistics.collection import measure, measure_activations, row_sensitivities
+from onnx_ecp.statistics.observer import Observer, original_state
 
 PARTS = ("centre", "bb", "wb", "ww", "gradient", "a", "aa")
 

@@ -10,12 +10,13 @@ import pytest
 from click.testing import CliRunner
 from onnx.parser import parse_model
 
-from onnx_ecp import bounds, optimize
-from onnx_ecp.bounds import planning
-from onnx_ecp.bounds.norms import Kernel, convolution_norm, matrix_norm
-from onnx_ecp.bounds.sampling import binomial_tail, conformal, upper_limit
-from onnx_ecp.cli import main
+from onnx_ecp import optimize
+from onnx_ecp.cli.commands import main
 from onnx_ecp.errors import ModelError, UsageError
+from onnx_ecp.evaluation import bounds
+from onnx_ecp.evaluation.bounds import planning
+from onnx_ecp.evaluation.bounds.norms import Kernel, convolution_norm, matrix_norm
+from onnx_ecp.evaluation.bounds.sampling import binomial_tail, conformal, upper_limit
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]>'
 SAMPLES = 12

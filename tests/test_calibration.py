@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper, parser
 
-from onnx_ecp import calibration
-from onnx_ecp.calibration import SOURCES, Calibration, load, load_labels, sidecar, subset
+from onnx_ecp.data import calibration
+from onnx_ecp.data.calibration import SOURCES, Calibration, load, load_labels, sidecar, subset
 from onnx_ecp.errors import CalibrationError, UsageError
-from onnx_ecp.model import InputSpec, signature
+from onnx_ecp.graph import InputSpec, signature
 
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
 X = InputSpec("x", F32, ("batch", 3))
@@ -468,7 +468,7 @@ HOSTILE = {
 def test_a_hostile_file_is_refused_before_it_takes_memory(
     name, content, message, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("onnx_ecp.arrays.memory_budget", lambda: 2**27)
+    monkeypatch.setattr("onnx_ecp.data.untrusted.memory_budget", lambda: 2**27)
     path = tmp_path / name
     path.write_bytes(content)
     source = tmp_path if name.endswith(".pb") else path

@@ -17,13 +17,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 import onnx_ecp
-from onnx_ecp import pipeline
-from onnx_ecp.cli import main
-from onnx_ecp.doctor import Check, Diagnosis, diagnose
+from onnx_ecp.api import optimize as pipeline
+from onnx_ecp.api.doctor import diagnose
+from onnx_ecp.api.options import Options
+from onnx_ecp.cli.commands import main
 from onnx_ecp.errors import QualityError
 from onnx_ecp.methods import COMPENSATIONS, METHODS
-from onnx_ecp.options import Options
 from onnx_ecp.report import Report
+from onnx_ecp.report.diagnosis import Check, Diagnosis
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "models"
@@ -32,6 +33,9 @@ NET = """
 net (float[n, 8] x) => (float[n, 4] y)
 { h = MatMul(x, W) s = Add(h, b) a = Relu(s) y = MatMul(a, V) }
 """
+START = (
+    f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom onnx_ecp.cli.commands import main; main()"
+)
 
 
 def model(text: str, rng: np.random.Generator, **shapes: tuple) -> onnx.ModelProto:
@@ -189,7 +193,7 @@ def test_every_command_has_help_with_every_option(name):
 
 def test_asking_for_help_loads_nothing_heavy():
     heavy = {"numpy", "onnx", "onnxruntime", "rich", "onnx_graphsurgeon"}
-    code = f"import onnx_ecp.cli, sys; print({heavy!r} & set(sys.modules))"
+    code = f"import onnx_ecp.cli.commands, sys; print({heavy!r} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "set()\n"
 
@@ -356,9 +360,8 @@ def test_a_signal_ends_it_at_once_and_nothing_is_written(number, folder):
         "import time\ndef load_data():\n    print('ready', flush=True)\n    time.sleep(60)\n"
     )
     before = sorted(folder.iterdir())
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import onnx_ecp.cli as c; c.main()"
     with subprocess.Popen(
-        [sys.executable, "-B", "-c", code, "optimize", "in.onnx", "o.onnx", "-c", "slow.py"],
+        [sys.executable, "-B", "-c", START, "optimize", "in.onnx", "o.onnx", "-c", "slow.py"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdout.readline() == "ready\n"
@@ -370,12 +373,11 @@ def test_a_signal_ends_it_at_once_and_nothing_is_written(number, folder):
 
 
 def test_a_reader_that_goes_away_is_no_bug(folder):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import onnx_ecp.cli as c; c.main()"
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as pipe:
         done = subprocess.run(
-            [sys.executable, "-c", code, "inspect", "in.onnx"],
+            [sys.executable, "-c", START, "inspect", "in.onnx"],
             stdout=pipe, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
     assert "bug" not in done.stderr
@@ -563,7 +565,7 @@ RUNTIMES = {
 
 @pytest.mark.parametrize(("installed", "ok", "advice"), RUNTIMES.values(), ids=RUNTIMES)
 def test_doctor_judges_the_installed_runtimes(installed, ok, advice, monkeypatch):
-    monkeypatch.setattr("onnx_ecp.doctor.runtimes", lambda: installed)
+    monkeypatch.setattr("onnx_ecp.runtime.versions.runtimes", lambda: installed)
     check = next(check for check in diagnose().checks if check.name == "ONNX Runtime")
     assert check.ok == ok
     assert advice in check.advice
@@ -571,7 +573,7 @@ def test_doctor_judges_the_installed_runtimes(installed, ok, advice, monkeypatch
 
 def test_doctor_ends_with_6_where_something_is_wrong(monkeypatch):
     sick = Diagnosis((Check("ONNX Runtime", "not installed", ok=False, advice="Install it."),))
-    monkeypatch.setattr("onnx_ecp.doctor.diagnose", lambda: sick)
+    monkeypatch.setattr("onnx_ecp.api.doctor.diagnose", lambda: sick)
     result = command("doctor")
     assert result.exit_code == 6
     assert "PROBLEM" in result.stdout

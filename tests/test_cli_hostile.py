@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from hostile import HOSTILE
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_ecp.cli import main
+from onnx_ecp.cli.commands import main
 
 OLD = b"what was there before"
 
@@ -163,7 +163,7 @@ def model_for_data(folder: Path) -> Path:
 )
 @pytest.mark.parametrize("command", ["optimize", "compare"])
 def test_a_hostile_data_file_is_refused(name, content, message, command, folder, monkeypatch):
-    monkeypatch.setattr("onnx_ecp.arrays.memory_budget", lambda: 2**27)
+    monkeypatch.setattr("onnx_ecp.data.untrusted.memory_budget", lambda: 2**27)
     (folder / name).write_bytes(content)
     source = folder if name.endswith(".pb") else folder / name
     model = model_for_data(folder)

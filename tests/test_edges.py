@@ -10,14 +10,15 @@ import pytest
 from onnx import numpy_helper
 
 import onnx_ecp
-from onnx_ecp import preparation, pruning
+from onnx_ecp.api import preparation
+from onnx_ecp.api.options import Options
 from onnx_ecp.errors import CalibrationError, ModelError, TargetError, UsageError
+from onnx_ecp.gradients.cotangents import SeedPlan
 from onnx_ecp.gradients.numeric import PIECEWISE
-from onnx_ecp.gradients.seeds import SeedPlan
-from onnx_ecp.model import load as load_model
-from onnx_ecp.network import Run
-from onnx_ecp.options import Options
-from onnx_ecp.runtime import threads_of, workers
+from onnx_ecp.graph import load as load_model
+from onnx_ecp.pruning import loop as pruning
+from onnx_ecp.runtime.limits import threads_of, workers
+from onnx_ecp.statistics.layerwise import Run
 
 HEADER = '<ir_version: 8, opset_import: ["": 17]> net '
 NET = "(float[n,6] x) => (float[n,3] y) { h = Gemm(x, W, b) r = Relu(h) y = MatMul(r, V) }"
@@ -90,7 +91,7 @@ def test_an_endless_source_is_read_as_far_as_there_are_labels(net, rng, tmp_path
 
 
 def test_an_endless_source_without_a_limit_ends_before_memory_does(net, rng, monkeypatch):
-    monkeypatch.setattr("onnx_ecp.calibration.memory_budget", lambda: 10_000)
+    monkeypatch.setattr("onnx_ecp.data.calibration.memory_budget", lambda: 10_000)
     endless = ({"x": drawn(rng, 1, 6)} for _ in itertools.count())
     with pytest.raises(CalibrationError, match="there are more") as error:
         onnx_ecp.optimize(net, endless)

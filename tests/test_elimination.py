@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from onnx_ecp.structure.elimination import eliminated
+from onnx_ecp.units.elimination import eliminated
 
 
 def test_eliminated_units_cost_what_the_best_refit_leaves(rng):

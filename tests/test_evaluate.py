@@ -8,12 +8,13 @@ import onnx
 import onnx.parser
 import pytest
 
-from onnx_ecp import evaluate
-from onnx_ecp.calibration import Calibration
+from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.errors import CalibrationError, ModelError
-from onnx_ecp.evaluate import compare, deviation_sums, measure_gap, model_facts
-from onnx_ecp.model import Model, load
-from onnx_ecp.runtime import OutOfMemory, Session
+from onnx_ecp.evaluation import compare as evaluate
+from onnx_ecp.evaluation.compare import compare, deviation_sums, measure_gap
+from onnx_ecp.evaluation.facts import model_facts
+from onnx_ecp.graph import Model, load
+from onnx_ecp.runtime.session import OutOfMemory, Session
 
 SAMPLES = 23
 
@@ -332,7 +333,7 @@ def test_latency_is_measured_in_turns(x, monkeypatch):
 
 def test_latency_says_how_many_threads_were_there(x, monkeypatch):
     """One per core unless told otherwise, which is what the sessions are told as well."""
-    monkeypatch.setattr(evaluate, "workers", lambda: 3)
+    monkeypatch.setattr("onnx_ecp.evaluation.latency.workers", lambda: 3)
     batch = next(data(x).batches(8))
     latency = evaluate.measure_latency(NET, PRUNED, batch, turns=1, seconds=0)
     assert (latency.threads, latency.conditions) == (3, "batch 8, 3 threads")

@@ -15,11 +15,11 @@ import onnxruntime
 import pytest
 
 import onnx_ecp
-from onnx_ecp.calibration import Batch
-from onnx_ecp.gradients.observer import Observer, original_state
+from onnx_ecp.data.calibration import Batch
+from onnx_ecp.graph import Model, signature
 from onnx_ecp.layers import Found, Layer, find_layers
-from onnx_ecp.model import Model, signature
-from onnx_ecp.statistics import reduce_positions
+from onnx_ecp.statistics.moments import reduce_positions
+from onnx_ecp.statistics.observer import Observer, original_state
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("*.onnx"))
 SAMPLES = 4

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from onnx_ecp.errors import ModelError, OnnxEcpError
-from onnx_ecp.model import decode_sparse, digest, load, runtime_support, signature
+from onnx_ecp.graph import decode_sparse, digest, load, runtime_support, signature
 
 
 @pytest.mark.parametrize("case", HOSTILE.values(), ids=HOSTILE.keys())

@@ -7,8 +7,8 @@ import onnxruntime
 import pytest
 
 import onnx_ecp
+from onnx_ecp.graph.inlining import inline
 from onnx_ecp.layers import find_layers
-from onnx_ecp.model.inlining import inline
 
 LINEAR = """<opset_import: ["" : 17], domain: "loc">
     linear (a, w, b) => (r) { t = MatMul(a, w) r = Add(t, b) }"""

@@ -8,13 +8,13 @@ import onnx
 import pytest
 
 import onnx_ecp
-from onnx_ecp import joint
-from onnx_ecp import model as modelling
-from onnx_ecp.calibration import Calibration
-from onnx_ecp.gradients.observer import Observer, original_state
+from onnx_ecp import graph as modelling
+from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.layers import find_layers
 from onnx_ecp.methods import COMPENSATIONS, METHODS
-from onnx_ecp.objective import Objective, Parameters
+from onnx_ecp.pruning import joint_refit as joint
+from onnx_ecp.statistics.objective import Objective, Parameters
+from onnx_ecp.statistics.observer import Observer, original_state
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17]> g '
 MLP = """(double[batch, 6] x) => (double[batch, 4] y) {

@@ -8,18 +8,18 @@ import pytest
 from test_structure import NETWORKS, build, each_network, inputs, structure_of
 
 import onnx_ecp
-from onnx_ecp import evaluate, pipeline
-from onnx_ecp.calibration import Batch
+from onnx_ecp.api import optimize as pipeline
+from onnx_ecp.data.calibration import Batch
 from onnx_ecp.errors import QualityError, TargetError, UsageError
-from onnx_ecp.evaluate import Latency
+from onnx_ecp.evaluation.latency import Latency
 from onnx_ecp.layers import find_layers
 from onnx_ecp.report import text
 from onnx_ecp.report.as_json import dumps
-from onnx_ecp.runtime import Session
-from onnx_ecp.structure import cut, latency, shapes_of_a_run
-from onnx_ecp.structure.groups import Group
-from onnx_ecp.structure.latency import Times, Watch, liked
-from onnx_ecp.structure.selection import Budget, choose
+from onnx_ecp.runtime.session import Session
+from onnx_ecp.units import cut, latency, shapes_of_a_run
+from onnx_ecp.units.choice import Budget, choose
+from onnx_ecp.units.groups import Group
+from onnx_ecp.units.latency import Times, Watch, liked
 
 CHAIN = (
     "float[N, 12] x",
@@ -130,7 +130,7 @@ def by_size(monkeypatch):
         after = min(after * slow, before)
         return Latency(before, after, after / before, settings["threads"], batch.samples)
 
-    monkeypatch.setattr(evaluate, "measure_latency", whole)
+    monkeypatch.setattr(pipeline, "measure_latency", whole)
     monkeypatch.setattr(latency, "measure_latency", whole)
     monkeypatch.setattr(latency, "_seconds", lambda model, feeds, settings: elements(model))
     return ticks

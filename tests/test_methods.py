@@ -14,9 +14,12 @@ import pytest
 from onnx import numpy_helper
 
 import onnx_ecp
-from onnx_ecp import cholesky, preparation, pruning
-from onnx_ecp.curvature import Curvature, Full, Outer
+from onnx_ecp.api import preparation
+from onnx_ecp.api.options import Options
+from onnx_ecp.api.sweep import sweep
 from onnx_ecp.errors import CalibrationError, UsageError
+from onnx_ecp.linalg import cholesky
+from onnx_ecp.linalg.masked import damped
 from onnx_ecp.methods import (
     METHODS,
     BlockProblem,
@@ -28,9 +31,9 @@ from onnx_ecp.methods import (
     sparsegpt,
     woodfisher,
 )
-from onnx_ecp.options import Options
-from onnx_ecp.refit import Gram, damped
-from onnx_ecp.sweep import sweep
+from onnx_ecp.pruning import loop as pruning
+from onnx_ecp.statistics.curvature import Curvature, Full, Outer
+from onnx_ecp.statistics.gram import Gram
 
 ROWS, INPUTS, OUT, DAMPING = 200, 12, 5, 1e-2
 

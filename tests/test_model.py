@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 
 from onnx_ecp.errors import ModelError, OutputError, UsageError
-from onnx_ecp.model import (
+from onnx_ecp.graph import (
     ENCODINGS,
     Model,
     check_output,
@@ -34,7 +34,7 @@ from onnx_ecp.model import (
     signature,
     write_tensor,
 )
-from onnx_ecp.runtime import Session
+from onnx_ecp.runtime.session import Session
 
 ROOT = Path(__file__).parent.parent  # where the package is, when it is not installed
 
@@ -464,7 +464,7 @@ def test_no_tensor_is_in_memory_as_a_whole(tmp_path):
         stream.truncate(4 * size)
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     script = (
-        "import resource, sys; from onnx_ecp.model import load, save\n"
+        "import resource, sys; from onnx_ecp.graph import load, save\n"
         "used = int(open('/proc/self/statm').read().split()[5]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (used + 250_000_000,) * 2)\n"
         "m = load(sys.argv[1]); save(m.proto, sys.argv[2], base=m.base)\n"
@@ -532,7 +532,7 @@ def test_a_killed_process_leaves_the_old_output_or_the_new(call, survived, divid
     write_tensor(constants(network)["W"], np.ones((32, 24)))
     (divided.parent / "new.onnx").write_bytes(network.SerializeToString())
     script = (
-        "import os, sys; from pathlib import Path; from onnx_ecp.model import load, save, saving\n"
+        "import os, sys; from pathlib import Path; from onnx_ecp.graph import load, save, saving\n"
         "new, output, call, left = sys.argv[1:]\n"
         "left, real, saving.LARGEST_FILE = int(left), getattr(os, call), 1000\n"
         "def fatal(*args):\n"
@@ -603,8 +603,8 @@ def test_the_compressed_size_of_a_large_model_is_told_from_a_part_of_it(tmp_path
     )
     onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True)
     whole = compressed_size(tmp_path / "m.onnx")
-    monkeypatch.setattr("onnx_ecp.model.loading._BLOCK", 2**14)
-    monkeypatch.setattr("onnx_ecp.model.loading.MOST_COMPRESSED", 2**17)
+    monkeypatch.setattr("onnx_ecp.graph.loading._BLOCK", 2**14)
+    monkeypatch.setattr("onnx_ecp.graph.loading.MOST_COMPRESSED", 2**17)
     assert compressed_size(tmp_path / "m.onnx") == pytest.approx(whole, rel=0.02)
 
 

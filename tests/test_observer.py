@@ -5,14 +5,14 @@ import onnx
 import onnx.parser
 import pytest
 
-from onnx_ecp.calibration import Batch
+from onnx_ecp.api.inspect import inspect
+from onnx_ecp.data.calibration import Batch
 from onnx_ecp.errors import ModelError, ProviderError
-from onnx_ecp.gradients.observer import Observer, original_state
 from onnx_ecp.gradients.reverse import NO_OUTPUT
 from onnx_ecp.gradients.rules import RULES
-from onnx_ecp.inspection import inspect
+from onnx_ecp.graph import Model
 from onnx_ecp.layers import find_layers
-from onnx_ecp.model import Model
+from onnx_ecp.statistics.observer import Observer, original_state
 
 
 def network(text, rng, *, opset=17, dtype=np.float32, **shapes):

@@ -8,7 +8,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import onnx_ecp
-from onnx_ecp.model import LARGEST_DENSE, constants, decode_sparse, packed_tensors
+from onnx_ecp.graph import LARGEST_DENSE, constants, decode_sparse, packed_tensors
 
 TEXT = """<ir_version: 8, opset_import: ["": 18]> g (float[n,4] x) => (float[n,3] y)
     <int64[1] size = {12}, int64[3] at = {1, 5, 10}, float[3] what = {1.5, -2.5, 3.5},

@@ -7,11 +7,11 @@ from test_structure import NETWORKS, build, each_network, inputs, run, structure
 
 import onnx_ecp
 from onnx_ecp.errors import UsageError
+from onnx_ecp.graph import load
 from onnx_ecp.layers import find_layers
-from onnx_ecp.model import load
-from onnx_ecp.selection import NM
-from onnx_ecp.structure import rearranged
-from onnx_ecp.structure.permutation import exchanged, interchangeable, kept_by
+from onnx_ecp.pruning.selection import NM
+from onnx_ecp.units import rearranged
+from onnx_ecp.units.permutation import exchanged, interchangeable, kept_by
 
 
 @each_network

@@ -24,7 +24,10 @@ import pytest
 from onnx import helper, numpy_helper
 
 import onnx_ecp
-from onnx_ecp import preparation
+from onnx_ecp.api import preparation
+from onnx_ecp.api.optimize import Result
+from onnx_ecp.api.options import Options
+from onnx_ecp.api.preparation import choose_layers, gather, load, observe_network
 from onnx_ecp.errors import (
     CalibrationError,
     ModelError,
@@ -33,17 +36,14 @@ from onnx_ecp.errors import (
     TargetError,
     UsageError,
 )
+from onnx_ecp.graph import constants, decode_sparse, read_tensor, signature
+from onnx_ecp.graph import load as load_model
 from onnx_ecp.layers import edit, find_layers
-from onnx_ecp.measurement import measure
 from onnx_ecp.methods import METHODS
-from onnx_ecp.model import constants, decode_sparse, read_tensor, signature
-from onnx_ecp.model import load as load_model
-from onnx_ecp.options import Options
-from onnx_ecp.pipeline import Result
-from onnx_ecp.preparation import choose_layers, gather, load, observe_network
+from onnx_ecp.pruning.selection import zeros_wanted
 from onnx_ecp.report import SYNTHETIC_WARNING, Report
-from onnx_ecp.runtime import OutOfMemory, Session
-from onnx_ecp.selection import zeros_wanted
+from onnx_ecp.runtime.session import OutOfMemory, Session
+from onnx_ecp.statistics.collection import measure
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "models"
@@ -1015,13 +1015,13 @@ def test_a_signal_ends_a_running_session(number, endless):
     code = textwrap.dedent(f"""
         import sys, threading
         sys.path.insert(0, {str(ROOT)!r})
-        import onnx_ecp.cli, onnx_ecp.runtime
-        run = onnx_ecp.runtime.Session.run
+        import onnx_ecp.cli.commands, onnx_ecp.runtime.session
+        run = onnx_ecp.runtime.session.Session.run
         def told(*arguments):
             threading.Timer(0.2, print, ["running"], {{"flush": True}}).start()
             return run(*arguments)
-        onnx_ecp.runtime.Session.run = told
-        onnx_ecp.cli.main()
+        onnx_ecp.runtime.session.Session.run = told
+        onnx_ecp.cli.commands.main()
     """)
     before = sorted(endless.parent.iterdir())
     with subprocess.Popen(

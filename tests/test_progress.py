@@ -5,7 +5,7 @@ import re
 import sys
 from types import SimpleNamespace
 
-from onnx_ecp import progress
+from onnx_ecp.cli import progress
 
 
 class Terminal(io.StringIO):

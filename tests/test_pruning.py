@@ -11,10 +11,13 @@ import pytest
 from onnx import numpy_helper
 
 import onnx_ecp
-from onnx_ecp import compensation, preparation, pruning, refit
-from onnx_ecp import network as networks
+from onnx_ecp.api import preparation
+from onnx_ecp.api.options import Options
 from onnx_ecp.methods import COMPENSATIONS, METHODS, Solved
-from onnx_ecp.options import Options
+from onnx_ecp.pruning import compensation
+from onnx_ecp.pruning import loop as pruning
+from onnx_ecp.statistics import gram as grams
+from onnx_ecp.statistics import layerwise as networks
 
 HEADER = '<ir_version: 8, opset_import: ["": 17]> net '
 MLP = """(float[n,12] x) => (float[n,4] y) {
@@ -149,7 +152,7 @@ def test_sums_and_errors_do_not_depend_on_the_blocks(name, batch_size, blocks, r
     for constant, value in blocks.items():
         monkeypatch.setattr(networks, constant, value)
         if constant == "BLOCK":
-            monkeypatch.setattr(refit, "BLOCK", value)
+            monkeypatch.setattr(grams, "BLOCK", value)
     source = preparation.load(with_values(text, shapes, rng))
     options = Options.of(batch_size=batch_size)
     layers, _ = preparation.choose_layers(source, options)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from onnx_ecp.cli import main
+from onnx_ecp.cli.commands import main
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -5,19 +5,13 @@ import time
 import numpy as np
 import pytest
 
-from onnx_ecp import cholesky
-from onnx_ecp import refit as module
 from onnx_ecp.errors import ProviderError
-from onnx_ecp.refit import (
-    Gram,
-    inverse_diagonal,
-    mean_shift,
-    outputs,
-    refit,
-    solve,
-    squared_errors,
-)
-from onnx_ecp.runtime import deadline
+from onnx_ecp.linalg import cholesky
+from onnx_ecp.linalg import masked as module
+from onnx_ecp.linalg.masked import inverse_diagonal, solve
+from onnx_ecp.methods.refit import refit
+from onnx_ecp.runtime.limits import deadline
+from onnx_ecp.statistics.gram import Gram, mean_shift, outputs, squared_errors
 
 ROWS, INPUTS, OUT = 60, 7, 5
 

@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from onnx_ecp.bounds import from_gaps
-from onnx_ecp.bounds.sampling import Gaps
 from onnx_ecp.errors import OnnxEcpError, OutputError, UsageError
-from onnx_ecp.evaluate import Deviation, Gap, Latency, ModelFacts, Score
+from onnx_ecp.evaluation.bounds import from_gaps
+from onnx_ecp.evaluation.bounds.sampling import Gaps
+from onnx_ecp.evaluation.compare import Deviation, Gap, Score
+from onnx_ecp.evaluation.facts import ModelFacts
+from onnx_ecp.evaluation.latency import Latency
+from onnx_ecp.evaluation.tensorrt import SparseKernel
+from onnx_ecp.evaluation.work import Work
 from onnx_ecp.layers import Skip
+from onnx_ecp.pruning.search import Point
 from onnx_ecp.report import (
     CalibrationFacts,
     LayerRow,
@@ -27,9 +32,7 @@ from onnx_ecp.report import (
     text,
 )
 from onnx_ecp.report.as_json import dumps
-from onnx_ecp.structure.outcome import Speedup, UnitRow, Work
-from onnx_ecp.targets import Point
-from onnx_ecp.tensorrt import SparseKernel
+from onnx_ecp.units.rows import Speedup, UnitRow
 
 HOSTILE = {
     "markup": "<script>alert(1)</script>",

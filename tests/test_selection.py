@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from onnx_ecp import selection
 from onnx_ecp.errors import UsageError
-from onnx_ecp.selection import NM, Group, parse_sparsity, select, zeros_wanted
+from onnx_ecp.pruning import selection
+from onnx_ecp.pruning.selection import NM, Group, parse_sparsity, select, zeros_wanted
 
 SHAPES = {"first": (6, 8), "second": (4, 12)}
 SIZE = 6 * 8 + 4 * 12

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onnx_ecp.errors import ProviderError
-from onnx_ecp.shelf import Computed, Shelf
+from onnx_ecp.runtime.lazy import Computed, Shelf
 
 
 @pytest.mark.parametrize("limit", [0, 100, None])

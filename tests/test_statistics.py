@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from onnx_ecp.methods import METHODS, View, bias_shift
-from onnx_ecp.statistics import expand, reduce_positions, total
+from onnx_ecp.statistics.moments import expand, reduce_positions, total
 
 GROUPS, ROWS, INPUTS, OUT, PROBES = 2, 24, 5, 3, 4
 

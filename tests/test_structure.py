@@ -9,20 +9,14 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 import onnx_ecp
+from onnx_ecp.api.inspect import inspect
 from onnx_ecp.errors import TargetError, UsageError
-from onnx_ecp.inspection import inspect
+from onnx_ecp.graph import Model, load
 from onnx_ecp.layers import find_layers
-from onnx_ecp.model import Model, load
-from onnx_ecp.structure import (
-    cleanup,
-    cut,
-    find_structure,
-    inferred_shapes,
-    shapes_of_a_run,
-    smaller,
-)
-from onnx_ecp.structure.cleanup import clean_up, largest_difference
-from onnx_ecp.structure.selection import budget, choose, multiples
+from onnx_ecp.units import cleanup, cut, find_structure, inferred_shapes, shapes_of_a_run
+from onnx_ecp.units import shrink as smaller
+from onnx_ecp.units.choice import budget, choose, multiples
+from onnx_ecp.units.cleanup import clean_up, largest_difference
 
 HEADER = '<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>\n'
 # What attentions have in common: Q, K and V of tokens; heads apart; what they see, with no scale.

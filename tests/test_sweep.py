@@ -18,15 +18,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 import onnx_ecp
-from onnx_ecp import pruning
-from onnx_ecp import sweep as sweeping
-from onnx_ecp.cli import main
+from onnx_ecp.api import sweep as sweeping
+from onnx_ecp.api.sweep import COMMON, grid_of, prepare, run, sweep
+from onnx_ecp.cli.commands import main
 from onnx_ecp.errors import CalibrationError, OnnxEcpError, TargetError, UsageError
-from onnx_ecp.evaluate import ModelFacts
-from onnx_ecp.gradients.observer import Observer
+from onnx_ecp.evaluation.facts import ModelFacts
 from onnx_ecp.methods import METHODS
+from onnx_ecp.pruning import loop as pruning
 from onnx_ecp.report import CalibrationFacts, Versions, curves, sweeps, text
-from onnx_ecp.sweep import COMMON, EvaluationFacts, Point, Sweep, grid_of, prepare, run, sweep
+from onnx_ecp.report.sweep import EvaluationFacts, Point, Sweep
+from onnx_ecp.statistics.observer import Observer
 
 NET = """
 <ir_version: 8, opset_import: ["": 17]>

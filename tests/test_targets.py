@@ -7,8 +7,8 @@ from onnx.reference import ReferenceEvaluator
 
 import onnx_ecp
 from onnx_ecp.errors import CalibrationError, QualityError, TargetError, UsageError
+from onnx_ecp.pruning.search import Limit, Point
 from onnx_ecp.report import Report
-from onnx_ecp.targets import Limit, Point
 
 MLP = """<ir_version: 8, opset_import: ["" : 17]> g (float[batch, 12] x) => (float[batch, 4] y) {
     h = Gemm<transB = 1>(x, W1, b1)
@@ -109,7 +109,8 @@ def test_a_network_of_decisions_has_no_error_to_limit(model, data, sparsity):
 
 
 def test_one_stage_methods_are_observed_once_however_many_points(model, data, monkeypatch):
-    from onnx_ecp import pruning, targets
+    from onnx_ecp.pruning import loop as pruning
+    from onnx_ecp.pruning import search as targets
 
     looks = []
 

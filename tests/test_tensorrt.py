@@ -5,9 +5,9 @@ import onnx
 import pytest
 
 import onnx_ecp
+from onnx_ecp.evaluation.tensorrt import advice, refusal, sparse_kernels
+from onnx_ecp.graph import load
 from onnx_ecp.layers import find_layers
-from onnx_ecp.model import load
-from onnx_ecp.tensorrt import advice, refusal, sparse_kernels
 
 HEADER = '<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>\n'
 

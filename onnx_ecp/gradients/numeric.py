@@ -13,7 +13,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from onnx_ecp.runtime import Session, check_deadline
+from onnx_ecp.runtime.limits import check_deadline
+from onnx_ecp.runtime.session import Session
 
 # Where these occur, a small step crosses few kinks (h = 1e-3); a smooth network takes h = 1e-2.
 PIECEWISE = frozenset(

@@ -21,12 +21,12 @@ from onnx_ecp.errors import ModelError
 from onnx_ecp.gradients.builder import Builder, Fact
 from onnx_ecp.gradients.lowering import is_fused, lower
 from onnx_ecp.gradients.reverse import adjoints, names_read
+from onnx_ecp.graph import constants, is_external, printable
+from onnx_ecp.graph.inlining import has_bodies, inline
+from onnx_ecp.graph.proto import bodies, nested
+from onnx_ecp.graph.tensors import byte_size, clear_values, stored_bytes
 from onnx_ecp.layers import Layer
-from onnx_ecp.model import constants, is_external, printable
-from onnx_ecp.model.inlining import has_bodies, inline
-from onnx_ecp.model.proto import bodies, nested
-from onnx_ecp.model.tensors import byte_size, clear_values, stored_bytes
-from onnx_ecp.runtime import Session
+from onnx_ecp.runtime.session import Session
 
 # The rules use ReduceSum and ReduceMean with axes as inputs, Split with num_outputs and
 # ScatterElements with a reduction: all there from opset 18 on.

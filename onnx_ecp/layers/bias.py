@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnx_ecp.graph.proto import UNSHIFTED
 from onnx_ecp.layers import edit
 from onnx_ecp.layers.trace import Scope, Traced
 from onnx_ecp.layers.views import operator
-from onnx_ecp.model.proto import UNSHIFTED
 
 MICROSOFT = "com.microsoft"
 

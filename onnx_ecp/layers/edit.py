@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from onnx_ecp.model.proto import constant_value, nested
-from onnx_ecp.model.tensors import renewed, values, write_tensor
+from onnx_ecp.graph.proto import constant_value, nested
+from onnx_ecp.graph.tensors import renewed, values, write_tensor
 
 # Before IR version 4 an initializer had to be listed as a graph input, too.
 _FREE_INITIALIZERS = 4

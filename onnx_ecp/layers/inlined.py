@@ -13,15 +13,15 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnx_ecp.graph.external import is_external
+from onnx_ecp.graph.inlining import Place, has_bodies, inline
+from onnx_ecp.graph.proto import constants
+from onnx_ecp.graph.tensors import byte_size
 from onnx_ecp.layers.bias import AddBehind, Bias, BiasInput
 from onnx_ecp.layers.conv import Conv
 from onnx_ecp.layers.dense import Dense
 from onnx_ecp.layers.layer import Layer, Skip
 from onnx_ecp.layers.trace import Scope
-from onnx_ecp.model.external import is_external
-from onnx_ecp.model.inlining import Place, has_bodies, inline
-from onnx_ecp.model.proto import constants
-from onnx_ecp.model.tensors import byte_size
 
 # Values of larger tensors are not needed to find layers.
 _SMALL = 2**10

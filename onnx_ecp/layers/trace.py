@@ -18,10 +18,10 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from onnx_ecp.errors import ModelError
+from onnx_ecp.graph.printable import printable
+from onnx_ecp.graph.proto import UNSHIFTED
 from onnx_ecp.layers import views
 from onnx_ecp.layers.layer import Skip, Step, Weight
-from onnx_ecp.model.printable import printable
-from onnx_ecp.model.proto import UNSHIFTED
 
 FLOATS = (
     onnx.TensorProto.FLOAT,

@@ -31,7 +31,7 @@ import numpy as np
 
 from onnx_ecp.methods.method import BlockProblem, Compensation, MaskProblem, Method
 from onnx_ecp.methods.simple import MAGNITUDE
-from onnx_ecp.runtime import check_deadline
+from onnx_ecp.runtime.limits import check_deadline
 
 # The ridge of the published rows of MLPNet.
 DAMPING = 1e-3

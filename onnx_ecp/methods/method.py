@@ -7,9 +7,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from onnx_ecp.curvature import Curvature
-from onnx_ecp.refit import Gram, damped, inverse_diagonal, refit
-from onnx_ecp.statistics import Moments, per_row
+from onnx_ecp.linalg.masked import damped, inverse_diagonal
+from onnx_ecp.linalg.rows import per_row
+from onnx_ecp.methods.refit import refit
+from onnx_ecp.statistics.curvature import Curvature
+from onnx_ecp.statistics.gram import Gram
+from onnx_ecp.statistics.moments import Moments
 
 # Each step needs all that the steps before it need, but that curvature goes without gradients.
 # "means" are the sensitivities of units and the means of inputs weighted by them (bb and wb of

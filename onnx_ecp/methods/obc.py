@@ -21,10 +21,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from onnx_ecp.errors import UsageError
+from onnx_ecp.linalg.masked import solve as solve_on_support
 from onnx_ecp.methods.method import Compensation, LayerProblem, Method, Part, Solved
 from onnx_ecp.methods.sparsegpt import importance
-from onnx_ecp.refit import solve as solve_on_support
-from onnx_ecp.runtime import check_deadline
+from onnx_ecp.runtime.limits import check_deadline
 
 # Elements of H^-1 that eliminations may touch per layer; hours on one core.
 MOST = 2e12

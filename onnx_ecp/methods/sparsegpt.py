@@ -18,14 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_ecp.methods.method import (
-    Compensation,
-    LayerProblem,
-    Method,
-    Part,
-    Solved,
-    View,
-)
+from onnx_ecp.methods.method import Compensation, LayerProblem, Method, Part, Solved, View
 
 # Columns whose mask is chosen together, and within which every step is taken at once (the paper's).
 BLOCK = 128

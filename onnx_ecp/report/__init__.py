@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onnx_ecp.bounds import Bounds
-from onnx_ecp.doctor import Versions as Versions
 from onnx_ecp.errors import UsageError
-from onnx_ecp.evaluate import Gap, Latency, ModelFacts
+from onnx_ecp.evaluation.bounds import Bounds
+from onnx_ecp.evaluation.compare import Gap
+from onnx_ecp.evaluation.facts import ModelFacts
+from onnx_ecp.evaluation.latency import Latency
+from onnx_ecp.evaluation.tensorrt import SparseKernel
+from onnx_ecp.evaluation.work import Work
+from onnx_ecp.graph import check_output, write_whole
 from onnx_ecp.layers.layer import Skip
-from onnx_ecp.model import check_output, write_whole
-from onnx_ecp.structure.outcome import MEET, Speedup, UnitRow, Work
-from onnx_ecp.targets import Point
-from onnx_ecp.tensorrt import SparseKernel
+from onnx_ecp.pruning.search import Point
+from onnx_ecp.runtime.versions import Versions
+from onnx_ecp.units.rows import MEET, Speedup, UnitRow
 
 UNSTRUCTURED_SPEED = (
     "Scattered zeros make the compressed file smaller, not the inference faster: ONNX Runtime "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from onnx_ecp.bounds import Bounds
-from onnx_ecp.bounds.planning import Planning
+from onnx_ecp.evaluation.bounds import Bounds
+from onnx_ecp.evaluation.bounds.planning import Planning
 
 GAP = "gap: L2 norm of the pruned model's outputs minus the original's, for one input."
 VACUOUS = "vacuous: it would hold for a model whose outputs are all zero as well."

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from onnx_ecp.model import printable
+from onnx_ecp.graph import printable
 from onnx_ecp.report.as_json import encode
 from onnx_ecp.report.html import document, number, shown, table
-from onnx_ecp.sweep import Point, Sweep
+from onnx_ecp.report.sweep import Point, Sweep
 
 _WIDTH, _HEIGHT = 800, 400
 _LEFT, _TOP, _BOTTOM = 62, 16, 46

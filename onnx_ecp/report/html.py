@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from onnx_ecp.model import printable
+from onnx_ecp.graph import printable
 from onnx_ecp.report import (
     CURVE_NOTE,
     KERNELS,
@@ -25,7 +25,7 @@ from onnx_ecp.report import (
     latency_rows,
 )
 from onnx_ecp.report.as_json import dumps, encode
-from onnx_ecp.structure.outcome import MEET
+from onnx_ecp.units.rows import MEET
 
 # Rows at either end of a table; a row takes at most 2 kB, whatever the names are.
 _ENDS = 60

@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from onnx_ecp.errors import UsageError
-from onnx_ecp.model import check_output, printable, write_whole
+from onnx_ecp.graph import check_output, printable, write_whole
 from onnx_ecp.report import curves
 from onnx_ecp.report.as_json import dumps, encode
-from onnx_ecp.sweep import Point, Sweep
+from onnx_ecp.report.sweep import Point, Sweep
 
 SCHEMA = 1
 # Characters of a sentence that are shown.

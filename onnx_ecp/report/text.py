@@ -20,13 +20,15 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
-from onnx_ecp.bounds import Bounds
-from onnx_ecp.bounds.planning import Planning
-from onnx_ecp.doctor import Diagnosis
-from onnx_ecp.evaluate import Comparison, Gap, Latency, ModelFacts
-from onnx_ecp.inspection import Inspection, Prunable
+from onnx_ecp.evaluation.bounds import Bounds
+from onnx_ecp.evaluation.bounds.planning import Planning
+from onnx_ecp.evaluation.compare import Comparison, Gap
+from onnx_ecp.evaluation.facts import ModelFacts
+from onnx_ecp.evaluation.latency import Latency
+from onnx_ecp.evaluation.tensorrt import SparseKernel
+from onnx_ecp.graph import printable
 from onnx_ecp.layers.layer import Skip
-from onnx_ecp.model import printable
+from onnx_ecp.pruning.search import Point
 from onnx_ecp.report import (
     CURVE_NOTE,
     KERNELS,
@@ -43,9 +45,9 @@ from onnx_ecp.report import (
     fate,
     latency_rows,
 )
-from onnx_ecp.structure.outcome import MEET, UnitGroup
-from onnx_ecp.targets import Point
-from onnx_ecp.tensorrt import SparseKernel
+from onnx_ecp.report.diagnosis import Diagnosis
+from onnx_ecp.report.inspection import Inspection, Prunable
+from onnx_ecp.units.rows import MEET, UnitGroup
 
 WIDTH = 100
 # Rows of a long table that are shown at its beginning and at its end.

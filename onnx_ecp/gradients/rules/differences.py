@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from onnx_ecp.errors import ProviderError
 from onnx_ecp.gradients.builder import Builder
 from onnx_ecp.gradients.rules.registry import Unsupported, only
-from onnx_ecp.runtime import Session
+from onnx_ecp.runtime.session import Session
 
 # In units of max(|x|, 1): the cube root of the precision, where both errors together are least.
 STEPS: dict[np.dtype, float] = {np.dtype(np.float64): 6e-6, np.dtype(np.float32): 2e-3}

@@ -1,0 +1,1 @@
+"""The public calls, each a page: what they do, step by step."""

@@ -1,0 +1,138 @@
+"""What of a model is prunable, what is not and why.
+
+Works for models that are newer than the installed ONNX Runtime, or where there is none: only what
+the sensitivities of the layers can be had by needs a run, and is then not told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from onnx_ecp.data import calibration
+from onnx_ecp.errors import CalibrationError, OnnxEcpError, ProviderError
+from onnx_ecp.evaluation import tensorrt
+from onnx_ecp.evaluation.facts import model_of
+from onnx_ecp.gradients.reverse import NO_OUTPUT
+from onnx_ecp.graph import (
+    InputSpec,
+    Model,
+    constants,
+    decode_sparse,
+    read_tensor,
+    runtime_support,
+    signature,
+)
+from onnx_ecp.layers import Layer, find_layers
+from onnx_ecp.report.inspection import Inspection, Prunable
+from onnx_ecp.runtime.limits import deadline
+from onnx_ecp.statistics.observer import Observer
+from onnx_ecp.units import find_structure, inferred_shapes
+from onnx_ecp.units.rows import unit_groups
+
+# Sensitivities are looked for in models of so many weights, and for so many seconds.
+MOST_WEIGHTS = 200_000_000
+PATIENCE = 60.0
+
+
+def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
+    """Find the layers of a model that can be pruned.
+
+    Args:
+        model: path or proto; it is not changed. Where it is not too large, it is run on two
+            made-up samples to find out about sensitivities.
+
+    Raises:
+        ModelError: the model is unreadable or invalid.
+    """
+    given = model_of(model)
+    dense = Model(decode_sparse(given.proto), given.path, given.base)
+    found = find_layers(dense.proto)
+    stored = constants(dense.proto)
+    storage = tensorrt.storage(given.proto)
+    layers = tuple(
+        _prunable(layer, read_tensor(dense, stored[layer.weight.tensor]), storage)
+        for layer in found.layers
+    )
+    layers = _with_sensitivities(layers, dense, found.layers)
+    structure = find_structure(dense.proto, found.layers, inferred_shapes(dense.proto))
+    by_tensor = {layer.tensor: layer for layer in layers}.values()
+    return Inspection(
+        path=None if given.path is None else str(given.path),
+        ir_version=given.proto.ir_version,
+        opsets={o.domain or "ai.onnx": o.version for o in given.proto.opset_import},
+        inputs=signature(given.proto),
+        outputs=_outputs(given.proto),
+        layers=layers,
+        skips=found.skips,
+        unit_groups=unit_groups(structure),
+        unit_refusals=structure.refusals,
+        weights=sum(layer.weights for layer in by_tensor),
+        zeros=sum(layer.zeros for layer in by_tensor),
+        warnings=_warnings(given.proto),
+    )
+
+
+def _with_sensitivities(
+    rows: tuple[Prunable, ...], model: Model, layers: Sequence[Layer]
+) -> tuple[Prunable, ...]:
+    """The rows with what an attempt to observe the layers, on made-up inputs, tells."""
+    if not layers:
+        return rows
+    if sum(row.weights for row in rows) > MOST_WEIGHTS:
+        return tuple(replace(row, blocked="the model is too large to try it") for row in rows)
+    try:
+        with deadline(PATIENCE):
+            inputs = signature(model.proto)
+            made_up = calibration.synthetic(model.proto, inputs, samples=2)
+            observer = Observer(model, layers, next(made_up.batches(2)))
+    except (ProviderError, CalibrationError) as error:  # made-up inputs may be at fault
+        return tuple(replace(row, blocked=error.message) for row in rows)
+    except OnnxEcpError as error:
+        return tuple(replace(row, sensitivity="none", blocked=error.message) for row in rows)
+    ways = (_way(observer, row.name) for row in rows)
+    return tuple(
+        replace(row, sensitivity=way, blocked=reason)
+        for row, (way, reason) in zip(rows, ways, strict=True)
+    )
+
+
+def _way(observer: Observer, name: str) -> tuple[str, str]:
+    """How the sensitivity of a layer can be had, and why not otherwise."""
+    if name in observer.blocked:
+        reason = observer.blocked[name]
+        return "none" if reason == NO_OUTPUT else "differences", reason
+    if name in observer.numeric:
+        return "numeric", f"no gradient rule for {observer.numeric[name]}"
+    return "reverse graph", ""
+
+
+def _prunable(layer: Layer, stored: np.ndarray, storage: Mapping[str, str]) -> Prunable:
+    return Prunable(
+        name=layer.name,
+        op=layer.op,
+        tensor=layer.weight.tensor,
+        shape=layer.shape,
+        weights=stored.size,
+        zeros=stored.size - int(np.count_nonzero(stored)),
+        two_four="" if layer.reduction % 4 == 0 else f"4 does not divide {layer.reduction}",
+        tensorrt=tensorrt.refusal(layer),
+        storage=storage.get(layer.weight.tensor, "dense"),
+    )
+
+
+def _outputs(proto: onnx.ModelProto) -> tuple[InputSpec, ...]:
+    """The outputs, described as inputs are: by a graph that has them as inputs."""
+    return signature(onnx.ModelProto(graph=onnx.GraphProto(input=proto.graph.output)))
+
+
+def _warnings(proto: onnx.ModelProto) -> tuple[str, ...]:
+    try:
+        problem = runtime_support(proto)
+    except ProviderError as error:
+        problem = error.message
+    return () if problem is None else (f"only `inspect` works on this model here: {problem}",)

@@ -1,0 +1,678 @@
+"""The command line: read, call, write, print.
+
+Only click is imported at the top: ``onnx-ecp --help`` must not wait for numpy, onnx or rich. What
+an option's value may be, the library decides; here is only what is peculiar to a command line.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from onnx_ecp.cli.progress import bars
+from onnx_ecp.errors import Interrupted, OnnxEcpError, OutputError, UsageError, did_you_mean
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Pair(click.ParamType):
+    """NAME, a separator, VALUE: the last separator counts, so names may contain it.
+
+    Args:
+        separator: one character.
+        value: what VALUE is converted with; ValueError if it cannot be.
+        example: for the hint.
+    """
+
+    name = "pair"
+
+    def __init__(self, separator: str, value: Callable[[str], Any], example: str) -> None:
+        self.separator, self.value, self.example = separator, value, example
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Any]:
+        """(name, converted value)."""
+        if isinstance(value, tuple):
+            return value
+        name, _, text = str(value).rpartition(self.separator)
+        try:
+            if not name:
+                raise ValueError
+            return name, self.value(text)
+        except ValueError:
+            raise UsageError(
+                f"{param.opts[0]}: cannot read {value!r}.", hint=f"Write it like {self.example}."
+            ) from None
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(",")) if text else ()
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
+    """Make the values of a TOML file the defaults of this command's options."""
+    if path is None:
+        return
+    import tomllib
+
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+    except (OSError, ValueError) as error:  # TOML and UTF-8 errors are ValueErrors
+        raise UsageError(f"{path}: cannot be read: {error}.") from error
+    options = {
+        option.opts[-1].removeprefix("--"): option
+        for option in ctx.command.params
+        if isinstance(option, click.Option) and option is not param
+    }
+    defaults = {}
+    for key, value in values.items():
+        option = options.get(key.replace("_", "-"))
+        if option is None:
+            raise UsageError(f"{path}: no option {key!r}.", hint=did_you_mean(key, options))
+        assert option.name, "click names every option"
+        defaults[option.name] = _config_value(f"{path}: {key}", option, value)
+    ctx.default_map = defaults
+
+
+def _config_value(where: str, option: click.Option, value: Any) -> Any:
+    """A TOML value in the form in which click takes defaults."""
+    if isinstance(option.type, Pair) and isinstance(value, dict):
+        texts = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in value.items()}
+        return [f"{name}{option.type.separator}{text}" for name, text in texts.items()]
+    if option.multiple and not isinstance(value, dict):
+        return [str(item) for item in (value if isinstance(value, list) else [value])]
+    if isinstance(value, dict | list) or isinstance(value, bool) != option.is_flag:
+        raise UsageError(f"{where} cannot be {value!r}.", hint="See --help of the command.")
+    return value
+
+
+BATCH_SIZE = click.option(
+    "--batch-size", type=int, metavar="N", help="Samples per run.  [default: what fits]"
+)
+PROVIDER = click.option(
+    "--provider", metavar="NAME", default="cpu", show_default=True,
+    help="Execution provider, by a part of its name: cpu, cuda, ...",
+)  # fmt: skip
+THREADS = click.option(
+    "--threads", type=int, metavar="N",
+    help="Threads of ONNX Runtime and NumPy.  [default: their own choice]",
+)  # fmt: skip
+TRACEBACK = click.option("--traceback", is_flag=True, help="Show the traceback of an error.")
+JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Print only the last line.")
+FORCE = click.option("--force", is_flag=True, help="Overwrite files that are there.")
+VERBOSE = click.option("-v", "--verbose", is_flag=True, help="All layers, however many.")
+
+
+def _choice(flag: str, values: str, default: str | None, text: str) -> Callable[[F], F]:
+    """An option with a few values; the library says which exist, and what to do about others."""
+    return click.option(
+        *flag.split(), metavar=values, default=default, show_default=default is not None, help=text
+    )
+
+
+CONFIG = click.option(
+    "--config", metavar="FILE.toml", is_eager=True, expose_value=False, callback=_read_config,
+    help="Options from a file, by their long names; the command line wins.",
+)  # fmt: skip
+CALIBRATION = click.option(
+    "-c", "--calibration", metavar="PATH",
+    help="Calibration inputs: .npz (one array per input, first axis = sample), .npy, a folder "
+    "of them, test_data_set_N/input_*.pb, Polygraphy .json, SCRIPT.py[:function].  [default: "
+    "MODEL.npz beside the model, else made-up inputs]",
+)  # fmt: skip
+
+# What commands that prune have in common: how a network is pruned, and what computes it.
+PRUNING = (
+    _choice(
+        "--compensation", "NAME", None,
+        "none, bias, refit, joint, sparsegpt, obc, woodfisher or cbs.  [default: the method's own]",
+    ),
+    click.option(
+        "--damping", type=float, metavar="X",
+        help="Ridge of importance and compensation: a share of the mean variance of a layer's "
+        "inputs (default 0.01); for woodfisher and cbs lambda itself (default 0.001).",
+    ),
+    _choice(
+        "--blocks", "network|layer", "network",
+        "woodfisher and cbs: couple all weights, or those within a layer, for large networks.",
+    ),
+    click.option(
+        "--finetune-steps", type=int, metavar="N", default=0, show_default=True,
+        help="Learn the original outputs for N batches at the end, N/10 between stages.",
+    ),
+    click.option("--stages", type=int, metavar="N", help="Stages.  [default: the method's own]"),
+    _choice(
+        "--scope", "global|layer", None,
+        "Rank over all layers, or within each.  [default: layer for sparsegpt, obc]",
+    ),
+    _choice(
+        "--metric", "l2|kl|loss", None,
+        "Distance of outputs; kl takes them as logits, loss takes --labels too.  [default: l2; "
+        "loss for woodfisher and cbs with --labels]",
+    ),
+    click.option(
+        "--probes", type=int, metavar="N",
+        help="Random output directions per sample.  [default: exact for few outputs, else one]",
+    ),
+    _choice(
+        "--gradients", "vjp|numeric", "vjp",
+        "Reverse-mode graph, or finite differences (slow, any operator).",
+    ),
+    _choice("--positions", "expand|reduce", "expand", "Tokens as samples, or summed."),
+    click.option(
+        "--include", metavar="REGEX", multiple=True,
+        help="Prune only layers whose name matches (repeatable).",
+    ),
+    click.option(
+        "--exclude", metavar="REGEX", multiple=True,
+        help="Leave layers whose name matches (repeatable).",
+    ),
+    click.option(
+        "--layer-sparsity", type=Pair("=", str, "'fc1=0.9'"), metavar="REGEX=VALUE", multiple=True,
+        help="Sparsity of the layers whose name matches (repeatable).",
+    ),
+)  # fmt: skip
+RUNNING = (
+    click.option("--samples", type=int, metavar="N", help="Use at most N calibration samples."),
+    BATCH_SIZE,
+    click.option(
+        "--max-memory", metavar="SIZE",
+        help="What statistics and activations may take, such as 8G; below it, more passes over "
+        "the data and temporary files.  [default: half of what is free]",
+    ),
+    click.option(
+        "--seed", type=int, metavar="N", default=0, show_default=True,
+        help="Seed of everything random.",
+    ),
+    PROVIDER,
+    _choice(
+        "--statistics", "auto|graph|host", "auto",
+        "Sum statistics inside the ONNX graph, where the provider runs it, or in NumPy; auto: in "
+        "the graph where the provider is cuda.",
+    ),
+    THREADS,
+    click.option("--timeout", type=float, metavar="S", help="Give up after S seconds."),
+    click.option(
+        "--input-shapes", type=Pair(":", _sizes, "x:1,3,224,224"), metavar="NAME:D1,D2,...",
+        multiple=True, help="Shape of an input with free dimensions (repeatable).",
+    ),
+)  # fmt: skip
+
+# One row per option of `optimize`; its name is the keyword of `pipeline.optimize`.
+OPTIONS = (
+    CALIBRATION,
+    click.option(
+        "-m", "--method", metavar="NAME", default="ecp-refit", show_default=True,
+        help="ecp-refit, ecp, obs, magnitude, random, gradient-magnitude, wanda, flap, obd, "
+        "sparsegpt, obc, woodfisher or cbs.",
+    ),
+    click.option(
+        "-s", "--sparsity", metavar="VALUE",
+        help="Share of zeros, or N:M (N kept of every M along the reduction axis).  [default: 0.5, "
+        "or what the target below allows]",
+    ),
+    click.option(
+        "--max-error", type=float, metavar="E",
+        help="Prune as far as the relative output error on held-out samples stays within E; with "
+        "--sparsity or --speedup a gate: exit code 7 where it is missed.",
+    ),
+    click.option(
+        "--max-accuracy-drop", type=float, metavar="P",
+        help="Prune as far as top-1 accuracy on held-out --labels drops P points at most; a gate "
+        "as --max-error is.",
+    ),
+    _choice(
+        "--granularity", "weight|unit", "weight",
+        "unit: remove whole neurons, channels and heads, which makes a smaller dense model.",
+    ),
+    click.option(
+        "--speedup", type=float, metavar="X",
+        help="Instead of --sparsity, with units: 1/X of the layers' multiplications stay; with "
+        "--cost latency the model is X times as fast on this machine, measured.",
+    ),
+    _choice(
+        "--cost", "params|flops|latency", "params",
+        "What a unit's importance is divided by; latency is timed on this machine.",
+    ),
+    click.option(
+        "--unit-multiple", type=int, metavar="N", default=1, show_default=True,
+        help="Keep units in multiples of N, such as 8 or 16.",
+    ),
+    click.option(
+        "--cleanup/--no-cleanup", default=None,
+        help="Delete units that have no weights left; exact but for rounding.  [default: on, but "
+        "off with N:M and --apply-masks]",
+    ),
+    _choice(
+        "--unread-inputs", "faster|smaller", "faster",
+        "Clean-up drops inputs that a layer no longer reads where that makes it faster, or "
+        "wherever it makes the file smaller.",
+    ),
+    click.option(
+        "--permute", is_flag=True,
+        help="With N:M: reorder the inputs of layers, where another layer in the file makes them, "
+        "so that the pattern loses less.",
+    ),
+    _choice("--importance", "NAME", None, "Rank weights as this method does.  [default: METHOD]"),
+    click.option(
+        "--cbs-select/--no-cbs-select", default=True, show_default=True,
+        help="cbs: search the masks, or take those of magnitude.",
+    ),
+    click.option(
+        "--cbs-update/--no-cbs-update", default=True, show_default=True,
+        help="cbs: update the weights that stay, or leave them.",
+    ),
+    *PRUNING,
+    _choice("--format", "dense|sparse|packed", "dense", "Storage of zeros; dense loads anywhere."),
+    *RUNNING,
+    click.option(
+        "--labels", metavar="PATH",
+        help="Labels of the calibration samples: adds accuracy to the report; woodfisher and cbs "
+        "then take the curvature of the loss.",
+    ),
+    click.option(
+        "--measure", is_flag=True,
+        help="Measure the latency of both models on the held-out samples, in turns.",
+    ),
+    click.option(
+        "--bound", is_flag=True,
+        help="Add bounds on the output gap, from the held-out samples, at confidence 0.95.",
+    ),
+    click.option(
+        "--masks", metavar="FILE.npz",
+        help="Write the keep masks (True = stays), in the shapes of MODEL.",
+    ),
+    click.option(
+        "--apply-masks", metavar="FILE.npz", help="Remove what these keep masks say, no more."
+    ),
+    FORCE,
+    click.option("--dry-run", is_flag=True, help="Do everything but write OUTPUT."),
+)  # fmt: skip
+
+# Options that the library does not know.
+PRESENTATION = (
+    CONFIG,
+    click.option(
+        "--report", metavar="FILE.json|FILE.html", multiple=True,
+        help="Write a report (repeatable).",
+    ),
+    QUIET,
+    VERBOSE,
+    TRACEBACK,
+)  # fmt: skip
+
+
+def _with(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several option decorators as one, in the order in which the help shows them."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+class Program(click.Group):
+    """The group of commands; every exception becomes one line, one hint and an exit code."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **keywords: Any) -> Any:
+        """Run and exit; see ``click.Group.main``."""
+        args = list(sys.argv[1:] if args is None else args) or ["--help"]
+        keywords["standalone_mode"] = False
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # not every terminal can show every name
+                stream.reconfigure(errors="backslashreplace")
+        with _signals_raise():
+            try:
+                code = super().main(args, *rest, **keywords)
+            except Exception as error:
+                code = _failed(error, with_traceback="--traceback" in args)
+        sys.exit(code or 0)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, or UsageError with the closest names."""
+        command = super().get_command(ctx, cmd_name)
+        if command is None and not ctx.resilient_parsing:
+            known = self.list_commands(ctx)
+            raise UsageError(f"no command {cmd_name!r}.", hint=did_you_mean(cmd_name, known))
+        return command
+
+
+class _Signal(KeyboardInterrupt):
+    """SIGINT or SIGTERM as an exception that no ``except Exception`` swallows."""
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Make both signals exceptions, so that nothing half-written stays behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise _Signal(number)
+
+    before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _failed(error: Exception, with_traceback: bool) -> int:
+    """Say on stderr what went wrong and what to do; the exit code."""
+    message, hint, code = _explained(error)
+    if with_traceback:
+        import traceback
+
+        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    click.echo(f"error: {_one_line(message)}", err=True)
+    if hint:
+        click.echo(f"hint: {_one_line(hint)}", err=True)
+    return code
+
+
+def _explained(error: Exception) -> tuple[str, str, int]:
+    """(message, hint, exit code) of an exception."""
+    match error:
+        case click.Abort(__cause__=_Signal(args=(number,))):
+            return _explained(Interrupted(number))
+        case OnnxEcpError():
+            return error.message, error.hint, error.exit_code
+        case click.NoSuchOption(ctx=ctx, option_name=name):
+            options = ctx.command.params if ctx is not None else []
+            known = [flag for option in options for flag in option.opts if flag.startswith("--")]
+            return f"no option {name}.", did_you_mean(name, known), UsageError.exit_code
+        case click.ClickException():
+            ctx = getattr(error, "ctx", None)
+            command = ctx.info_name if ctx is not None and ctx.parent is not None else ""
+            hint = f"See {' '.join(filter(None, ('onnx-ecp', command)))} --help."
+            return error.format_message(), hint, error.exit_code
+        case MemoryError():
+            return "out of memory.", "Use a smaller --batch-size or fewer --samples.", 6
+        case BrokenPipeError():
+            # Python flushes stdout once more when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return "nobody reads the output.", "", OutputError.exit_code
+    what = f"{type(error).__name__}: {error} (a bug in onnx-ecp)"
+    return what, "Run it again with --traceback and report what it prints.", 1
+
+
+def _one_line(text: str) -> str:
+    """Text with line breaks and terminal escapes made harmless."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.splitlines()))
+
+
+def _show_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        import onnx_ecp
+
+        click.echo(f"onnx-ecp {onnx_ecp.__version__}")
+        ctx.exit()
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version,
+    help="Show the version.",
+)  # fmt: skip
+def main() -> None:
+    """Prune trained ONNX models: no labels, no training, no framework.
+
+    \b
+    onnx-ecp optimize in.onnx out.onnx -c calibration.npz -s 0.8
+    """  # noqa: D301 - the \b is for click
+
+
+@main.command()
+@click.argument("model")
+@click.argument("output", required=False)
+@_with(*OPTIONS, *PRESENTATION)
+def optimize(
+    model: str,
+    output: str | None,
+    quiet: bool,
+    verbose: bool,
+    traceback: bool,
+    **options: Any,
+) -> None:
+    """Prune MODEL, repair what stays, write OUTPUT, compare both.
+
+    OUTPUT may be left out with --dry-run.
+    """
+    if output is None and not options["dry_run"]:
+        raise UsageError("OUTPUT is missing.", hint="Name the file to write, or add --dry-run.")
+    from onnx_ecp.api import optimize as pipeline
+    from onnx_ecp.report import text
+
+    options |= {name: dict(options[name]) for name in ("layer_sparsity", "input_shapes")}
+    calibration = options.pop("calibration")
+    with bars(quiet) as progress:
+        result = pipeline.optimize(model, calibration, output=output, progress=progress, **options)
+    if quiet:
+        _warn(result.report.warnings)
+    else:
+        text.show(text.report_tables(result.report, verbose=verbose))
+    click.echo(text.ok_line(result.report))
+
+
+@main.command()
+@click.argument("model")
+@_with(JSON, VERBOSE, TRACEBACK)
+def inspect(model: str, as_json: bool, verbose: bool, traceback: bool) -> None:
+    """Show what of MODEL is prunable, what is not, and why."""
+    from onnx_ecp.api import inspect as inspection
+
+    found = inspection.inspect(model)
+    if as_json:
+        _print_json(found)
+        return
+    from onnx_ecp.report import text
+
+    text.show(text.inspection_tables(found, verbose=verbose))
+
+
+@main.command()
+@click.argument("model_a")
+@click.argument("model_b")
+@click.option("-d", "--data", metavar="PATH", required=True, help="Inputs, as of optimize -c.")
+@click.option("--labels", metavar="PATH", help="Labels of the inputs: .npy, or .npz with y.")
+@click.option("--measure", is_flag=True, help="Measure latency too, the models in turns.")
+@_with(BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
+def compare(
+    model_a: str, model_b: str, data: str, as_json: bool, traceback: bool, **options: Any
+) -> None:
+    """Compare the outputs of MODEL_B with those of MODEL_A."""
+    from onnx_ecp.evaluation import compare as evaluate
+
+    comparison = evaluate.compare(model_a, model_b, data, **options)
+    if as_json:
+        _print_json(comparison)
+        return
+    from onnx_ecp.report import text
+
+    text.show(text.comparison_tables(comparison))
+
+
+@main.command(short_help="Bound how far two models' outputs can be apart.")
+@click.argument("model_a")
+@click.argument("model_b", required=False)
+@click.option("-d", "--data", metavar="PATH", help="Held-out inputs, as of optimize -c.")
+@click.option(
+    "--confidence", type=float, metavar="P", default=0.95, show_default=True,
+    help="Of the probabilistic bounds; alpha = 1 - P.",
+)  # fmt: skip
+@click.option(
+    "--eps", type=float, metavar="E",
+    help="Bound the share of inputs with a larger gap; with --method, the relative gap allowed.",
+)  # fmt: skip
+@click.option(
+    "--input-range", metavar="[NAME:]LOW,HIGH", multiple=True,
+    help="Deterministic bound for all inputs in this range (repeatable).",
+)  # fmt: skip
+@click.option(
+    "--method", metavar="random|magnitude",
+    help="Without MODEL_B: what pruning MODEL_A that way costs at most, before doing it.",
+)  # fmt: skip
+@click.option(
+    "--sparsity", type=float, metavar="S", help="Of --method.  [default: 0.1]",
+)  # fmt: skip
+@_with(BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
+def bound(
+    model_a: str,
+    model_b: str | None,
+    data: str | None,
+    confidence: float,
+    eps: float | None,
+    input_range: Sequence[str],
+    method: str | None,
+    sparsity: float | None,
+    as_json: bool,
+    traceback: bool,
+    **options: Any,
+) -> None:
+    """Bound how far the outputs of MODEL_B can be from those of MODEL_A.
+
+    The gap of an input is the L2 norm of the difference of the outputs.
+
+    \b
+    onnx-ecp bound in.onnx out.onnx -d held-out.npz --confidence 0.95
+    onnx-ecp bound in.onnx --method magnitude --sparsity 0.1 --eps 0.05
+    """  # noqa: D301 - the \b is for click
+    if (model_b is None) == (method is None):
+        raise UsageError(
+            "a bound is for MODEL_B or for a --method.", hint="Name exactly one of the two."
+        )
+    if method is not None and (data is not None or input_range):
+        raise UsageError(
+            "--method bounds all inputs, from the weights alone.",
+            hint="Leave out --data and --input-range, or prune first and name MODEL_B.",
+        )
+    if model_b is not None and sparsity is not None:
+        raise UsageError(
+            "--sparsity is for --method; MODEL_B has its own.", hint="Leave out --sparsity."
+        )
+    from onnx_ecp.evaluation import bounds
+    from onnx_ecp.report import text
+
+    if model_b is None:
+        assert method is not None, "one of the two is given"
+        share = 0.1 if sparsity is None else sparsity
+        plan = bounds.plan(model_a, method, share, confidence=confidence, eps=eps)
+        if as_json:
+            _print_json(plan)
+        else:
+            text.show(text.planning_tables(plan))
+        return
+    ranges = dict(bounds.parse_range(text_of) for text_of in input_range)
+    found = bounds.bound(
+        model_a, model_b, data, confidence=confidence, eps=eps, input_range=ranges, **options
+    )
+    if as_json:
+        _print_json(found)
+    else:
+        text.show(text.bound_tables(found))
+
+
+@main.command(short_help="Compare several methods and sparsities on MODEL.")
+@click.argument("model")
+@_with(CALIBRATION)
+@click.option(
+    "--methods",
+    metavar="A,B,...",
+    default="ecp-refit,ecp,wanda,magnitude",
+    show_default=True,
+    help="Methods, as of optimize --method.",
+)
+@click.option(
+    "--sparsities",
+    metavar="S,T,...",
+    default="0.5,0.6,0.7,0.8,0.9,0.95",
+    show_default=True,
+    help="Sparsities, as of optimize --sparsity.",
+)
+@click.option(
+    "--eval",
+    "evaluation",
+    metavar="PATH",
+    help="Inputs to judge on, like --calibration.  [default: its held-out part]",
+)
+@click.option(
+    "--labels", metavar="PATH", help="Labels of --eval, or of --calibration: adds accuracy."
+)
+@click.option(
+    "--calibration-labels", metavar="PATH",
+    help="Labels of --calibration beside --eval, for woodfisher and cbs.",
+)  # fmt: skip
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE.csv|FILE.json|FILE.html",
+    multiple=True,
+    help="Write the points; .html has curves (repeatable).",
+)
+@_with(*PRUNING, *RUNNING, FORCE, CONFIG, QUIET, TRACEBACK)
+def sweep(
+    model: str, output: Sequence[str], quiet: bool, force: bool, traceback: bool, **options: Any
+) -> None:
+    """Prune MODEL with several methods to several sparsities, and compare.
+
+    \b
+    onnx-ecp sweep in.onnx -c calibration.npz --eval test.npz --labels test.npz -o sweep.html
+    """  # noqa: D301 - the \b is for click
+    from onnx_ecp.api import sweep as sweeping
+    from onnx_ecp.report import sweeps, text
+
+    read = ("calibration", "evaluation", "labels", "calibration_labels")
+    sweeping.check_outputs(model, {name: options[name] for name in read}, output)
+    for path in output:
+        sweeps.check_target(path, force=force)
+    options |= {name: dict(options[name]) for name in ("layer_sparsity", "input_shapes")}
+    calibration = options.pop("calibration")
+    with bars(quiet) as progress:
+        swept = sweeping.sweep(model, calibration, progress=progress, **options)
+    sweeps.write(swept, output)
+    if quiet:
+        _warn(swept.warnings)
+    else:
+        text.show(sweeps.tables(swept))
+    click.echo(sweeps.ok_line(swept, output))
+
+
+@main.command(short_help="Check this installation.")
+@_with(JSON, TRACEBACK)
+def doctor(as_json: bool, traceback: bool) -> None:
+    """Check this installation: versions, ONNX Runtime, execution providers."""
+    from onnx_ecp.api.doctor import diagnose
+
+    diagnosis = diagnose()
+    if as_json:
+        _print_json(diagnosis)
+    else:
+        from onnx_ecp.report import text
+
+        text.show(text.diagnosis_tables(diagnosis))
+    if not diagnosis.ok:
+        raise click.exceptions.Exit(6)
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        click.echo(f"warning: {_one_line(warning)}", err=True)
+
+
+def _print_json(value: Any) -> None:
+    from onnx_ecp.report.as_json import dumps, encode
+
+    click.echo(dumps(encode(value)), nl=False)

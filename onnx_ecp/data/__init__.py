@@ -1,0 +1,1 @@
+"""Calibration and evaluation data: their sources, checks, splits and labels."""

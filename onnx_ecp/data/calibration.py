@@ -1,0 +1,732 @@
+"""Calibration data: any source becomes named arrays of samples that fit the model's inputs.
+
+A sample is one row of the batch axis where every input of the model has a free first axis, and one
+whole set of inputs otherwise (a fixed batch, a scalar, a batch axis that is not the first).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnx_ecp.data import synthetic as synthesis
+from onnx_ecp.data.synthetic import draw, is_fixed
+from onnx_ecp.data.untrusted import (
+    memory_budget,
+    npz_names,
+    read_npy,
+    read_npz,
+    read_polygraphy,
+    read_tensor,
+)
+from onnx_ecp.errors import CalibrationError, UsageError, did_you_mean
+from onnx_ecp.graph import InputSpec
+from onnx_ecp.runtime.limits import check_deadline
+
+# Arrays under these names are labels: ``load`` passes over them, ``load_labels`` reads them.
+LABEL_NAMES = ("y", "labels")
+# Elements that are looked at together when NaN and Inf are searched: 16 MiB of flags.
+_CHUNK = 2**24
+_SCRIPT = re.compile(r"(?P<path>.+\.py)(:(?P<function>\w+))?")
+
+Inputs = Sequence[InputSpec]
+Shape = tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one run of the model takes.
+
+    Args:
+        start: index of the first sample in it.
+        feeds: array by input name, as the model wants them.
+        samples: how many samples they hold.
+        labels: of its rows (rows, ...), where there are any.
+    """
+
+    start: int
+    feeds: dict[str, np.ndarray]
+    samples: int = 1
+    labels: np.ndarray | None = None
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """Two batches of half the size; only a batch of several samples has them."""
+        middle = self.samples // 2
+        first = {name: array[:middle] for name, array in self.feeds.items()}
+        second = {name: array[middle:] for name, array in self.feeds.items()}
+        known = self.labels
+        return (
+            Batch(self.start, first, middle, None if known is None else known[:middle]),
+            Batch(
+                self.start + middle,
+                second,
+                self.samples - middle,
+                None if known is None else known[middle:],
+            ),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Samples for every input of a model.
+
+    Args:
+        arrays: by input name. Stacked: (samples, ...) of the model's own rank, axis 0 is the
+            model's batch axis. Not stacked: (samples, *shape of the model's input).
+        stacked: whether samples can be put together into batches.
+        source: where they come from, for the report.
+        synthetic: made up; importances measured with them reflect no real data.
+        seed: that the choice of samples, or the samples themselves, were drawn with.
+        labels: one per row, by sample (samples, rows of a sample, ...), as ``load_labels`` gives
+            them; None where there are none.
+    """
+
+    arrays: dict[str, np.ndarray]
+    stacked: bool
+    source: str
+    synthetic: bool
+    seed: int
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(next(iter(self.arrays.values())))
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All samples in order, ``size`` at a time; one at a time where they are not stacked."""
+        if not self.stacked:
+            for i in range(len(self)):
+                # The ellipsis keeps scalars arrays.
+                feeds = {name: array[i, ...] for name, array in self.arrays.items()}
+                yield Batch(i, feeds, 1, self._row_labels(slice(i, i + 1)))
+            return
+        for start in range(0, len(self), size):
+            stop = min(start + size, len(self))
+            feeds = {name: array[start:stop] for name, array in self.arrays.items()}
+            yield Batch(start, feeds, stop - start, self._row_labels(slice(start, stop)))
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Calibration:
+        """The samples with these indices, in this order."""
+        arrays = {name: array[indices] for name, array in self.arrays.items()}
+        labels = None if self.labels is None else self.labels[indices]
+        return replace(self, arrays=arrays, labels=labels)
+
+    @property
+    def row_labels(self) -> np.ndarray | None:
+        """The labels (rows, ...) of all samples, where there are any."""
+        return self._row_labels(slice(None))
+
+    def _row_labels(self, which: slice) -> np.ndarray | None:
+        if self.labels is None:
+            return None
+        return self.labels[which].reshape(-1, *self.labels.shape[2:])
+
+    def split(self, fraction: float, seed: int) -> tuple[Calibration, Calibration]:
+        """Part at random into calibration and held-out samples; each keeps its order.
+
+        Args:
+            fraction: share of the samples that is held out, in (0, 1); both parts get at least
+                one. A single sample is both parts: the two are then the same object.
+            seed: of the permutation.
+        """
+        if len(self) == 1:
+            return self, self
+        held_out = min(max(round(len(self) * fraction), 1), len(self) - 1)
+        order = np.random.default_rng(seed).permutation(len(self))
+        return self.take(np.sort(order[held_out:])), self.take(np.sort(order[:held_out]))
+
+    def limit(self, n: int, seed: int) -> Calibration:
+        """At most ``n`` samples: those of ``subset``."""
+        return self if n >= len(self) else self.take(subset(len(self), n, seed))
+
+
+def subset(total: int, n: int, seed: int) -> np.ndarray:
+    """Indices (n,) of the samples that ``limit`` keeps, ascending: for labels that go with them."""
+    if n >= total:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(seed).choice(total, n, replace=False))
+
+
+def load(source: Any, inputs: Inputs, *, samples: int | None = None, seed: int = 0) -> Calibration:
+    """Read calibration data and prove that it fits the model.
+
+    Args:
+        source: a path (.npz, .npy, a folder of them, test_data_set folders, Polygraphy .json,
+            ``SCRIPT.py[:function]``), a dict of arrays, an array, an iterable of feeds, an object
+            with ``get_next()``, or a Calibration.
+        inputs: the model's inputs.
+        samples: at most so many: the first ones of an iterable, which may be endless, else
+            ``subset``. All when None.
+        seed: of the subset.
+
+    Raises:
+        CalibrationError: when anything does not fit; nothing is cast except integers to wider
+            ones, and no sample is dropped.
+    """
+    if samples is not None and samples < 1:
+        raise UsageError(f"at least one sample is needed, not {samples}.")
+    if isinstance(source, Calibration):
+        return source if samples is None else source.limit(samples, seed)
+    kind = next((kind for kind in SOURCES.values() if kind.accepts(source)), None)
+    if kind is None:
+        raise _unknown(source)
+    parts = kind.read(source, inputs)
+    if kind.stream:
+        parts = _until(parts, samples, _origin(source))
+    whole = replace(_joined(list(parts), _origin(source)), seed=seed)
+    indices = np.arange(len(whole))
+    if samples is not None and samples < len(whole):
+        indices = indices[:samples] if kind.stream else subset(len(whole), samples, seed)
+        whole = whole.take(indices)
+    _check_finite(whole, indices)
+    return whole
+
+
+def synthetic(
+    proto: onnx.ModelProto,
+    inputs: Inputs,
+    *,
+    samples: int = 128,
+    seed: int = 0,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Calibration:
+    """Made-up samples from the model's own signature; see ``onnx_ecp.data.synthetic``.
+
+    Args:
+        proto: the model, which tells what integers are legal.
+        inputs: its inputs.
+        samples: how many.
+        seed: of the draw.
+        shapes: whole shapes for inputs with free axes (``--input-shapes``).
+
+    Raises:
+        UsageError: when ``shapes`` names no input or contradicts the model.
+    """
+    arrays = draw(proto, inputs, samples=samples, seed=seed, shapes=shapes or {})
+    origin = f"{samples} synthetic samples"
+    return replace(_fit(arrays, inputs, origin), synthetic=True, seed=seed)
+
+
+def check_shapes(given: Calibration, inputs: Inputs, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Real samples have shapes of their own: those chosen with ``--input-shapes`` must be these.
+
+    Raises:
+        UsageError: a shape is of no input, contradicts the model, or is not that of the samples.
+    """
+    synthesis.check_shapes(inputs, shapes)
+    for name, shape in shapes.items():
+        wanted = shape[1:] if given.stacked else shape
+        own = given.arrays[name].shape[1:]
+        if own != wanted:
+            sizes = ",".join(map(str, ("N", *own) if given.stacked else own))
+            raise UsageError(
+                f"--input-shapes says {','.join(map(str, shape))} for input {name!r}, but the "
+                f"samples of {given.source} are {sizes}.",
+                hint="Leave it out: real samples tell their own shapes.",
+            )
+
+
+def sidecar(model_path: str | Path) -> Path | None:
+    """The calibration file beside a model, ``in.npz`` for ``in.onnx``, if there is one."""
+    path = Path(model_path).with_suffix(".npz")
+    return path if path.is_file() else None
+
+
+def file_of(source: str | Path) -> Path:
+    """The file or folder that a source given as a path is read from."""
+    script = _SCRIPT.fullmatch(str(source))
+    return Path(script["path"] if script else source)
+
+
+def is_stream(source: Any) -> bool:
+    """Whether a source gives one sample after another, perhaps without an end."""
+    kind = next((kind for kind in SOURCES.values() if kind.accepts(source)), None)
+    return kind is not None and kind.stream
+
+
+def count_labels(source: str | Path | np.ndarray) -> int:
+    """How many labels a file or an array has; see ``load_labels``."""
+    labels = _labels_array(source)
+    return len(labels) if labels.ndim else 1
+
+
+def labels_name(source: str | Path | np.ndarray) -> str:
+    """How labels are called in errors and reports."""
+    return "the labels given" if isinstance(source, np.ndarray) else str(source)
+
+
+def load_labels(source: str | Path | np.ndarray, n: int) -> np.ndarray:
+    """Labels from an array, a .npy file, or ``y`` or ``labels`` of an .npz file.
+
+    Args:
+        source: path of the file, or the array.
+        n: number of samples.
+
+    Returns:
+        Class indices, int64 (n,), or the targets of a regression, float64 (n, ...).
+
+    Raises:
+        CalibrationError: when they are missing, are neither, or are not ``n``.
+    """
+    path, labels = labels_name(source), _labels_array(source)
+    regression = labels.dtype.kind == "f" and labels.ndim > 0
+    if (labels.shape[:1] if regression else labels.shape) != (n,) or labels.dtype.kind not in "iuf":
+        raise CalibrationError(
+            f"{path}: labels are {labels.dtype} {_shape(labels.shape)}; integers ({n}) expected, "
+            f"or floating-point targets ({n}, ...).",
+            hint="One class index per sample; of one-hot labels take the argmax.",
+        )
+    if regression:
+        _check_targets(path, labels)
+        return np.array(labels, dtype=np.float64)
+    if labels.min() < 0 or labels.max() > np.iinfo(np.int64).max:
+        raise CalibrationError(f"{path}: label {labels.min()} is no class index.")
+    return np.array(labels, dtype=np.int64)
+
+
+def _check_targets(path: str, targets: np.ndarray) -> None:
+    bad = ~np.isfinite(targets).reshape(len(targets), -1).all(axis=1)
+    if bad.any():
+        raise CalibrationError(f"{path}: the target of sample {int(bad.argmax())} is not finite.")
+
+
+def _labels_array(source: str | Path | np.ndarray) -> np.ndarray:
+    if isinstance(source, np.ndarray):
+        return source
+    path = Path(source)
+    if not path.is_file():
+        raise CalibrationError(f"{path}: no such file.")
+    if path.suffix == ".npy":
+        return read_npy(path)
+    if path.suffix != ".npz":
+        raise CalibrationError(
+            f"{path}: labels are a .npy file, or an .npz file with {' or '.join(LABEL_NAMES)}.",
+            hint="Write it with numpy.save or numpy.savez.",
+        )
+    names = npz_names(path)
+    name = next((name for name in LABEL_NAMES if name in names), None)
+    if name is None:
+        raise CalibrationError(
+            f"{path}: has no labels: its arrays are {', '.join(names)}.",
+            hint=f"Name the labels {' or '.join(LABEL_NAMES)}.",
+        )
+    return read_npz(path, [name])[name]
+
+
+# From given arrays to arrays that fit.
+
+
+def _fit(arrays: Mapping[Any, Any], inputs: Inputs, origin: str) -> Calibration:
+    """Arrays of many samples as a Calibration; every way in ends here."""
+    given = _named(arrays, inputs, origin)
+    placed = {spec.name: _place(given[spec.name], spec, origin) for spec in inputs}
+    stacked = all(on_batch_axis for _, on_batch_axis in placed.values())
+    # A stacked input next to one that is not: every sample is a batch of one.
+    fitted = {
+        name: array if on_batch_axis == stacked else array[:, None]
+        for name, (array, on_batch_axis) in placed.items()
+    }
+    counts = {name: len(array) for name, array in fitted.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name!r} has {count}" for name, count in counts.items())
+        raise CalibrationError(
+            f"{origin}: the inputs have different numbers of samples: {listed}.",
+            hint="Repeat an array that all samples share: np.repeat(array[None], samples, axis=0).",
+        )
+    return Calibration(fitted, stacked, origin, synthetic=False, seed=0)
+
+
+def _fit_feed(feed: Any, inputs: Inputs, origin: str) -> Calibration:
+    """What one run of the model takes, a batch or a single sample, as a Calibration."""
+    if not isinstance(feed, Mapping):
+        feed = {_only_input(inputs, origin, feed): feed}
+    given = _named(feed, inputs, origin)
+    free = all(_is_free_first(spec.shape) for spec in inputs)
+    whole = not free and all(_fits(given[spec.name].shape, spec.shape) for spec in inputs)
+    for spec in inputs:
+        array = given[spec.name]
+        lacks_batch_axis = spec.shape is not None and array.ndim == max(len(spec.shape), 1) - 1
+        if whole or lacks_batch_axis:
+            given[spec.name] = array[None]
+    return _fit(given, inputs, origin)
+
+
+def _named(arrays: Mapping[Any, Any], inputs: Inputs, origin: str) -> dict[str, np.ndarray]:
+    """Exactly one array for every input, of its dtype."""
+    names = [spec.name for spec in inputs]
+    for name in arrays:
+        if name not in names and name not in LABEL_NAMES:
+            raise CalibrationError(
+                f"{origin}: {name!r} is not an input of the model.",
+                hint=did_you_mean(str(name), names),
+            )
+    missing = next((spec for spec in inputs if spec.name not in arrays), None)
+    if missing is not None:
+        raise CalibrationError(
+            f"{origin}: no array for input {missing.name!r}: {_wanted(missing)}.",
+            hint=f"The arrays given are {', '.join(sorted(map(str, arrays))) or 'none'}.",
+        )
+    if not inputs:
+        raise CalibrationError(f"{origin}: the model has no inputs to calibrate with.")
+    return {spec.name: _typed(arrays[spec.name], spec, origin) for spec in inputs}
+
+
+def _typed(value: Any, spec: InputSpec, origin: str) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CalibrationError(f"{origin}: input {spec.name!r} is no array: {error}.") from error
+    have, want = array.dtype, spec.dtype
+    if want is not None and want.kind != "O":
+        if have.newbyteorder("=") == want:
+            return array.astype(want, copy=False)
+        if have.kind in "iu" and want.kind in "iu" and np.can_cast(have, want):
+            return array.astype(want)
+    raise CalibrationError(
+        f"{origin}: input {spec.name!r} is {have} {_shape(array.shape)}; {_wanted(spec)} expected.",
+        hint=_conversion(have, want),
+    )
+
+
+def _conversion(have: np.dtype, want: np.dtype | None) -> str:
+    if want is None or want.kind == "O":
+        return "Only inputs that are tensors of numbers can be calibrated."
+    if have.kind not in "biuf":
+        return "Give plain numeric arrays."
+    if have.kind in "iu" and want.kind not in "iu":
+        return (
+            "Scale as in training, for example (array / 255).astype(np.float32), "
+            f"or convert the plain values: array.astype(np.{want})."
+        )
+    return f"Convert it: array.astype(np.{want})."
+
+
+def _place(array: np.ndarray, spec: InputSpec, origin: str) -> tuple[np.ndarray, bool]:
+    """The array with samples on axis 0, and whether that is the model's batch axis."""
+    given, shape = array.shape, spec.shape
+    if array.size == 0:
+        raise CalibrationError(f"{origin}: input {spec.name!r} is empty: shape {_shape(given)}.")
+    stacked = shape is None or (len(given) == len(shape) and _is_free_first(shape))
+    if shape and not stacked and len(given) == len(shape):
+        array = _whole_batches(array, spec, origin)
+    if array.ndim == 0 or not _fits(array.shape if stacked else array.shape[1:], shape):
+        raise CalibrationError(
+            f"{origin}: input {spec.name!r} has shape {_shape(given)}; {_wanted(spec)} expected.",
+            hint="The first axis is the samples; the others must be those of the model's input.",
+        )
+    return array, stacked
+
+
+def _whole_batches(array: np.ndarray, spec: InputSpec, origin: str) -> np.ndarray:
+    """(m * B, ...) as (m, B, ...) for a model whose first dimension is fixed to B."""
+    assert spec.shape is not None
+    size = spec.shape[0]
+    assert isinstance(size, int), "a free first axis is stacked"
+    if len(array) % size:
+        whole = len(array) // size * size
+        raise CalibrationError(
+            f"{origin}: input {spec.name!r} has {len(array)} rows, which is no multiple of "
+            f"the model's fixed batch of {size}.",
+            hint=f"Give {f'{whole} or ' if whole else ''}{whole + size} rows.",
+        )
+    return array.reshape(-1, size, *array.shape[1:])
+
+
+def _is_free_first(shape: Shape | None) -> bool:
+    return shape is None or (len(shape) > 0 and not is_fixed(shape[0]))
+
+
+def _fits(own: tuple[int, ...], shape: Shape | None) -> bool:
+    if shape is None:
+        return True
+    return len(own) == len(shape) and all(
+        have == want for have, want in zip(own, shape, strict=True) if is_fixed(want)
+    )
+
+
+def _shape(shape: Iterable[int | str | None]) -> str:
+    return f"({', '.join('?' if size is None else str(size) for size in shape)})"
+
+
+def _wanted(spec: InputSpec) -> str:
+    numbers = spec.dtype is not None and spec.dtype.kind != "O"
+    dtype = str(spec.dtype) if numbers else "no tensor of numbers"
+    return dtype if spec.shape is None else f"{dtype} {_shape(spec.shape)}"
+
+
+def _joined(parts: list[Calibration], origin: str) -> Calibration:
+    """One Calibration out of many; batches are opened up unless all parts are stacked."""
+    if not parts:
+        raise CalibrationError(f"{origin}: no samples.", hint="At least one is needed.")
+    stacked = all(part.stacked for part in parts)
+    arrays = {}
+    for name in parts[0].arrays:
+        pieces = [
+            part.arrays[name] if part.stacked == stacked else part.arrays[name][:, None]
+            for part in parts
+        ]
+        shapes = sorted({piece.shape[1:] for piece in pieces})
+        if len(shapes) > 1:
+            raise CalibrationError(
+                f"{origin}: samples of input {name!r} differ in shape: "
+                f"{_shape(shapes[0])} and {_shape(shapes[-1])}.",
+                hint="Pad or crop them to one shape.",
+            )
+        arrays[name] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    return replace(parts[0], arrays=arrays, stacked=stacked, source=origin)
+
+
+def _until(parts: Iterable[Calibration], samples: int | None, origin: str) -> Iterator[Calibration]:
+    """The first parts of a stream, which may have no end."""
+    count, taken, budget = 0, 0, memory_budget()
+    for part in parts:
+        check_deadline()
+        if taken > budget:
+            raise CalibrationError(
+                f"{origin}: {count} samples take more than half of the free memory, and there "
+                "are more.",
+                hint="Say with --samples how many to use.",
+            )
+        yield part
+        count += len(part)
+        taken += sum(array.nbytes for array in part.arrays.values())
+        if samples is not None and count >= samples:
+            return
+
+
+def _check_finite(calibration: Calibration, indices: np.ndarray) -> None:
+    """Refuse NaN and Inf; ``indices`` are the samples' numbers in their source."""
+    for name, array in calibration.arrays.items():
+        if array.dtype.kind in "biu":
+            continue
+        step = max(1, _CHUNK // max(1, array[0].size))
+        for start in range(0, len(array), step):
+            rows = array[start : start + step]
+            bad = ~np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
+            if bad.any():
+                raise CalibrationError(
+                    f"{calibration.source}: input {name!r} has NaN or Inf in sample "
+                    f"{indices[start + int(bad.argmax())]}.",
+                    hint="Remove or repair such samples: one is enough to spoil every average.",
+                )
+
+
+# The sources.
+
+
+def _from_npz(source: Any, inputs: Inputs) -> Iterator[Calibration]:
+    path = Path(source)
+    found = set(npz_names(path))
+    # Only what the model takes is unpacked; None stands for names that _fit will object to.
+    arrays = read_npz(path, [spec.name for spec in inputs if spec.name in found])
+    yield _fit(dict.fromkeys(sorted(found)) | arrays, inputs, str(path))
+
+
+def _from_npy(source: Any, inputs: Inputs) -> Iterator[Calibration]:
+    path = Path(source)
+    array = read_npy(path)
+    yield _fit({_only_input(inputs, str(path), array): array}, inputs, str(path))
+
+
+def _from_folder(source: Any, inputs: Inputs) -> Iterator[Calibration]:
+    """A .npy file for each of several inputs; else all files, sorted, one after another."""
+    folder = Path(source)
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".npy", ".npz"))
+    if not files:
+        raise CalibrationError(
+            f"{folder}: has no .npz, .npy, input_*.pb or test_data_set_* in it.",
+            hint="Give the folder that holds the calibration files themselves.",
+        )
+    if len(inputs) > 1 and all(path.suffix == ".npy" for path in files):
+        arrays = {path.stem: read_npy(path) for path in files}
+        yield _fit(arrays, inputs, str(folder))
+        return
+    for path in files:
+        yield from (_from_npy if path.suffix == ".npy" else _from_npz)(path, inputs)
+
+
+def _from_test_data(source: Any, inputs: Inputs) -> Iterator[Calibration]:
+    """ONNX's own test data: input_N.pb belongs to the N-th input, or to that of its name."""
+    folder = Path(source)
+    for data_set in _numbered(folder, "test_data_set_*") or [folder]:
+        tensors = [read_tensor(path) for path in _numbered(data_set, "input_*.pb")]
+        names = [spec.name for spec in inputs]
+        if len(tensors) != len(names):
+            raise CalibrationError(
+                f"{data_set}: has {len(tensors)} input_*.pb; the model has {len(names)} inputs.",
+                hint=f"One file for each of {', '.join(names)}.",
+            )
+        if {name for name, _ in tensors} != set(names):
+            tensors = [(name, array) for name, (_, array) in zip(names, tensors, strict=True)]
+        yield _fit_feed(dict(tensors), inputs, str(data_set))
+
+
+def _numbered(folder: Path, pattern: str) -> list[Path]:
+    """Matching paths in the order of the number that ends their stem."""
+    return sorted(folder.glob(pattern), key=lambda p: (len(p.stem), p.stem))
+
+
+def _from_polygraphy(source: Any, inputs: Inputs) -> Iterator[Calibration]:
+    for i, feed in enumerate(read_polygraphy(Path(source))):
+        yield _fit_feed(feed, inputs, f"{source}: feed {i}")
+
+
+def _from_script(source: Any, inputs: Inputs) -> Iterator[Calibration]:
+    """Runs the user's own program, which he named."""
+    match = _SCRIPT.fullmatch(str(source))
+    assert match is not None, "the table matched it"
+    path, name = Path(match["path"]), match["function"] or "load_data"
+    if not path.is_file():
+        raise CalibrationError(f"{path}: no such file.")
+    with _importing(path):
+        try:
+            module = _module(path)
+            if not callable(getattr(module, name, None)):
+                functions = [key for key, value in vars(module).items() if callable(value)]
+                raise CalibrationError(
+                    f"{path}: has no function {name!r}.", hint=did_you_mean(name, functions)
+                )
+            yield from _from_iterable(getattr(module, name)(), inputs, origin=str(source))
+        except CalibrationError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise CalibrationError(
+                f"{source}: failed with {type(error).__name__}: {error}.",
+                hint=f"It must yield dicts of arrays: for feeds in {name}(): ...",
+            ) from error
+
+
+@contextmanager
+def _importing(path: Path) -> Iterator[None]:
+    """As ``python path`` would: the script's folder comes first on the module path."""
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
+
+
+def _module(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("onnx_ecp_calibration_script", path)
+    assert spec is not None, "a .py path always has a loader"
+    assert spec.loader is not None, "a .py path always has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _from_reader(source: Any, inputs: Inputs) -> Iterator[Calibration]:
+    """An onnxruntime.quantization.CalibrationDataReader, or whatever has its one method."""
+    yield from _from_iterable(iter(source.get_next, None), inputs, origin=_origin(source))
+
+
+def _from_iterable(source: Any, inputs: Inputs, origin: str = "") -> Iterator[Calibration]:
+    for i, feed in enumerate(source):
+        yield _fit_feed(feed, inputs, f"{origin or _origin(source)}: feed {i}")
+
+
+def _from_dict(source: Any, inputs: Inputs) -> Iterator[Calibration]:
+    yield _fit(source, inputs, _origin(source))
+
+
+def _from_array(source: Any, inputs: Inputs) -> Iterator[Calibration]:
+    yield _fit({_only_input(inputs, _origin(source), source): source}, inputs, _origin(source))
+
+
+def _only_input(inputs: Inputs, origin: str, value: Any) -> str:
+    """Name of the model's single input, for an array that comes without a name."""
+    if len(inputs) != 1 or not hasattr(value, "__array__"):
+        names = ", ".join(spec.name for spec in inputs)
+        raise CalibrationError(
+            f"{origin}: {type(value).__name__} without the name of an input.",
+            hint=f"Give a dict of arrays, by the names of the model's inputs: {names}.",
+        )
+    return inputs[0].name
+
+
+def _is_file(suffix: str) -> Callable[[Any], bool]:
+    """Regular files only: reading a pipe or a device may never end."""
+
+    def accepts(source: Any) -> bool:
+        return _is_path(source) and Path(source).suffix == suffix and os.path.isfile(source)
+
+    return accepts
+
+
+def _is_path(source: Any) -> bool:
+    return isinstance(source, str | Path)
+
+
+def _is_test_data(source: Any) -> bool:
+    return _is_folder(source) and any(
+        next(Path(source).glob(pattern), None) for pattern in ("input_*.pb", "test_data_set_*")
+    )
+
+
+def _is_folder(source: Any) -> bool:
+    return _is_path(source) and os.path.isdir(source)
+
+
+def _is_script(source: Any) -> bool:
+    return _is_path(source) and _SCRIPT.fullmatch(str(source)) is not None
+
+
+def _is_iterable(source: Any) -> bool:
+    return isinstance(source, Iterable) and not isinstance(source, str | bytes)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kind of calibration source.
+
+    Args:
+        accepts: whether a source is of this kind.
+        read: its contents as Calibrations that fit the model's inputs, to be joined.
+        stream: whether it may be endless, so that reading stops when there are enough samples.
+    """
+
+    accepts: Callable[[Any], bool]
+    read: Callable[[Any, Inputs], Iterator[Calibration]]
+    stream: bool = False
+
+
+# The first row that accepts a source reads it.
+SOURCES: dict[str, Source] = {
+    "test_data_set folder": Source(_is_test_data, _from_test_data),
+    "folder": Source(_is_folder, _from_folder),
+    ".npz": Source(_is_file(".npz"), _from_npz),
+    ".npy": Source(_is_file(".npy"), _from_npy),
+    "Polygraphy .json": Source(_is_file(".json"), _from_polygraphy),
+    "SCRIPT.py[:function]": Source(_is_script, _from_script, stream=True),
+    "CalibrationDataReader": Source(lambda s: hasattr(s, "get_next"), _from_reader, stream=True),
+    "dict of arrays": Source(lambda s: isinstance(s, Mapping), _from_dict),
+    "array": Source(lambda s: hasattr(s, "__array__"), _from_array),
+    "iterable of dicts": Source(_is_iterable, _from_iterable, stream=True),
+}
+
+
+def _origin(source: Any) -> str:
+    """How a source is called in errors and the report."""
+    return str(source if _is_path(source) else type(source).__name__)
+
+
+def _unknown(source: Any) -> CalibrationError:
+    if _is_path(source) and not os.path.exists(source):
+        return CalibrationError(f"{source}: no such file or folder.")
+    return CalibrationError(
+        f"{_origin(source)}: not a kind of calibration data.",
+        hint=f"Known: {', '.join(SOURCES)}.",
+    )

@@ -1,0 +1,1 @@
+"""What a model or a pair of models is like: size, latency, gap, bounds, eligible kernels."""

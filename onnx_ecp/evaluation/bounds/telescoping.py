@@ -1,0 +1,406 @@
+"""The deterministic bound on the gap: layer by layer, for given inputs or a whole box of inputs.
+
+With W', b' the weights of the pruned model, dW = W' - W, db = b' - b, a the activations of the
+original and L the Lipschitz constants of the activation functions,
+
+    ||F(x) - f(x)|| <= sum_l  ||dW_l a_{l-1} + db_l||  prod_{m > l} L_m ||W'_m||
+
+It is computed by following the graph. Every tensor t has a *reference*, which is what the pruned
+linear operators since the last activation function make of the original's values:
+
+    original value      in  centre +- radius            elementwise; radius 0 for given inputs
+    reference - original in shift +- slack               elementwise
+    ||pruned - reference|| <= error                      for every sample
+
+A linear operator maps the first two exactly and stretches the error by its norm; an activation
+function turns all of the shift into error and starts anew from the original's value. Sums of
+branches add up, so residual networks are followed too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+
+from onnx_ecp.errors import OnnxEcpError
+from onnx_ecp.evaluation.bounds.norms import Kernel, convolution_norm, matrix_norm
+from onnx_ecp.evaluation.bounds.pair import Pair, Step
+
+EXACT = "exact arithmetic: rounding, about 1e-6 of the outputs in float32, is not included"
+
+
+class CannotFollow(OnnxEcpError):
+    """The bound does not know an operator."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Where a tensor can be in both models; arrays have the tensor's shape, axis 0 = samples.
+
+    Args:
+        centre: of the original's values.
+        radius: how far the original can be from it, elementwise.
+        shift: centre of reference - original.
+        slack: how far reference - original can be from it, elementwise.
+        error: (samples,), ||pruned - reference||_2 at most.
+    """
+
+    centre: np.ndarray
+    radius: np.ndarray
+    shift: np.ndarray
+    slack: np.ndarray
+    error: np.ndarray
+
+    @staticmethod
+    def of(centre: np.ndarray, radius: np.ndarray) -> Reach:
+        """An input: the same in both models."""
+        zero = np.zeros_like(centre)
+        return Reach(centre, radius, zero, zero, np.zeros(len(centre)))
+
+    @property
+    def gap(self) -> np.ndarray:
+        """(samples,): ||pruned - original||_2 at most."""
+        distance = np.abs(self.shift.astype(np.float64)) + self.slack
+        return np.linalg.norm(distance.reshape(len(distance), -1), axis=1) + self.error
+
+    def mapped(self, linear: Callable[[np.ndarray], np.ndarray], norm: float) -> Reach:
+        """Behind an operator that is linear, the same in both models, and nonnegative."""
+        return Reach(
+            linear(self.centre),
+            linear(self.radius),
+            linear(self.shift),
+            linear(self.slack),
+            self.error * norm,
+        )
+
+    @property
+    def is_point(self) -> bool:
+        """Whether the original's values are known exactly."""
+        return not self.radius.any()
+
+
+Inputs = Mapping[int, Reach]
+Rule = Callable[[Step, Inputs], Reach]
+
+
+def telescope(pair: Pair, inputs: Mapping[str, Reach]) -> np.ndarray:
+    """(samples,): a bound on the L2 distance of all floating-point outputs.
+
+    Args:
+        pair: the models.
+        inputs: by name; one entry of axis 0 per sample, in all tensors of the graph.
+
+    Raises:
+        CannotFollow: an operator is not known; it is named.
+    """
+    reached = dict(inputs)
+    for step in pair.steps:
+        rule = RULES.get(step.node.op_type)
+        if rule is None or step.node.domain not in ("", "ai.onnx"):
+            raise CannotFollow(f"the bound cannot follow {step.name}.", hint=_HINT)
+        given = {i: reached[x] for i, x in step.data.items()}
+        found = rule(step, given)
+        samples = {len(x.centre) for x in given.values()}
+        if {found.centre.shape[0]} != samples:
+            raise _refused(step, "it changes the first axis, which must count samples")
+        reached[step.node.output[0]] = found
+    ends = [reached[y].gap for y in pair.outputs if y in reached]
+    return np.asarray(np.sqrt(np.square(ends).sum(axis=0)))
+
+
+def check_known(proto: onnx.ModelProto) -> None:
+    """CannotFollow for the first operator that has no rule, Constant nodes aside."""
+    for node in proto.graph.node:
+        if node.op_type not in RULES and node.op_type != "Constant":
+            raise _refused(Step(node, {}, {}, []), "it has no known Lipschitz constant")
+
+
+_HINT = "The other bounds hold for any model."
+
+
+def _refused(step: Step, why: str) -> CannotFollow:
+    return CannotFollow(f"the bound cannot follow {step.name}: {why}.", hint=_HINT)
+
+
+def _only(step: Step, inputs: Inputs, place: int | None = 0) -> Reach:
+    """The one computed input."""
+    if len(inputs) != 1:
+        raise _refused(step, "it combines several computed tensors")
+    (index,) = inputs
+    if place is not None and index != place:
+        raise _refused(step, "its computed input is not where it is expected")
+    return inputs[index]
+
+
+def _weighted(step: Step, inputs: Inputs) -> Reach:
+    """Gemm, MatMul and Conv: W a + b with other W and b in the pruned model."""
+    x = _only(step, inputs, None if step.node.op_type == "MatMul" else 0)
+    (at,) = inputs
+    place = 1 - at if step.node.op_type == "MatMul" else 1
+    w, v = step.a[place], step.b[place]
+    bias_a, bias_b = (known.get(2) for known in (step.a, step.b))
+    if step.attributes.get("transA", 0) or (at == 1 and x.centre.ndim == 2):
+        raise _refused(step, "the first axis of its input does not count samples")
+
+    def run(a: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+        feeds = {at: a, place: weight.astype(a.dtype)}
+        if bias is not None:
+            feeds[2] = bias.astype(a.dtype)
+        elif step.node.op_type == "Gemm":
+            feeds[2] = np.zeros(1, a.dtype)  # before opset 11 it cannot be left out
+        return step.run(feeds)
+
+    # A negative alpha of Gemm turns nonnegative sums around.
+    radius = slack = None
+    if not x.is_point or x.slack.any():
+        radius = np.abs(run(x.radius, np.abs(w)))
+        slack = np.abs(run(x.radius, np.abs(v - w))) + np.abs(run(x.slack, np.abs(v)))
+    centre = run(x.centre, w, bias_a)
+    shift = run(x.centre, v - w, _difference(bias_b, bias_a)) + run(x.shift, v)
+    zero = np.zeros_like(centre)
+    return Reach(
+        centre,
+        zero if radius is None else radius,
+        shift,
+        zero if slack is None else slack,
+        x.error * _norm(step, v, x.centre.shape),
+    )
+
+
+def _difference(b: np.ndarray | None, a: np.ndarray | None) -> np.ndarray | None:
+    if a is None or b is None:
+        return b if a is None else -a
+    return np.asarray(b - a)
+
+
+def _norm(step: Step, w: np.ndarray, shape: tuple[int, ...]) -> float:
+    if step.node.op_type == "Conv":
+        return convolution_norm(w, Kernel.of(step.attributes, w.shape[2:]), shape[2:])
+    if w.ndim != 2:
+        raise _refused(step, "its weight is not a matrix")
+    return abs(step.attributes.get("alpha", 1.0)) * matrix_norm(w)
+
+
+def _elementwise(step: Step, inputs: Inputs) -> Reach:
+    """Add, Sub, Mul, Div: of two computed tensors a sum, with a constant a scale and an offset."""
+    if len(inputs) == 2:
+        return _sum(step, inputs)
+    (at,) = inputs
+    a, b = (_scale_and_offset(step, at, known[1 - at]) for known in (step.a, step.b))
+    return _diagonal(step, inputs[at], a, b)
+
+
+def _scale_and_offset(step: Step, at: int, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    one, zero = np.ones_like(c), np.zeros_like(c)
+    match step.node.op_type, at:
+        case "Add", _:
+            return one, c
+        case "Sub", 0:
+            return one, -c
+        case "Sub", _:
+            return -one, c
+        case "Mul", _:
+            return c, zero
+        case "Div", 0:
+            return 1 / c, zero
+    raise _refused(step, "it divides by a computed tensor")
+
+
+def _diagonal(
+    step: Step,
+    x: Reach,
+    a: tuple[np.ndarray, np.ndarray],
+    b: tuple[np.ndarray, np.ndarray],
+) -> Reach:
+    """An elementwise x -> scale x + offset, in both models."""
+    (scale_a, offset_a), (scale_b, offset_b) = a, b
+    centre = scale_a * x.centre + offset_a
+    if centre.shape != x.centre.shape:
+        raise _refused(step, "its constant is larger than the computed tensor")
+    scale, offset = scale_b - scale_a, offset_b - offset_a
+    return Reach(
+        centre,
+        np.abs(scale_a) * x.radius,
+        scale_b * x.shift + scale * x.centre + offset,
+        np.abs(scale_b) * x.slack + np.abs(scale) * x.radius,
+        x.error * float(np.abs(scale_b).max(initial=0.0)),
+    )
+
+
+def _normalised(step: Step, inputs: Inputs) -> Reach:
+    """BatchNormalization with fixed statistics."""
+    x = _only(step, inputs)
+    epsilon = step.attributes.get("epsilon", 1e-5)
+
+    def parts(known: Mapping[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        shape = (-1,) + (1,) * (x.centre.ndim - 2)
+        scale = known[1] / np.sqrt(known[4] + epsilon)
+        return scale.reshape(shape), (known[2] - known[3] * scale).reshape(shape)
+
+    return _diagonal(step, x, parts(step.a), parts(step.b))
+
+
+def _sum(step: Step, inputs: Inputs) -> Reach:
+    x, y = inputs[0], inputs[1]
+    if step.node.op_type not in ("Add", "Sub"):
+        raise _refused(step, "it multiplies computed tensors")
+    if x.centre.shape != y.centre.shape:
+        raise _refused(step, "its inputs differ in shape")
+    sign = 1 if step.node.op_type == "Add" else -1
+    return Reach(
+        x.centre + sign * y.centre,
+        x.radius + y.radius,
+        x.shift + sign * y.shift,
+        x.slack + y.slack,
+        x.error + y.error,
+    )
+
+
+def _moved(step: Step, inputs: Inputs) -> Reach:
+    """Operators that only move values."""
+    x = _only(step, inputs)
+    _check_same(step)
+    if step.attributes.get("perm", [0])[0] != 0 or (
+        step.node.op_type == "Transpose" and "perm" not in step.attributes
+    ):
+        raise _refused(step, "it moves the first axis, which must count samples")
+    found = x.mapped(lambda a: step.run({0: a, **step.a}), 1.0)
+    if found.centre.dtype.kind != "f":
+        raise _refused(step, "it makes integers")
+    return found
+
+
+def _joined(step: Step, inputs: Inputs) -> Reach:
+    parts = [inputs[i] for i in sorted(inputs)]
+    if step.a or step.attributes["axis"] % parts[0].centre.ndim == 0:
+        raise _refused(step, "it adds constants, or joins samples")
+
+    def join(name: str) -> np.ndarray:
+        return step.run({i: getattr(x, name) for i, x in enumerate(parts)})
+
+    error = np.sqrt(np.square([x.error for x in parts]).sum(axis=0))
+    return Reach(join("centre"), join("radius"), join("shift"), join("slack"), error)
+
+
+def _averaged(step: Step, inputs: Inputs) -> Reach:
+    """Means over disjoint or overlapping sets of elements: ||mean of n|| <= ||x|| / sqrt(n)."""
+    x = _only(step, inputs)
+    _check_same(step)
+    norm = 1.0
+    if step.node.op_type == "AveragePool":
+        kernel = Kernel.of(step.attributes, step.attributes["kernel_shape"])
+        norm = math.sqrt(kernel.overlap)
+    found = x.mapped(lambda a: step.run({0: a, **step.a}), norm)
+    if step.node.op_type == "AveragePool":
+        return found
+    return replace(found, error=x.error * math.sqrt(found.centre.size / x.centre.size))
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A function that is no linear one.
+
+    Args:
+        lipschitz: from a step and the input's shape to a Lipschitz constant in the L2 norm.
+        monotone: whether it maps the ends of intervals to the ends of intervals.
+        image: (low, high) of all its values where it is not monotone but bounded.
+    """
+
+    lipschitz: Callable[[Step, tuple[int, ...]], float]
+    monotone: bool = True
+    image: tuple[float, float] | None = None
+
+    def __call__(self, step: Step, inputs: Inputs) -> Reach:
+        """The rule of this function."""
+        x = _only(step, inputs)
+        _check_same(step)
+        error = self.lipschitz(step, x.centre.shape) * x.gap
+
+        def run(a: np.ndarray) -> np.ndarray:
+            return step.run({0: a, **step.a})
+
+        if x.is_point:
+            centre, radius = run(x.centre), None
+        elif self.monotone:
+            low, high = run(x.centre - x.radius), run(x.centre + x.radius)
+            centre, radius = (low + high) / 2, (high - low) / 2
+        elif self.image is not None:
+            low, high = (np.full_like(x.centre, end) for end in self.image)
+            centre, radius = (low + high) / 2, (high - low) / 2
+        else:
+            raise _refused(step, "it is not monotone; only given inputs can be followed")
+        zero = np.zeros_like(centre)
+        return Reach(centre, zero if radius is None else radius, zero, zero, error)
+
+
+def _check_same(step: Step) -> None:
+    if not step.same:
+        raise _refused(step, "its constants differ between the models")
+
+
+Lipschitz = Callable[[Step, tuple[int, ...]], float]
+
+
+def _constant(value: float) -> Lipschitz:
+    return lambda step, shape: value
+
+
+def _at_least_one(attribute: str, default: float) -> Lipschitz:
+    """Slope 1 on one side, that of the attribute on the other."""
+    return lambda step, shape: max(1.0, abs(step.attributes.get(attribute, default)))
+
+
+def _pooling(step: Step, shape: tuple[int, ...]) -> float:
+    """Disjoint windows do not lengthen a difference; an element counts in each one it lies in."""
+    return math.sqrt(Kernel.of(step.attributes, step.attributes["kernel_shape"]).overlap)
+
+
+def _softmax(step: Step, shape: tuple[int, ...]) -> float:
+    _check_axis(step, shape)
+    return 1.0
+
+
+def _log_softmax(step: Step, shape: tuple[int, ...]) -> float:
+    """The Jacobian I - 1 p^T projects along 1, so its norm is that of 1 p^T: at most sqrt(K)."""
+    return math.sqrt(shape[_check_axis(step, shape)])
+
+
+def _check_axis(step: Step, shape: tuple[int, ...]) -> int:
+    axis = int(step.attributes.get("axis", -1)) % len(shape)
+    if axis == 0:
+        raise _refused(step, "it works along the first axis, which must count samples")
+    return axis
+
+
+_MOVES = ("Identity", "Dropout", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Cast")
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("Gemm", "MatMul", "Conv"), _weighted),
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _elementwise),
+    **dict.fromkeys(_MOVES, _moved),
+    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean"), _averaged),
+    "BatchNormalization": _normalised,
+    "Concat": _joined,
+    "Relu": Activation(_constant(1.0)),
+    "LeakyRelu": Activation(_at_least_one("alpha", 0.01)),
+    "Elu": Activation(_at_least_one("alpha", 1.0)),
+    "Tanh": Activation(_constant(1.0)),
+    "Sigmoid": Activation(_constant(0.25)),
+    "HardSigmoid": Activation(lambda step, shape: abs(step.attributes.get("alpha", 0.2))),
+    "Softplus": Activation(_constant(1.0)),
+    "Softsign": Activation(_constant(1.0)),
+    "Clip": Activation(_constant(1.0)),
+    "Abs": Activation(_constant(1.0), monotone=False),
+    "Erf": Activation(_constant(2 / math.sqrt(math.pi))),
+    "Gelu": Activation(_constant(1.13), monotone=False),  # largest slope 1.1289
+    "HardSwish": Activation(_constant(1.5), monotone=False),
+    "Softmax": Activation(_softmax, monotone=False, image=(0.0, 1.0)),
+    "LogSoftmax": Activation(_log_softmax, monotone=False),
+    "MaxPool": Activation(_pooling),
+    "GlobalMaxPool": Activation(_constant(1.0)),
+}

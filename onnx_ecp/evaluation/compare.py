@@ -1,0 +1,516 @@
+"""Two models on the same inputs: how far apart their outputs are, how good both are, their sizes.
+
+    relative error of output k    e_k = sqrt(sum ||b - a||^2 / sum ||a||^2)
+    relative error overall        e   = sqrt(mean_k e_k^2)
+
+so that every output counts alike, whatever its scale. Sums of batches add up; memory is bounded by
+one batch.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnx_ecp.data import calibration
+from onnx_ecp.data.calibration import Batch, Calibration
+from onnx_ecp.errors import CalibrationError, ModelError, ProviderError
+from onnx_ecp.evaluation.facts import ModelFacts, model_facts, model_of
+from onnx_ecp.evaluation.latency import Latency, measure_latency
+from onnx_ecp.evaluation.work import Work, work
+from onnx_ecp.graph import (
+    Model,
+    output_names,
+    printable,
+    signature,
+)
+from onnx_ecp.runtime.progress import Progress, silent
+from onnx_ecp.runtime.session import OutOfMemory, Session
+
+# What the inputs of a batch may take together, unless the user chooses the batch size.
+BATCH_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far one output of b is from the same output of a.
+
+    Args:
+        output: its name.
+        relative_error: e_k; infinite when an element is not finite in one model only.
+        mean_squared_error: mean of (b - a)^2 over elements.
+        largest: largest |b - a|; infinite when an element is not finite in one model only.
+        largest_at: the sample where that is.
+        agreement: percent of samples whose largest element is the same one, where the output is
+            (samples, K >= 2), unless labels say that these are no class scores; percent of equal
+            elements, where it is not floating-point.
+        not_finite_a: elements of a that are NaN or infinite; those equal in b are left out above.
+        not_finite_b: the same of b.
+    """
+
+    output: str
+    relative_error: float
+    mean_squared_error: float
+    largest: float
+    largest_at: int
+    agreement: float | None
+    not_finite_a: int
+    not_finite_b: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well both models do on labels.
+
+    Args:
+        metric: "accuracy" (top-1, percent), "r2" or "mse".
+        output: the output that was scored.
+        a: score of model a.
+        b: score of model b.
+    """
+
+    metric: str
+    output: str
+    a: float
+    b: float
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The outputs of model b against those of model a.
+
+    Args:
+        samples: number of samples.
+        relative_error: overall; over the floating-point outputs, where there are any.
+        outputs: one deviation per output.
+        scores: on labels; empty without labels.
+    """
+
+    samples: int
+    relative_error: float
+    outputs: tuple[Deviation, ...]
+    scores: tuple[Score, ...] = ()
+
+    @property
+    def agreement(self) -> float | None:
+        """Agreement in percent of the output that agrees least, of those that have one."""
+        return min((d.agreement for d in self.outputs if d.agreement is not None), default=None)
+
+    @property
+    def largest(self) -> Deviation | None:
+        """The output with the largest absolute deviation."""
+        return max(self.outputs, key=lambda d: d.largest, default=None)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """One sentence for every output that has values that are not finite."""
+        return tuple(
+            f"output {d.output!r} has values that are NaN or infinite: {d.not_finite_a} in the "
+            f"original, {d.not_finite_b} in the result."
+            for d in self.outputs
+            if d.not_finite_a or d.not_finite_b
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models side by side.
+
+    Args:
+        a: the original.
+        b: the other one.
+        gap: their outputs.
+        latency: of both, where it was measured.
+        work_a: what the layers of a take; None where it was not counted.
+        work_b: what those of b take.
+    """
+
+    a: ModelFacts
+    b: ModelFacts
+    gap: Gap
+    latency: Latency | None = None
+    work_a: Work | None = None
+    work_b: Work | None = None
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a batch says about one output; the sums of two batches add up.
+
+    Args:
+        elements: number of elements.
+        error: sum of (b - a)^2.
+        energy: sum of a^2.
+        largest: largest |b - a|.
+        largest_at: its sample.
+        votes: comparisons that can agree: samples of class scores, or elements of an output that is
+            not floating-point; 0 elsewhere.
+        agreed: how many of them do.
+        not_finite_a: elements of a that are NaN or infinite.
+        not_finite_b: the same of b.
+        floating: whether the output is floating-point.
+    """
+
+    elements: int
+    error: float
+    energy: float
+    largest: float
+    largest_at: int
+    votes: int
+    agreed: int
+    not_finite_a: int
+    not_finite_b: int
+    floating: bool
+
+    def __add__(self, other: Sums) -> Sums:
+        # The first of equals, so that the batch size changes nothing.
+        top = self if self.largest >= other.largest else other
+        return Sums(
+            self.elements + other.elements,
+            self.error + other.error,
+            self.energy + other.energy,
+            top.largest,
+            top.largest_at,
+            self.votes + other.votes,
+            self.agreed + other.agreed,
+            self.not_finite_a + other.not_finite_a,
+            self.not_finite_b + other.not_finite_b,
+            self.floating,
+        )
+
+    @property
+    def relative_error(self) -> float:
+        """sqrt(error / energy); 0 / 0 is 0."""
+        if self.error == 0.0:
+            return 0.0
+        return math.sqrt(self.error / self.energy) if self.energy else math.inf
+
+    def deviation(self, output: str) -> Deviation:
+        """What the sums of all batches say about the output."""
+        return Deviation(
+            output=output,
+            relative_error=self.relative_error,
+            mean_squared_error=self.error / self.elements if self.elements else 0.0,
+            largest=self.largest,
+            largest_at=self.largest_at,
+            agreement=100.0 * self.agreed / self.votes if self.votes else None,
+            not_finite_a=self.not_finite_a,
+            not_finite_b=self.not_finite_b,
+        )
+
+
+def overall(sums: Collection[Sums]) -> float:
+    """The relative error over all floating-point outputs, over all where there are none."""
+    counted = [s for s in sums if s.floating] or sums
+    return math.sqrt(statistics.fmean(s.relative_error**2 for s in counted))
+
+
+def deviation_sums(a: np.ndarray, b: np.ndarray, start: int, samples: int) -> Sums:
+    """The sums of one batch of one output.
+
+    Elements that are not floating-point (class ids, strings) are equal or not: their distance is 0
+    or 1 and their energy 1.
+
+    Args:
+        a: output of the original model, any shape and type.
+        b: the same output of the other model, same shape.
+        start: index of the first sample of the batch.
+        samples: samples in the batch.
+    """
+    floating = a.dtype.kind == "f"
+    if floating:
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        gap, energy = _distance(x, y), _square_sum(np.where(np.isfinite(x), x, 0.0))
+        agree = _same_class(a, b)
+        bad = (x.size - np.isfinite(x).sum(), y.size - np.isfinite(y).sum())
+    else:
+        agree, bad = np.asarray(a == b), (0, 0)
+        gap, energy = np.where(agree, 0.0, 1.0), float(a.size)
+    return Sums(
+        elements=a.size,
+        error=_square_sum(gap),
+        energy=energy,
+        largest=float(gap.max(initial=0.0)),
+        largest_at=start + _row_of_largest(gap, samples),
+        votes=agree.size,
+        agreed=int(agree.sum()),
+        not_finite_a=int(bad[0]),
+        not_finite_b=int(bad[1]),
+        floating=floating,
+    )
+
+
+def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """|y - x| elementwise; 0 where both are the same NaN or infinity, inf where one is finite."""
+    finite = np.isfinite(x) & np.isfinite(y)
+    same = (x == y) | (np.isnan(x) & np.isnan(y))
+    distance = np.abs(np.subtract(y, x, out=np.full(x.shape, np.inf), where=finite))
+    return np.where(same, 0.0, distance)
+
+
+def _square_sum(x: np.ndarray) -> float:
+    with np.errstate(over="ignore"):  # doubles beyond 1e154: infinite, and so is the error
+        return float(np.square(x).sum())
+
+
+def _same_class(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(samples,) bool of class scores (samples, K >= 2); empty for anything else."""
+    if a.ndim != 2 or a.shape[1] < 2:
+        return np.zeros(0, dtype=np.bool_)
+    return np.asarray(a.argmax(axis=-1) == b.argmax(axis=-1))
+
+
+def _row_of_largest(gap: np.ndarray, samples: int) -> int:
+    """The sample of the largest element; 0 where the first axis does not count samples."""
+    if gap.size == 0 or gap.ndim == 0 or gap.shape[0] != samples:
+        return 0
+    return int(gap.reshape(samples, -1).max(axis=1).argmax())
+
+
+def compare(
+    a: str | Path | onnx.ModelProto | Model,
+    b: str | Path | onnx.ModelProto | Model,
+    data: Any,
+    labels: str | Path | np.ndarray | None = None,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    batch_size: int | None = None,
+    measure: bool = False,
+) -> Comparison:
+    """Compare model b with model a: outputs, scores on labels, sizes and, if asked for, latency.
+
+    Args:
+        a: the original model.
+        b: a model with the same inputs and outputs.
+        data: a Calibration, or any source that ``calibration.load`` reads.
+        labels: one per sample: class indices, or targets of a regression; a path or an array.
+        provider: execution provider.
+        threads: threads within an operator; None leaves it to ONNX Runtime.
+        batch_size: samples a run; None takes what fits.
+        measure: whether to measure latency.
+
+    Raises:
+        ModelError: a model is unreadable, or inputs or outputs differ.
+        CalibrationError: data or labels do not fit the models.
+        ProviderError: ONNX Runtime cannot run a model.
+    """
+    first, second = model_of(a), model_of(b)
+    samples = calibration.load(data, signature(first.proto))
+    if isinstance(labels, str | Path):
+        labels = calibration.load_labels(labels, expected_rows(samples))
+    gap = measure_gap(
+        first, second, samples, labels, provider=provider, threads=threads, batch_size=batch_size
+    )
+    latency = None
+    if measure:
+        size = batch_size or fitting(samples)
+        latency = measure_latency(
+            first, second, next(samples.batches(size)), provider=provider, threads=threads
+        )
+    settings = {"provider": provider, "threads": threads}
+    works = (_work(model, samples, settings) for model in (first, second))
+    return Comparison(model_facts(first), model_facts(second), gap, latency, *works)
+
+
+def _work(model: Model, samples: Calibration, settings: Mapping[str, Any]) -> Work | None:
+    """What the layers take; None where the shapes of all tensors cannot be had in one run."""
+    try:
+        return work(model, next(samples.batches(2)).feeds, settings)
+    except ProviderError:
+        return None
+
+
+def measure_gap(
+    a: Model,
+    b: Model,
+    data: Calibration,
+    labels: np.ndarray | None = None,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    batch_size: int | None = None,
+    progress: Progress = silent,
+) -> Gap:
+    """The outputs of b against those of a, streamed batch by batch.
+
+    Args:
+        a: the original model.
+        b: a model with the same inputs and outputs.
+        data: samples that fit both.
+        labels: integer class indices or floating-point targets, one per row of an output.
+        provider: execution provider.
+        threads: threads within an operator.
+        batch_size: samples a run; a batch that does not fit in memory is halved until it does.
+        progress: called after every batch.
+
+    Raises:
+        ModelError: inputs or outputs differ.
+        CalibrationError: the labels fit no output, or are not as many as its rows.
+        ProviderError: ONNX Runtime cannot run a model.
+    """
+    check_same_signature(a, b)
+    size = batch_size or fitting(data)
+    sums: dict[str, Sums] = {}
+    target: Target | None = None
+    predictions: list[tuple[np.ndarray, ...]] = []
+    for batch, of_a, of_b in paired_outputs(a, b, data.batches(size), provider, threads):
+        check_same_shapes(b, of_a, of_b)
+        for name, y in of_a.items():
+            new = deviation_sums(y, of_b[name], batch.start, batch.samples)
+            sums[name] = sums[name] + new if name in sums else new
+        if labels is not None:
+            target = target or target_of(of_a, labels)
+            predictions.append((target.prediction(of_a), target.prediction(of_b)))
+        progress("comparing", batch.start + batch.samples, len(data))
+    scores: tuple[Score, ...] = ()
+    if labels is not None and target is not None:
+        if not target.classes:  # the largest of several numbers is no class
+            sums[target.output] = replace(sums[target.output], votes=0, agreed=0)
+        scores = target.scores(labels, *map(np.concatenate, zip(*predictions, strict=True)))
+    return Gap(
+        samples=len(data),
+        relative_error=overall(sums.values()),
+        outputs=tuple(s.deviation(name) for name, s in sums.items()),
+        scores=scores,
+    )
+
+
+def expected_rows(data: Calibration) -> int:
+    """Rows of outputs to expect: a sample of a fixed batch of B is B rows."""
+    fixed = next(iter(data.arrays.values())).shape[1:]
+    return len(data) if data.stacked or len(fixed) < 2 else len(data) * fixed[0]
+
+
+def fitting(data: Calibration) -> int:
+    """A batch size whose inputs take at most BATCH_BYTES."""
+    size = sum(array.nbytes for array in data.arrays.values()) // len(data)
+    return int(np.clip(BATCH_BYTES // max(size, 1), 1, min(256, len(data))))
+
+
+Outputs = Mapping[str, np.ndarray]
+
+
+def paired_outputs(
+    a: Model, b: Model, batches: Iterable[Batch], provider: str, threads: int | None
+) -> Iterator[tuple[Batch, Outputs, Outputs]]:
+    """Outputs of both models by name; of halves where a batch does not fit in memory."""
+    sessions = [Session(m.proto, provider=provider, threads=threads, base=m.base) for m in (a, b)]
+    waiting = [iter(batches)]
+    while waiting:
+        batch = next(waiting[-1], None)
+        if batch is None:
+            waiting.pop()
+            continue
+        try:
+            of_a, of_b = (session.run(batch.feeds) for session in sessions)
+        except (OutOfMemory, MemoryError):
+            if batch.samples == 1:
+                raise
+            waiting.append(iter(batch.halves()))
+        else:
+            yield batch, of_a, of_b
+
+
+_SAME_HINT = "Only models with the same inputs and outputs can be compared."
+
+
+def check_same_signature(a: Model, b: Model) -> None:
+    """ModelError unless both models have the same inputs and outputs."""
+    for role, names in (("inputs", _inputs), ("outputs", output_names)):
+        of_a, of_b = names(a.proto), names(b.proto)
+        if sorted(of_a) != sorted(of_b):
+            shown_a, shown_b = (", ".join(map(printable, found)) for found in (of_a, of_b))
+            raise ModelError(
+                f"{b.path or 'the second model'}: its {role} are {shown_b}; those of the first "
+                f"model are {shown_a}.",
+                hint=_SAME_HINT,
+            )
+
+
+def _inputs(proto: onnx.ModelProto) -> tuple[str, ...]:
+    return tuple(spec.name for spec in signature(proto))
+
+
+def check_same_shapes(b: Model, of_a: Outputs, of_b: Outputs) -> None:
+    """ModelError unless the outputs of both models have the same shapes."""
+    for name, y in of_a.items():
+        if y.shape != of_b[name].shape:
+            raise ModelError(
+                f"{b.path or 'the second model'}: output {printable(name)!r} has shape "
+                f"{of_b[name].shape}; that of the first model has shape {y.shape}.",
+                hint=_SAME_HINT,
+            )
+
+
+@dataclass(frozen=True)
+class Target:
+    """The output that labels are about.
+
+    Args:
+        output: its name.
+        classes: whether the labels are classes; else they are numbers.
+        by_score: whether the output holds a score for every class, in its last axis.
+    """
+
+    output: str
+    classes: bool
+    by_score: bool
+
+    def prediction(self, outputs: Outputs) -> np.ndarray:
+        """What the model says the labels are."""
+        y = outputs[self.output]
+        return np.asarray(y.argmax(axis=-1)) if self.by_score else y
+
+    def scores(self, labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[Score, ...]:
+        """Scores of the predictions of both models, (rows, ...) like the labels."""
+        if len(labels) != len(a):
+            raise CalibrationError(
+                f"{len(labels)} labels for {len(a)} samples.", hint="Give one label per sample."
+            )
+        if self.classes:
+            hits = [100.0 * float((y == labels).mean()) for y in (a, b)]
+            return (Score("accuracy", self.output, *hits),)
+        truth = labels.astype(np.float64)
+        errors = [np.square(y.astype(np.float64).reshape(truth.shape) - truth) for y in (a, b)]
+        spread = float(np.square(truth - truth.mean(axis=0)).sum())
+        r2 = [1.0 - float(e.sum()) / spread if spread else math.nan for e in errors]
+        mse = [float(e.mean()) for e in errors]
+        return Score("r2", self.output, *r2), Score("mse", self.output, *mse)
+
+
+def target_of(outputs: Outputs, labels: np.ndarray) -> Target:
+    """The first output that the labels fit: as class scores, as class ids, or as numbers."""
+    classes = labels.dtype.kind in "iu"
+    for name, y in outputs.items():
+        per_class = y.dtype.kind == "f" and y.ndim == labels.ndim + 1 and y.shape[-1] > 1
+        if classes and per_class and y.shape[1:-1] == labels.shape[1:]:
+            _check_classes(name, y.shape[-1], labels)
+            return Target(name, classes=True, by_score=True)
+    for name, y in outputs.items():
+        if classes and y.dtype.kind in "iu" and y.shape[1:] == labels.shape[1:]:
+            return Target(name, classes=True, by_score=False)
+    for name, y in outputs.items():
+        if y.dtype.kind == "f" and y.ndim and y[:1].size == labels[:1].size:
+            return Target(name, classes=False, by_score=False)
+    shapes = ", ".join(f"{printable(n)} {y.dtype} {y.shape}" for n, y in outputs.items())
+    raise CalibrationError(
+        f"labels {labels.dtype} {labels.shape} fit no output; the outputs of a batch are {shapes}.",
+        hint="Give integer class indices, one per sample, or floating-point targets.",
+    )
+
+
+def _check_classes(output: str, classes: int, labels: np.ndarray) -> None:
+    if labels.size and not 0 <= labels.min() <= labels.max() < classes:
+        raise CalibrationError(
+            f"labels go from {labels.min()} to {labels.max()}, but output {printable(output)!r} "
+            f"has {classes} classes.",
+            hint="Class labels count from 0.",
+        )

@@ -1,0 +1,108 @@
+"""What a file is: its size, parameters, zeros."""
+
+from __future__ import annotations
+
+import math
+import os
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+
+from onnx_ecp.errors import UsageError
+from onnx_ecp.graph import (
+    LARGEST_DENSE,
+    Model,
+    compressed_size,
+    constants,
+    data_files,
+    digest,
+    load,
+    packed_tensors,
+    read_tensor,
+)
+
+if TYPE_CHECKING:
+    pass
+
+_FLOATS = (
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.DOUBLE,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.BFLOAT16,
+)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model weighs.
+
+    Args:
+        path: its file, or None for a model in memory.
+        sha256: of the file (of the serialised proto for a model in memory).
+        bytes: size, external data included.
+        compressed_bytes: size after gzip.
+        parameters: elements of all stored floating-point tensors; a sparse or packed one counts as
+            the dense tensor that it stands for.
+        zeros: how many of them are zero.
+    """
+
+    path: str | None
+    sha256: str
+    bytes: int
+    compressed_bytes: int
+    parameters: int
+    zeros: int
+
+
+def model_facts(model: Model) -> ModelFacts:
+    """Sizes, hash, and how many of the stored values are zero."""
+    packed = packed_tensors(model.proto, LARGEST_DENSE).values()
+    parts = {name for p in packed for name in p.parts}
+    found = {n: t for n, t in constants(model.proto).items() if n not in parts}
+    stored = [t for t in found.values() if t.data_type in _FLOATS and t.dims]
+    arrays = (read_tensor(model, tensor) for tensor in stored)
+    counts = [(array.size, int(np.count_nonzero(array))) for array in arrays]
+    counts += [
+        (math.prod(sparse.dims), math.prod(sparse.values.dims))
+        for sparse in model.proto.graph.sparse_initializer
+        if sparse.values.data_type in _FLOATS
+    ]
+    counts += [
+        (p.elements, math.prod(p.values.dims)) for p in packed if p.values.data_type in _FLOATS
+    ]
+    return ModelFacts(
+        path=None if model.path is None else str(model.path),
+        sha256=digest(model),
+        bytes=_size(model),
+        compressed_bytes=compressed_size(model.path or model.proto.SerializeToString()),
+        parameters=sum(size for size, _ in counts),
+        zeros=sum(size - nonzero for size, nonzero in counts),
+    )
+
+
+def _size(model: Model) -> int:
+    if model.path is None:
+        return int(model.proto.ByteSize())
+    files = [model.path, *data_files(model.proto, model.path.parent)]
+    return sum(file.stat().st_size for file in files)
+
+
+def model_of(given: str | Path | onnx.ModelProto | Model) -> Model:
+    """A validated model of whatever stands for one.
+
+    Raises:
+        UsageError: nothing that does.
+        ModelError: the model is unreadable or invalid.
+    """
+    if isinstance(given, Model):
+        return given
+    if not isinstance(given, str | os.PathLike | onnx.ModelProto):
+        raise UsageError(
+            f"a model cannot be {reprlib.repr(given)}.",
+            hint="Give the path of a file, or an onnx.ModelProto: of bytes, onnx.load_from_string.",
+        )
+    return load(Path(given) if isinstance(given, os.PathLike) else given)

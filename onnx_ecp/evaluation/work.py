@@ -1,0 +1,42 @@
+"""What the layers of a model take: weights and multiplications."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from onnx_ecp.graph import Model, decode_sparse
+from onnx_ecp.graph.shapes import shapes_of_a_run
+from onnx_ecp.layers import find_layers
+from onnx_ecp.layers.fused import preactivation
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the layers take.
+
+    Args:
+        weights: elements of their weights; shared ones count once.
+        flops: multiplications per sample of the shapes that were seen.
+    """
+
+    weights: int
+    flops: int
+
+
+def work(model: Model, feeds: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> Work:
+    """What the layers of a model take, for inputs of these shapes."""
+    dense = replace(model, proto=decode_sparse(model.proto))
+    shapes = shapes_of_a_run(dense, feeds, **settings)
+    # A fused operator has one name for z and what follows; both have the same shape.
+    shapes |= {preactivation(name): shape for name, shape in shapes.items()}
+    samples = max((len(x) for x in feeds.values() if x.ndim), default=1)
+    layers = find_layers(dense.proto).layers
+    weights = {layer.weight.tensor: int(np.prod(layer.shape)) for layer in layers}
+    # Those inside functions have no output in the graph; they are the same before and after.
+    seen = [layer for layer in layers if layer.output in shapes]
+    products = sum(int(np.prod(shapes[layer.output])) * layer.shape[1] for layer in seen)
+    return Work(sum(weights.values()), products // samples)

@@ -1,0 +1,1 @@
+"""Linear algebra in float64: Cholesky factors, masked systems."""

@@ -1,0 +1,1 @@
+"""The pruning loop: select, compensate, refit jointly, fine-tune, search for a target."""

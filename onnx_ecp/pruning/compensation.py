@@ -1,0 +1,340 @@
+"""What stays makes good for what went: biases, layer after layer, or all weights at once.
+
+Each way is asked with a problem of its own (``methods/method.py``); here the problems are put
+together from what was measured, and solutions are held against samples that they have not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from math import lcm
+
+import numpy as np
+
+from onnx_ecp.layers import Layer
+from onnx_ecp.methods import BlockProblem, LayerProblem, Solved, bias_shift
+from onnx_ecp.pruning.plan import Plan
+from onnx_ecp.pruning.selection import NM
+from onnx_ecp.runtime.lazy import Computed
+from onnx_ecp.runtime.limits import check_deadline
+from onnx_ecp.runtime.progress import Progress, silent
+from onnx_ecp.statistics.collection import Measured, row_sensitivities
+from onnx_ecp.statistics.forward import Segment
+from onnx_ecp.statistics.gram import Gram, mean_shift
+from onnx_ecp.statistics.layerwise import Network, Run, grams_of, matrix
+from onnx_ecp.statistics.observer import State
+
+# Why a solution is not kept.
+RAISED = "it raised the error on the samples that judge it"
+# Two errors are the same that differ by no more than this share of the layer's squared outputs:
+# their rounding in float32, squared.
+ROUNDING = 1e-12
+
+
+def compensate(
+    network: Network,
+    plan: Plan,
+    before: State,
+    after: State,
+    measured: Measured,
+    progress: Progress = silent,
+    *,
+    free: Collection[str] = (),
+) -> tuple[State, dict[str, str]]:
+    """Remove what ``after.keep`` says, and let shifts and kept weights make good for it.
+
+    Args:
+        network: what is pruned.
+        plan: how.
+        before: the state that was measured.
+        after: the same with new keep masks.
+        measured: what the measuring told.
+        progress: called as work goes on.
+        free: stored tensors of which other weights may stay, as long as equally many do.
+
+    Returns:
+        The new state, and by layer name remarks about its compensation.
+    """
+    if not any(victims(layer, before, after.keep).any() for layer in network.layers):
+        return before, {}
+    repair, shifts = plan.method.repair, dict(before.shifts)
+    if repair.shifts:
+        for layer in network.layers:
+            keep = after.keep[layer.weight.tensor]
+            gap = bias_shift(matrix(layer, before), measured.moments[layer.name], keep)
+            shifts[layer.name] = before.shifts[layer.name] + gap
+    state = replace(after, weights=removed(network, before, after), shifts=shifts)
+    if repair.update is not None:
+        return update_blocks(network, plan, before, state, measured), {}
+    if repair.solve is None:
+        return state, {}
+    return solve_layers(network, plan, before, state, measured, progress, free=free)
+
+
+def update_blocks(
+    network: Network, plan: Plan, before: State, state: State, measured: Measured
+) -> State:
+    """New kept weights of all layers at once, block by block of the curvature."""
+    repair = plan.method.repair
+    assert repair.update is not None, "the caller has looked"
+    layers = {layer.weight.tensor: layer for layer in network.layers}
+    for block in measured.curvature:
+        problem = BlockProblem(
+            weight={n: matrix(layers[n], before) for n in block.rows},
+            keep=state.keep,
+            curvature=block,
+            damping=plan.damping or repair.damping,
+        )
+        for name, weight in repair.update(problem).items():
+            state = _with_solution(state, layers[name], Solved(weight, state.keep[name]))
+    return state
+
+
+def solve_layers(
+    network: Network,
+    plan: Plan,
+    before: State,
+    state: State,
+    measured: Measured,
+    progress: Progress = silent,
+    *,
+    free: Collection[str] = (),
+) -> tuple[State, dict[str, str]]:
+    """Solve one layer after the other, each in the network that the layers before it make now.
+
+    Where the compensation is guarded, a solution stays only if its error on the guard samples is
+    not larger than that of ``state``, with its new shifts or without. Weights that several layers
+    share are solved for first, see ``solve_shared``; in turn their layers get new shifts alone.
+
+    Returns:
+        The new state, and by layer name why a solution was not kept.
+    """
+    repair = plan.method.repair
+    state, notes = solve_shared(network, plan, before, state, measured, free)
+    fit = Run(network, network.fit, with_original=repair.weighted)
+    guard = _Guard(network, plan, state) if repair.guarded else None
+    for done, segment in enumerate(network.segments, 1):
+        check_deadline()
+        layer = segment.layer
+        tensor = layer.weight.tensor
+        weights = measured.weights[layer.name] if repair.weighted else None
+        seen = fit.gram(segment, state, weights, repair.shrinkage)
+        if network.uses[tensor] == 1:
+            solved = _solved(network, plan, before, state, layer, seen, free)
+        else:
+            original, current = matrix(layer, network.original), matrix(layer, state)
+            shift = mean_shift(seen, original, current) if repair.shifts else None
+            solved = Solved(current, state.keep[tensor], shift)
+        better = None if guard is None else guard.better(segment, before, state, solved)
+        if better is None:
+            state = _with_solution(state, layer, solved)
+        else:
+            if network.uses[tensor] == 1:
+                what = "refit" if better is state.shifts[layer.name] else "refit and bias shift"
+                notes[layer.name] = f"last {what} not kept: {RAISED}"
+            state = replace(state, shifts={**state.shifts, layer.name: better})
+        progress("refit", done, len(network.segments))
+    return state, notes
+
+
+def solve_shared(
+    network: Network,
+    plan: Plan,
+    before: State,
+    state: State,
+    measured: Measured,
+    free: Collection[str] = (),
+) -> tuple[State, dict[str, str]]:
+    """Solve for each weight that several layers share, all of them at once, before the others.
+
+    The normal equations of its layers are added up. They need the inputs of the last of them, so
+    nothing else has been solved yet that these could depend on.
+
+    Returns:
+        The new state, and by layer name why a solution was not kept.
+    """
+    repair = plan.method.repair
+    shared = {x.name: x for x in network.layers if network.uses[x.weight.tensor] > 1}
+    if not shared:
+        return state, {}
+    sums: dict[str, Gram] = {}
+    means: dict[str, Gram] = {}
+    for layer, seen in grams_of(
+        network,
+        network.fit,
+        state,
+        shared,
+        weights=measured.weights if repair.weighted else None,
+        shrink=repair.shrinkage,
+        with_original=repair.weighted,
+    ):
+        tensor = layer.weight.tensor
+        groups = lcm(*(x.groups for x in shared.values() if x.weight.tensor == tensor))
+        part = _summable(seen, groups, about_mean=repair.shifts)
+        sums[tensor] = sums[tensor] + part if tensor in sums else part
+        nothing = np.empty((0, 0, 0))  # a view would keep the matrices alive
+        means[layer.name] = replace(seen, gram=nothing, cross=nothing)
+    found, shifts = {}, dict(state.shifts)
+    for layer in shared.values():
+        tensor = layer.weight.tensor
+        if tensor not in found:
+            found[tensor] = _solved(network, plan, before, state, layer, sums[tensor], free)
+        if repair.shifts:
+            original = matrix(layer, network.original)
+            shifts[layer.name] = mean_shift(means[layer.name], original, found[tensor].weight)
+    worse = _worse(network, plan, state, shared, found, shifts) if repair.guarded else set()
+    notes = {}
+    for name, layer in shared.items():
+        tensor = layer.weight.tensor
+        if tensor in worse:
+            notes[name] = f"last refit not kept: {RAISED}"
+        else:
+            state = _with_solution(state, layer, replace(found[tensor], shift=shifts[name]))
+    return state, notes
+
+
+def _summable(seen: Gram, groups: int, *, about_mean: bool) -> Gram:
+    """Sums to be added to those of other layers: a shift of its own takes the means of each.
+
+    Args:
+        seen: of one layer.
+        groups: into how many its rows are to be divided.
+        about_mean: whether it has such a shift; else the sums are about zero.
+    """
+    weight = np.repeat(seen.weight, groups // len(seen.weight))
+    second, cross = (
+        np.repeat(x, groups // len(x), axis=0) * weight[:, None, None]
+        for x in (seen.covariance if about_mean else seen.second_moments, seen.cross_covariance)
+    )
+    zero = np.zeros(second.shape[:2])
+    return Gram(weight, zero, zero, second, cross, zero)
+
+
+def _worse(
+    network: Network,
+    plan: Plan,
+    state: State,
+    shared: Mapping[str, Layer],
+    found: Mapping[str, Solved],
+    shifts: Mapping[str, np.ndarray],
+) -> set[str]:
+    """The stored tensors whose solution raises the error of the layers that share it, summed."""
+    rise = dict.fromkeys(found, 0.0)
+    weights = row_sensitivities(
+        network.observer, state, network.guard, size=network.size, memory=network.share(8)
+    )
+    run, shrink = Run(network, network.guard), plan.method.repair.shrinkage
+    for segment in run.stops(state, shared):
+        layer = segment.layer
+        tensor, name = layer.weight.tensor, layer.name
+        candidates = [
+            (matrix(layer, state), state.shifts[name][None]),
+            (found[tensor].weight, shifts[name][None]),
+        ]
+        energy, errors = run.errors(segment, state, weights[name], shrink, candidates)
+        (old,), (new,) = errors
+        rise[tensor] += new - old - ROUNDING * energy
+    return {tensor for tensor, much in rise.items() if much > 0}
+
+
+def _solved(
+    network: Network,
+    plan: Plan,
+    before: State,
+    state: State,
+    layer: Layer,
+    seen: Gram,
+    free: Collection[str],
+) -> Solved:
+    """What the plan's compensation makes of one layer, or of all that share its weight."""
+    repair, tensor = plan.method.repair, layer.weight.tensor
+    assert repair.solve is not None, "the caller has looked"
+    run, order = _runs(plan, tensor)
+    return repair.solve(
+        LayerProblem(
+            weight=matrix(layer, before),
+            original=matrix(layer, network.original),
+            there=before.keep[tensor],
+            keep=state.keep[tensor],
+            free=tensor in free,
+            gram=seen,
+            damping=plan.damping or repair.damping,
+            run=run,
+            order=order,
+        )
+    )
+
+
+def _runs(plan: Plan, tensor: str) -> tuple[int, np.ndarray | None]:
+    """M and the order of columns where the tensor is to have an N:M pattern."""
+    group = next(group for group in plan.groups if tensor in group.tensors)
+    if isinstance(group.sparsity, NM) and group.masks is None:
+        return group.sparsity.m, group.orders[tensor]
+    return 0, None
+
+
+def _with_solution(state: State, layer: Layer, solved: Solved) -> State:
+    tensor = layer.weight.tensor
+    stored = layer.weight.unmatrix(solved.weight).astype(state.weights[tensor].dtype)
+    shift = state.shifts[layer.name] if solved.shift is None else solved.shift
+    state = replace(state, keep={**state.keep, tensor: solved.keep})
+    return state.with_layer(layer, stored, shift)
+
+
+class _Guard:
+    """Judges solutions on samples that they were not fitted to."""
+
+    def __init__(self, network: Network, plan: Plan, state: State) -> None:
+        self._network, self._shrink = network, plan.method.repair.shrinkage
+        self._run = Run(network, network.guard)
+        self._weights = row_sensitivities(
+            network.observer, state, network.guard, size=network.size, memory=network.share(8)
+        )
+
+    def better(
+        self, segment: Segment, before: State, state: State, solved: Solved
+    ) -> np.ndarray | None:
+        """The shift with which the layer's weighted error is lower without the solution, if any.
+
+        Args:
+            segment: that ends with the layer's input.
+            before: the state before anything went, whose shift may be better than a new one.
+            state: with the shifts of ``bias_shift``, and what the layers before it became.
+            solved: the solution.
+        """
+        name, current = segment.layer.name, matrix(segment.layer, state)
+        shift, old = state.shifts[name], before.shifts[name]
+        new = shift if solved.shift is None else solved.shift
+        candidates = [(solved.weight, new[None]), (current, np.stack([shift, old]))]
+        energy, errors = self._run.errors(
+            segment, state, self._weights[name], self._shrink, candidates
+        )
+        (found,), (with_shift, without) = errors
+        # Where nothing went, and nothing before it changed, all are the same but for rounding.
+        rounding = ROUNDING * energy
+        if found <= min(with_shift, without) + rounding:
+            return None
+        return old if without < with_shift - rounding else shift
+
+
+def victims(layer: Layer, before: State, keep: dict[str, np.ndarray]) -> np.ndarray:
+    """(out, in) bool: what was there before and goes now."""
+    tensor = layer.weight.tensor
+    return np.asarray(before.keep[tensor] & ~keep[tensor])
+
+
+def removed(network: Network, before: State, after: State) -> Computed:
+    """Stored tensors with zeros where the new masks say so, everything else bit by bit the same.
+
+    Those that lie in an external file are masked when they are asked for.
+    """
+    weights = {layer.weight.tensor: layer.weight for layer in network.layers}
+    values, keep = before.weights, after.keep  # nothing else of the states is held on to
+
+    def masked(name: str) -> np.ndarray:
+        stored = values[name]
+        return np.where(weights[name].layout(keep[name]), stored, stored.dtype.type(0))
+
+    in_memory = {name: masked(name) for name in weights if before.weights.knows(name)}
+    return Computed(weights, masked, in_memory)

@@ -1,0 +1,34 @@
+"""How a network is pruned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onnx_ecp.methods import Method
+from onnx_ecp.pruning.selection import Group
+
+# What the curvature couples: all weights of the network, or those of a stored tensor.
+BLOCKS = ("network", "layer")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a network is pruned.
+
+    Args:
+        method: importance, compensation, stages.
+        groups: which stored tensors are ranked together, and to what sparsity.
+        positions: "expand" or "reduce".
+        damping: ridge of importance and compensation; None leaves each its own.
+        seed: of the methods' random numbers.
+        finetune_steps: of fine-tuning after the last stage; a tenth of it after every other one.
+        blocks: what the curvature couples: a name in BLOCKS.
+    """
+
+    method: Method
+    groups: tuple[Group, ...]
+    positions: str = "expand"
+    damping: float | None = None
+    seed: int = 0
+    finetune_steps: int = 0
+    blocks: str = "network"

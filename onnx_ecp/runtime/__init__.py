@@ -1,0 +1,1 @@
+"""ONNX Runtime and its limits: sessions, time, threads, memory."""

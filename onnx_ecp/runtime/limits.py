@@ -1,0 +1,91 @@
+"""What a run may take: time, threads, memory."""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from threadpoolctl import ThreadpoolController
+
+from onnx_ecp.errors import ProviderError
+
+_DEADLINE: contextvars.ContextVar[tuple[float, float] | None] = contextvars.ContextVar(
+    "deadline", default=None
+)
+_THREADS: contextvars.ContextVar[int | None] = contextvars.ContextVar("threads", default=None)
+
+
+@contextmanager
+def deadline(seconds: float | None) -> Iterator[None]:
+    """Let everything inside end with ProviderError after this many seconds (None: no limit)."""
+    token = _DEADLINE.set(None if seconds is None else (time.monotonic() + seconds, seconds))
+    try:
+        yield
+    finally:
+        _DEADLINE.reset(token)
+
+
+def check_deadline() -> float | None:
+    """Seconds left, None without a limit; raises ProviderError when none are."""
+    limit = _DEADLINE.get()
+    if limit is None:
+        return None
+    left = limit[0] - time.monotonic()
+    if left <= 0:
+        raise ProviderError(
+            f"the time limit of {limit[1]:g} s is over.",
+            hint="Raise --timeout, or use fewer --samples.",
+        )
+    return left
+
+
+@cache
+def _blas() -> Any:
+    return ThreadpoolController()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def blas_threads(limit: int | None) -> Iterator[None]:
+    """Let NumPy's matrix products use this many threads inside (None: their own choice)."""
+    with _blas().limit(limits=limit, user_api="blas"):
+        yield
+
+
+@contextmanager
+def threads_of(limit: int | None) -> Iterator[None]:
+    """Let everything inside but ONNX Runtime use this many threads (None: all cores)."""
+    token = _THREADS.set(limit)
+    try:
+        with blas_threads(limit):
+            yield
+    finally:
+        _THREADS.reset(token)
+
+
+def workers() -> int:
+    """Threads that may work side by side: those of ``threads_of``, else one per core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return _THREADS.get() or cores or 1
+
+
+def free_memory() -> int:
+    """Bytes that this process could still take without swapping, as far as the system tells."""
+    found = []
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found += [int(x.split()[1]) * 1024 for x in file if x.startswith("MemAvailable")]
+        group = Path("/sys/fs/cgroup")
+        most, used = (group.joinpath(f"memory.{x}").read_text() for x in ("max", "current"))
+        if most.strip() != "max":
+            found.append(int(most) - int(used))
+    except (OSError, ValueError):
+        pass  # not Linux, or no control group with a limit
+    if not found and hasattr(os, "sysconf"):  # what is free, macOS does not tell
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return max(min(found, default=2**32), 2**20)

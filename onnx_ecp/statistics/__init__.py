@@ -1,0 +1,1 @@
+"""Statistics of the layers: observe batches, sum them up in float64."""

@@ -1,0 +1,237 @@
+"""What is pruned and how; and walks along its layers that sum up what each of them is given."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from onnx_ecp.data.calibration import Calibration
+from onnx_ecp.layers import Layer
+from onnx_ecp.statistics.forward import Passage, Segment, segments
+from onnx_ecp.statistics.gram import BLOCK, Gram, outputs, squared_errors
+from onnx_ecp.statistics.objective import Objective
+from onnx_ecp.statistics.observer import Observer, State
+
+# Rows are looked at in blocks: of BLOCK rows, or as many as take so much memory.
+BLOCK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is pruned, and the data it is pruned on.
+
+    Args:
+        observer: of the layers.
+        original: the state before pruning.
+        fit: calibration samples for importance and compensation.
+        guard: other calibration samples, on which a refit must not be worse than a bias shift.
+        size: batch size.
+        memory: bytes that statistics and activations may take, None for any number: half of it
+            goes to moments and the sensitivities of rows, a quarter to scores and a quarter to the
+            activations of a walk. What does not fit lies in temporary files.
+    """
+
+    observer: Observer
+    original: State
+    fit: Calibration
+    guard: Calibration
+    size: int
+    memory: int | None = None
+
+    def share(self, part: int) -> int | None:
+        """One of so many equal parts of the memory."""
+        return None if self.memory is None else self.memory // part
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers that are pruned."""
+        return self.observer.layers
+
+    @property
+    def objective(self) -> Objective:
+        """What pruning should leave as it was."""
+        return Objective(self.observer, self.original)
+
+    @cached_property
+    def uses(self) -> Counter[str]:
+        """By stored tensor, how many layers share it."""
+        return Counter(layer.weight.tensor for layer in self.layers)
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The cuts of the graph that a refit walks along."""
+        return segments(self.observer, self.layers)
+
+
+def matrix(layer: Layer, state: State) -> np.ndarray:
+    """W (out, in) of a layer as a state has it, float64."""
+    return layer.weight.matrix(state.weights[layer.weight.tensor]).astype(np.float64)
+
+
+class Run:
+    """Both versions of the network on their way along the segments with the same samples.
+
+    Without the original, the current version stands for both.
+    """
+
+    def __init__(self, network: Network, data: Calibration, *, with_original: bool = True) -> None:
+        batches = list(data.batches(network.size))
+        self._original, self._segments = network.original, network.segments
+        limit = network.share(8)
+        self._before = Passage(network.observer, batches, limit) if with_original else None
+        self._now = Passage(network.observer, batches, limit)
+
+    def stops(self, state: State, names: Collection[str]) -> Iterator[Segment]:
+        """Segments that end with the inputs of some layers, each to be looked at before the next.
+
+        Args:
+            state: the same all along the way.
+            names: of the layers.
+        """
+        left = set(names)
+        for segment in self._segments:
+            name = segment.layer.name
+            if name in left:
+                left.remove(name)
+                yield segment
+            else:
+                for _ in self._rows(segment, state):
+                    pass
+            if not left:
+                return
+
+    def gram(
+        self, segment: Segment, state: State, weights: np.ndarray | None, shrink: float
+    ) -> Gram:
+        """Sums of the next layer's inputs over all samples.
+
+        Args:
+            segment: that ends with the layer's input.
+            state: the network that the layers before it make now.
+            weights: of the rows (groups, rows), their sensitivities; None weighs all alike.
+            shrink: share of the mean weight that every row gets.
+        """
+        total = None
+        for before, now, s in self._weighted(segment, state, weights, shrink):
+            centre = now.mean(axis=1, dtype=np.float64) if total is None else total.centre
+            part = Gram.of(now, before, s, centre)
+            total = part if total is None else total + part
+        assert total is not None, "a calibration has at least one sample"
+        return total
+
+    def errors(
+        self,
+        segment: Segment,
+        state: State,
+        weights: np.ndarray,
+        shrink: float,
+        candidates: Sequence[tuple[np.ndarray, np.ndarray]],
+    ) -> tuple[float, list[np.ndarray]]:
+        """Squared errors of what the next layer could become, summed over all samples and units.
+
+        Products are taken in the type of the rows, at least float32, and squares in float64.
+
+        Args:
+            segment: see ``gram``.
+            state: see ``gram``.
+            weights: see ``gram``.
+            shrink: see ``gram``.
+            candidates: weights (out, in) and shifts (k, out) that go with them.
+
+        Returns:
+            The squares of what is wanted, summed likewise; for each candidate its errors (k,).
+        """
+        target = matrix(segment.layer, self._original)
+        nothing = np.zeros((1, len(target)))
+        energy, totals = 0.0, [np.zeros(len(shifts)) for _, shifts in candidates]
+        step = int(np.clip(BLOCK_BYTES // target[:, 0].nbytes, 1, BLOCK))
+        for before, now, s in self._weighted(segment, state, weights, shrink):
+            for first in range(0, now.shape[1], step):
+                rows = (slice(None), slice(first, first + step))
+                wanted = outputs(before[rows], target)
+                energy += float(squared_errors(wanted, s[rows], nothing)[0])
+                for total, (weight, shifts) in zip(totals, candidates, strict=True):
+                    total += squared_errors(outputs(now[rows], weight) - wanted, s[rows], shifts)
+        return energy, totals
+
+    def _weighted(
+        self, segment: Segment, state: State, weights: np.ndarray | None, shrink: float
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Rows of both versions and their weights, in blocks that products are fast with."""
+        first, s = 0, None
+        if weights is not None:
+            s = (1 - shrink) * weights + shrink * weights.mean(axis=1, keepdims=True)
+        for before, now in _blocks(self._rows(segment, state)):
+            end = first + now.shape[1]
+            yield before, now, np.ones(now.shape[:2]) if s is None else s[:, first:end]
+            first = end
+
+    def _rows(self, segment: Segment, state: State) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        now = self._now.advance(segment, state)
+        if self._before is None:
+            yield from ((a, a) for a in now)
+        else:
+            yield from zip(self._before.advance(segment, self._original), now, strict=True)
+
+
+def _blocks(
+    pairs: Iterable[tuple[np.ndarray, np.ndarray]],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The rows (groups, rows, in) of small batches put together, until they are large enough."""
+    held: list[tuple[np.ndarray, np.ndarray]] = []
+    rows = size = 0
+    for before, now in pairs:
+        held.append((before, now))
+        rows, size = rows + now.shape[1], size + now.nbytes
+        if rows >= BLOCK or size >= BLOCK_BYTES:
+            block, held, rows, size = _together(held), [], 0, 0
+            del before, now  # nothing but the block is held while it is looked at
+            yield block
+    if held:
+        yield _together(held)
+
+
+def _together(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    if len(pairs) == 1:
+        return pairs[0]
+    now = np.concatenate([now for _, now in pairs], axis=1)
+    if all(before is now for before, now in pairs):
+        return now, now
+    return np.concatenate([before for before, _ in pairs], axis=1), now
+
+
+def plain_grams(network: Network, names: Collection[str]) -> dict[str, Gram]:
+    """By layer name, sums of the original inputs of some layers, all rows weighing alike."""
+    found = grams_of(network, network.fit, network.original, names)
+    return {layer.name: gram for layer, gram in found}
+
+
+def grams_of(
+    network: Network,
+    data: Calibration,
+    state: State,
+    names: Collection[str],
+    *,
+    weights: Mapping[str, np.ndarray] | None = None,
+    shrink: float = 0.0,
+    with_original: bool = False,
+) -> Iterator[tuple[Layer, Gram]]:
+    """Some layers in graph order, each with the sums of its inputs in one state.
+
+    Args:
+        network: whose layers they are.
+        data: the samples.
+        state: the same all along the walk.
+        names: of the layers.
+        weights: by layer name, of the rows; where there are none all rows weigh alike.
+        shrink: share of the mean weight that every row gets.
+        with_original: whether the inputs in the original network are looked at, too.
+    """
+    run = Run(network, data, with_original=with_original)
+    for segment in run.stops(state, names):
+        layer = segment.layer
+        yield layer, run.gram(segment, state, (weights or {}).get(layer.name), shrink)

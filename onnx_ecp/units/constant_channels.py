@@ -1,0 +1,207 @@
+"""Entries of activations that are one number, whatever the model is given.
+
+That a value did not change on some samples says nothing of others, nor of other lengths, sizes or
+masks. So it is followed along the graph: a row without weights is its bias; what acts entry by
+entry, with stored numbers that are the same at all positions, makes a number of a number; and zero
+times anything is zero. Which number it is, ONNX Runtime says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_ecp.layers import Layer
+from onnx_ecp.layers.trace import Scope
+from onnx_ecp.layers.views import operator
+from onnx_ecp.units.groups import Structure, is_conv, with_layers
+from onnx_ecp.units.rules import RULES, elementwise
+from onnx_ecp.units.union_find import Axis
+
+
+@dataclass(frozen=True)
+class Steady:
+    """What is known of the tensors in front of a node.
+
+    Args:
+        scope: the main graph.
+        axes: by name of the tensors along which units lie, where.
+        values: by name, of all tensors in one run.
+        found: by name, (length,) bool: the entries of the units' axis that are one number.
+    """
+
+    scope: Scope
+    axes: Mapping[str, Axis]
+    values: Mapping[str, np.ndarray]
+    found: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def of(self, tensor: gs.Tensor) -> np.ndarray | None:
+        """(length,) bool: entries that are one number; None where there are no units."""
+        return self.found.get(tensor.name)
+
+    def zero(self, tensor: gs.Tensor) -> np.ndarray | None:
+        """(length,) bool: entries that are zero."""
+        steady = self.of(tensor)
+        if steady is None:
+            return None
+        by_entry = np.moveaxis(self.values[tensor.name], self.axes[tensor.name].index, 0)
+        return steady & ~by_entry.reshape(len(steady), -1).any(axis=1)
+
+    def is_flat(self, tensor: gs.Tensor, place: int) -> bool:
+        """Whether a tensor is stored and the same at all positions; units lie ``place`` (< 0)."""
+        if not self.scope.is_constant(tensor):
+            return False
+        shape = tuple(tensor.shape) if tensor.shape else np.shape(self.values.get(tensor.name, ()))
+        return all(size == 1 for i, size in enumerate(shape, -len(shape)) if i != place)
+
+
+def steady_columns(
+    scope: Scope,
+    structure: Structure,
+    layers: Sequence[Layer],
+    dead: Mapping[str, np.ndarray],
+    values: Mapping[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """By name of the layers that read units, (in,) bool: columns that see one number.
+
+    Args:
+        scope: the main graph.
+        structure: its units, none inside heads.
+        layers: those of the structure.
+        dead: by layer name, (out,) bool: rows without weights.
+        values: by name, of all tensors in one run.
+    """
+    state, columns = Steady(scope, structure.axes, values), dict[str, np.ndarray]()
+    for node, layer in with_layers(scope, layers):
+        if layer is not None:
+            data = next(x for x in node.inputs if x.name == layer.input)
+            seen = state.zero(data) if is_padded(node) else state.of(data)
+            if seen is not None and layer.shape[1] % len(seen) == 0:
+                columns[layer.name] = np.repeat(seen, layer.shape[1] // len(seen))
+        for output in (y for y in node.outputs if y.name in structure.axes):
+            if layer is not None:
+                entries = _of_layer(state, node, layer, dead[layer.name])
+            else:
+                entries = _behind(state, node, output)
+            state.found[output.name] = entries
+    return columns
+
+
+def is_padded(node: gs.Node) -> bool:
+    """Whether a window of an operator reaches beyond the border, where another value is."""
+    free = node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID", b"NOTSET", b"VALID")
+    return not free or any(node.attrs.get("pads", ()))
+
+
+def _of_layer(state: Steady, node: gs.Node, layer: Layer, dead: np.ndarray) -> np.ndarray:
+    """A row is its bias where it has no weights, or where a depthwise Conv reads one number."""
+    output, data = node.outputs[0], state.of(node.inputs[0])
+    steady = dead.copy()
+    if data is not None and layer.groups == len(data) > 1:
+        seen = state.zero(node.inputs[0]) if is_padded(node) else data
+        assert seen is not None, "its input has units"
+        steady |= np.repeat(seen, len(dead) // len(data))
+    place = state.axes[output.name].index - state.values[output.name].ndim
+    first = 3 if is_conv(layer) else 2
+    for added in (x for x in node.inputs[first:] if x.name):
+        steady &= _as_operand(state, added, place, len(steady))
+    return steady
+
+
+def _as_operand(state: Steady, tensor: gs.Tensor, place: int, length: int) -> np.ndarray:
+    """(length,) bool: entries that one operand leaves steady."""
+    own = state.of(tensor)
+    if own is None:
+        return np.full(length, state.is_flat(tensor, place))
+    return np.broadcast_to(own, (length,))
+
+
+def _behind(state: Steady, node: gs.Node, output: gs.Tensor) -> np.ndarray:
+    """(length,) bool: the entries of an output that are one number."""
+    axis, (domain, op) = state.axes[output.name], operator(node)
+    steady = np.zeros(len(axis.marks), np.bool_)
+    if RULES.get((domain, op)) is elementwise:
+        place = axis.index - state.values[output.name].ndim
+        operands = [_as_operand(state, x, place, len(steady)) for x in node.inputs if x.name]
+        steady = np.logical_and.reduce(operands)
+    if domain:
+        return steady
+    if op == "Concat":
+        return _side_by_side(state, node, axis.index)
+    if op in _KEEPS and _KEEPS[op](node):
+        return _moved(state, node, output)
+    if op in _KEEPS_ZEROS:
+        for zero in map(state.zero, node.inputs):
+            if zero is not None and len(zero) == len(steady):
+                steady = steady | zero
+    return steady
+
+
+def _side_by_side(state: Steady, node: gs.Node, index: int) -> np.ndarray:
+    """Entries behind a Concat; along another axis than the units' they are different numbers."""
+    parts = [(state.of(x), state.values[x.name].shape) for x in node.inputs]
+    along = int(node.attrs["axis"]) % len(parts[0][1]) == index
+    if not along:
+        return np.zeros(parts[0][1][index], np.bool_)
+    fixed = [np.zeros(shape[index], np.bool_) if x is None else x for x, shape in parts]
+    return np.concatenate(fixed)
+
+
+def _moved(state: Steady, node: gs.Node, output: gs.Tensor) -> np.ndarray:
+    """Where entries are that an operator only moves: along the units' axis of its output."""
+    entries = state.of(node.inputs[0])
+    assert entries is not None, "its data has units"
+    before, after = state.axes[node.inputs[0].name], state.axes[output.name]
+    if node.op == "Split" and len(after.marks) < len(entries):
+        sizes = [state.values[y.name].shape[after.index] for y in node.outputs]
+        place = [y.name for y in node.outputs].index(output.name)
+        start = sum(sizes[:place])
+        return entries[start : start + sizes[place]]
+    if node.op in ("Flatten", "Reshape", "Squeeze", "Unsqueeze"):
+        old, new = state.values[node.inputs[0].name].shape, state.values[output.name].shape
+        along = [1] * len(old)
+        along[before.index] = len(entries)
+        whole = np.broadcast_to(entries.reshape(along), old).reshape(new)
+        return np.asarray(np.moveaxis(whole, after.index, 0).reshape(len(after.marks), -1).all(1))
+    return entries
+
+
+def _always(node: gs.Node) -> bool:
+    return True
+
+
+def _averages_what_is_there(node: gs.Node) -> bool:
+    """An AveragePool that counts no border: the mean of one number is that number."""
+    counts = is_padded(node) and node.attrs.get("count_include_pad", 0)
+    return not counts and not node.attrs.get("ceil_mode", 0)
+
+
+def _interpolates(node: gs.Node) -> bool:
+    """A Resize that takes means of neighbours and nothing from beyond the border."""
+    crops = node.attrs.get("coordinate_transformation_mode", "") == "tf_crop_and_resize"
+    return not crops and node.attrs.get("mode", "nearest") in ("nearest", "linear")
+
+
+_MOVES = ("Flatten", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+_MEANS = (
+    "GlobalAveragePool",
+    "GlobalMaxPool",
+    "MaxPool",
+    "ReduceMax",
+    "ReduceMean",
+    "ReduceMin",
+)
+# What makes of one number at all positions one number, however many there are, and when it does.
+_KEEPS: dict[str, Callable[[gs.Node], bool]] = {
+    **dict.fromkeys((*_MOVES, *_MEANS, "BatchNormalization"), _always),
+    "AveragePool": _averages_what_is_there,
+    "Resize": _interpolates,
+    "Upsample": _interpolates,
+}
+# What makes zeros of zeros; a product, of a single one.
+_KEEPS_ZEROS: Collection[str] = frozenset(
+    ("Mul", "MatMul", "AveragePool", "LpPool", "GlobalLpPool", "ReduceSum", "ReduceL1", "ReduceL2")
+)

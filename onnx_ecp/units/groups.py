@@ -1,0 +1,486 @@
+"""Unit groups: which rows of which layers, and columns of which others, live and die together.
+
+A unit is a hidden neuron, a channel or a head: a row of a layer (its producer), whatever stored
+numbers belong to it on the way, and the columns of the layers that read it (its consumers). Units
+are followed along the graph; where an operator cannot be followed they stay, and the operator is
+named.
+
+Heads have units inside them, too: one dimension of every head, so that all heads stay equally wide.
+These are followed on a second walk. A row then belongs to a head and to a dimension, and stays
+while both do. Dimensions of queries and keys have no consumer: they meet in the product of both,
+and one that is constant over the keys adds what the softmax behind it does not feel.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnx_ecp.layers import Layer, Skip, preactivation
+from onnx_ecp.layers.trace import Scope, Traced, main_scope
+from onnx_ecp.layers.views import operator
+from onnx_ecp.units.propagation import Count, Refused, Slot, Walk
+from onnx_ecp.units.rules import RULES
+from onnx_ecp.units.shape_values import follow_sizes
+from onnx_ecp.units.union_find import Axis
+
+Key = TypeVar("Key", bound=Hashable)
+
+STAYS = -1
+"""In arrays of unit numbers: an entry that belongs to no unit that may be removed."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that the same layers make and read.
+
+    Args:
+        producers: names of the layers that make them.
+        consumers: names of the layers that read them; none where queries meet keys.
+        units: their numbers.
+        width: rows of the first producer per unit: 1, the size of a head, or the number of heads.
+        entries: rows, or columns, per unit of the layer that has the fewest.
+        inside: whether they are dimensions of heads.
+    """
+
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    units: np.ndarray
+    width: int
+    entries: int = 1
+    inside: bool = False
+
+    @property
+    def name(self) -> str:
+        """The producers' names."""
+        return " + ".join(self.producers)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """All units of a model that may be removed, numbered from 0.
+
+    Where there are units of one kind only, atoms are units.
+
+    Args:
+        groups: of units; every unit is in one.
+        atoms: (atoms + 1, kinds of units), the units that an atom belongs to or STAYS; it stays
+            while all of them do. The last row is that of entries which belong to none.
+        rows: by layer name, (out,), the atom of every row or STAYS.
+        columns: by layer name, (in,), the atom of every column or STAYS.
+        slots: stored tensors that shrink.
+        counts: numbers in the graph that shrink.
+        axes: by name of the tensors along which units lie, the axis with the unit of every entry or
+            STAYS; their declared shapes are no longer right where units go.
+        parts: units of which one must stay, set by set: all that lie along one axis.
+        queries: by layer name, (out,) bool: rows that a product of activations takes as queries.
+        keys: likewise, those that it takes as keys.
+        refusals: the layers whose rows stay, or whose heads keep their width, and why.
+    """
+
+    groups: tuple[Group, ...]
+    atoms: np.ndarray
+    rows: dict[str, np.ndarray]
+    columns: dict[str, np.ndarray]
+    slots: tuple[Slot, ...]
+    counts: tuple[Count, ...]
+    axes: dict[str, Axis]
+    parts: tuple[np.ndarray, ...]
+    queries: dict[str, np.ndarray]
+    keys: dict[str, np.ndarray]
+    refusals: tuple[Skip, ...]
+
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+        return sum(len(group.units) for group in self.groups)
+
+    def units_at(self, atoms: np.ndarray) -> np.ndarray:
+        """(kinds of units, entries): the units of entries, given their atoms (entries,)."""
+        return np.asarray(self.atoms[atoms].T)
+
+    def kept(self, atoms: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        """(entries,) bool: those that stay with the units ``keep`` (units,) bool."""
+        return np.append(keep, True)[self.units_at(atoms)].all(axis=0)  # type: ignore[no-any-return]
+
+    def rows_kept(self, layer: str, keep: np.ndarray) -> np.ndarray:
+        """(out,) bool: the rows of a layer that stay with the units ``keep`` (units,) bool."""
+        return self.kept(self.rows[layer], keep)
+
+    def columns_kept(self, layer: str, keep: np.ndarray) -> np.ndarray:
+        """(in,) bool: the columns of a layer that stay."""
+        return self.kept(self.columns[layer], keep)
+
+    def dimensions(self, layer: str) -> np.ndarray:
+        """(out,): the units inside heads that the rows of a layer belong to, or STAYS."""
+        return np.asarray(self.units_at(self.rows[layer])[-1])
+
+    def rows_read(self, layer: str, keep: np.ndarray) -> np.ndarray:
+        """(out,) bool: all rows, but for queries and keys of dimensions that do not stay."""
+        met = self.queries[layer] | self.keys[layer]
+        return ~met | self.kept(self.rows[layer], keep)
+
+
+def find_structure(
+    proto: onnx.ModelProto,
+    layers: Sequence[Layer],
+    shapes: Mapping[str, tuple[int, ...]],
+    frozen: Mapping[str, str] | None = None,
+    *,
+    inside: bool = True,
+) -> Structure:
+    """Follow the units of all layers through the graph.
+
+    Args:
+        proto: the model in which the layers were found.
+        layers: that may lose rows and columns; others are obstacles.
+        shapes: of all tensors, from one run or from shape inference.
+        frozen: by name, why a layer must keep its rows; it may lose columns.
+        inside: whether heads have units inside them.
+    """
+    scope = main_scope(proto)
+    walks = [Walk(scope, shapes)] + [Walk(scope, shapes, inside=True)] * inside
+    return _numbered([_followed(walk, layers, frozen or {}) for walk in walks], layers)
+
+
+def _followed(walk: Walk, layers: Sequence[Layer], frozen: Mapping[str, str]) -> _Found:
+    """Everything that one walk finds, with the reasons why units stay."""
+    found = _Found(walk, {}, {}, {}, {})
+    for node, layer in with_layers(walk.scope, layers):
+        _visit(found, node, layer)
+    for layer in layers:
+        if layer.name not in found.rows:
+            found.rows[layer.name] = walk.marks.fresh(layer.shape[0])
+            found.columns[layer.name] = walk.marks.fresh(layer.shape[1])
+            both = np.concatenate([found.rows[layer.name], found.columns[layer.name]])
+            walk.marks.pin(both, "it is inside a local function or an If")
+    _share(found, layers)
+    _meet(found, layers)
+    for layer in layers:
+        if layer.name in frozen:
+            walk.marks.pin(found.rows[layer.name], frozen[layer.name])
+    for tensor in walk.scope.graph.outputs:
+        for marks in walk.marks_of(tensor.name):
+            walk.marks.pin(marks, f"they are the model's output {tensor.name!r}")
+    if walk.inside:
+        heads = walk.marks.roots(walk.heads)
+        for rows in found.rows.values():
+            walk.marks.pin(rows[~np.isin(walk.marks.roots(rows), heads)], "they are in no head")
+    return found
+
+
+def with_layers(scope: Scope, layers: Iterable[Layer]) -> list[tuple[gs.Node, Layer | None]]:
+    """All nodes of a graph in order, each with the layer that it is, if it is one.
+
+    Layers inside local functions and constant Ifs are no nodes of the graph.
+    """
+    by_output = {(layer.op, layer.output): layer for layer in layers}
+    found = []
+    for node in scope.graph.nodes:
+        names = [name for y in node.outputs for name in (y.name, preactivation(y.name))]
+        keys = [(node.op, name) for name in names]
+        found.append((node, next((by_output[x] for x in keys if x in by_output), None)))
+    return found
+
+
+def column_slot(scope: Scope, node: gs.Node, layer: Layer) -> Slot:
+    """Where the columns of a Gemm or MatMul layer are stored, each a unit of its own."""
+    index, (_, axis) = weight_axes(node, layer)
+    constant = scope.trace(node.inputs[index])
+    assert isinstance(constant, Traced), "the weight of a layer is stored"
+    return Slot(node.outputs[0].name, index, axis, constant, np.arange(layer.shape[1]))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The walk; by layer name, the marks of rows and columns, and which rows meet in products."""
+
+    walk: Walk
+    rows: dict[str, np.ndarray]
+    columns: dict[str, np.ndarray]
+    queries: dict[str, np.ndarray]
+    keys: dict[str, np.ndarray]
+
+
+def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
+    """Follow units through one node; where that is refused all it reads stays."""
+    walk = found.walk
+    name = walk.scope.names[id(node)]
+    for body in node.attrs.values():
+        if isinstance(body, gs.Graph):
+            bodies = [body, *body.subgraphs(recursive=True)]
+            inside = {x.name for b in bodies for n in b.nodes for x in n.inputs}
+            inside |= {y.name for b in bodies for y in b.outputs}
+            for marks in (marks for x in inside for marks in walk.marks_of(x)):
+                walk.marks.pin(marks, f"they are read inside {node.op} {name!r}")
+    try:
+        if layer is not None:
+            walk.axes |= _follow_layer(found, node, layer)
+        elif _reads_sizes(walk, node):
+            walk.sizes |= follow_sizes(walk, node)
+        elif any(walk.axis(x) for x in node.inputs):
+            follow = RULES.get(operator(node))
+            if follow is None:
+                raise Refused("units are not followed through this operator")
+            walk.axes |= follow(walk, node)
+    except Refused as refusal:
+        reason = f"{node.op} {name!r}: {refusal}"
+        for marks in (marks for x in node.inputs for marks in walk.marks_of(x.name)):
+            walk.marks.pin(marks, reason)
+
+
+def _reads_sizes(walk: Walk, node: gs.Node) -> bool:
+    """Whether a node computes with numbers of units; as a target they are the Reshape's own."""
+    target = node.op == "Reshape" and walk.axis(node.inputs[0]) is not None
+    return not target and any(x.name in walk.sizes for x in node.inputs)
+
+
+def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]:
+    """A layer reads units as columns and makes new ones as rows; a depthwise Conv passes them on.
+
+    Rows and columns of every layer are known afterwards, whatever is refused.
+    """
+    walk, (out, width) = found.walk, layer.shape
+    found.rows[layer.name] = rows = walk.marks.fresh(out)
+    found.columns[layer.name] = columns = walk.marks.fresh(width)
+    if node.op == "Attention":
+        walk.marks.pin([*rows, *columns], f"{node.op} {layer.name!r}: its heads are not followed")
+        raise Refused("its heads are not followed")
+    data = next(x for x in node.inputs if x.name == layer.input)
+    axis = walk.axis(data)
+    at = units_axis(layer)
+    place, output = (
+        at if at > 0 else len(walk.shape(tensor)) + at for tensor in (data, node.outputs[0])
+    )
+    index, axes = weight_axes(node, layer)
+    try:
+        walk.slot(node, index, axes[0], rows)
+        _follow_bias(walk, node, layer, rows)
+    except Refused as refusal:
+        walk.marks.pin(rows, f"{node.op} {layer.name!r}: {refusal}")
+    if layer.groups > 1:
+        walk.marks.pin(columns, "a group of channels is read as it is")
+        _follow_groups(walk, node, layer, axis, rows)
+    elif axis is None:
+        walk.marks.pin(columns, "they are not made by a layer that is pruned")
+    elif axis.index != place:
+        walk.marks.pin(axis.marks, f"{node.op} {layer.name!r} reads another axis")
+        walk.marks.pin(columns, "they are not made by a layer that is pruned")
+    else:
+        walk.marks.join(columns, np.repeat(axis.marks, width // len(axis.marks)))
+        walk.slot(node, index, axes[1], axis.marks)
+    return {node.outputs[0].name: Axis(output, rows)}
+
+
+def is_conv(layer: Layer) -> bool:
+    """Whether inputs and units are channels, on the second axis."""
+    return layer.op in ("Conv", "FusedConv")
+
+
+def units_axis(layer: Layer) -> int:
+    """Where inputs lie in what a layer reads, and units in what it makes: from the end if < 0."""
+    return 1 if is_conv(layer) else -len(layer.shift_shape)
+
+
+def weight_axes(node: gs.Node, layer: Layer) -> tuple[int, tuple[int, int]]:
+    """Which input is the weight, and its axes of rows and columns."""
+    if is_conv(layer):
+        return 1, (0, 1)
+    left = node.inputs[0].name != layer.input
+    turned = bool(node.attrs.get("transA" if left else "transB", 0))
+    return (0 if left else 1), ((-2, -1) if left != turned else (-1, -2))
+
+
+def _follow_bias(walk: Walk, node: gs.Node, layer: Layer, rows: np.ndarray) -> None:
+    """What the operator itself adds: the bias, and the tensor Z of FusedConv."""
+    conv = is_conv(layer)
+    for index, tensor in enumerate(node.inputs[2:], 2):
+        if not tensor.name:
+            continue
+        if conv and index == 2:
+            walk.slot(node, index, 0, rows)
+        elif conv:
+            walk.meet(node, index, 1 - len(walk.shape(tensor)), rows)
+        else:
+            walk.meet(node, index, -1, rows)
+
+
+def _follow_groups(
+    walk: Walk, node: gs.Node, layer: Layer, axis: Axis | None, rows: np.ndarray
+) -> None:
+    """A grouped Conv: its rows are the units of its input if every channel is a group."""
+    constant = walk.constant(node.inputs[1])
+    depthwise = constant is not None and constant.seen_shape[1] == 1
+    if axis is None or axis.index != 1 or not depthwise:
+        reason = f"{node.op} {layer.name!r}: channels of a group are not followed"
+        walk.marks.pin(rows, reason)
+        if axis is not None:
+            walk.marks.pin(axis.marks, reason)
+        return
+    walk.marks.join(rows, np.repeat(axis.marks, len(rows) // len(axis.marks)))
+    walk.counts.append(Count(node.outputs[0].name, "group", 0, axis.marks))
+
+
+def _share(found: _Found, layers: Sequence[Layer]) -> None:
+    """Layers that share a stored tensor share the fate of its rows and columns."""
+    first: dict[str, Layer] = {}
+    for layer in layers:
+        other = first.setdefault(layer.weight.tensor, layer)
+        if other is not layer:
+            found.walk.marks.join(found.rows[other.name], found.rows[layer.name])
+            found.walk.marks.join(found.columns[other.name], found.columns[layer.name])
+
+
+def _meet(found: _Found, layers: Sequence[Layer]) -> None:
+    """Queries and keys share their fate, once it is known which rows are which."""
+    marks = found.walk.marks
+    roots = {layer.name: marks.roots(found.rows[layer.name]) for layer in layers}
+    for side, rows in enumerate((found.queries, found.keys)):
+        met = [marks.roots(product[side]) for product in found.walk.products]
+        rows |= {name: np.isin(own, np.concatenate([*met, []])) for name, own in roots.items()}
+    for query, key in found.walk.products:
+        marks.join(query, key)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The units that one walk found: their groups, and their numbers by root."""
+
+    found: _Found
+    groups: tuple[Group, ...]
+    number: dict[int, int]
+
+    def units(self, marks: np.ndarray) -> np.ndarray:
+        """(entries,): the unit of every entry or STAYS."""
+        roots = self.found.walk.marks.roots(marks).tolist()
+        return np.array([self.number.get(root, STAYS) for root in roots], int)
+
+
+def _kind(found: _Found, first: int) -> _Kind:
+    """Marks to unit numbers from ``first`` on: those that may go and that something reads."""
+    walk = found.walk
+    made, read = _by_root(walk, found.rows), _by_root(walk, found.columns)
+    met = set(walk.marks.roots(np.concatenate([*(q for q, _ in walk.products), []])).tolist())
+    for root in made:
+        if root not in read and root not in met:
+            walk.marks.pin([root], "no layer that is pruned reads them")
+    free = [root for root in made if not walk.marks.reason(root)]
+    number = {root: i for i, root in enumerate(sorted(free), first)}
+    members: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+    for root, unit in number.items():
+        key = (tuple(dict.fromkeys(made[root])), tuple(dict.fromkeys(read.get(root, ()))))
+        members.setdefault(key, []).append(unit)
+    roots = {unit: root for root, unit in number.items()}
+    groups = []
+    for (makers, readers), units in members.items():
+        of_makers, of_readers = made[roots[units[0]]], read.get(roots[units[0]], [])
+        counts = [*map(of_makers.count, makers), *map(of_readers.count, readers)]
+        groups.append(Group(makers, readers, np.array(units), counts[0], min(counts), walk.inside))
+    return _Kind(found, tuple(groups), number)
+
+
+def _by_root(walk: Walk, marks: Mapping[str, np.ndarray]) -> dict[int, list[str]]:
+    """By root, the name of the layer of every row or column that carries it."""
+    found: dict[int, list[str]] = {}
+    for name, entries in marks.items():
+        for root in walk.marks.roots(entries).tolist():
+            found.setdefault(root, []).append(name)
+    return found
+
+
+class _Atoms:
+    """Atoms by the units that they belong to, one of each kind; those of one unit come first."""
+
+    def __init__(self, kinds: Sequence[_Kind]) -> None:
+        self._kinds = kinds
+        alone = [
+            tuple(unit if other is kind else STAYS for other in kinds)
+            for kind in kinds
+            for unit in kind.number.values()
+        ]
+        self._number = {units: i for i, units in enumerate(alone)}
+
+    def of(self, marks: Sequence[Mapping[Key, np.ndarray]]) -> dict[Key, np.ndarray]:
+        """By key, the atom of every entry or STAYS, from its marks on the walks that have it."""
+        found: dict[Key, np.ndarray] = {}
+        for key in dict.fromkeys(key for own in marks for key in own):
+            size = next(len(own[key]) for own in marks if key in own)
+            units = [
+                kind.units(own[key]) if key in own else np.full(size, STAYS)
+                for kind, own in zip(self._kinds, marks, strict=True)
+            ]
+            found[key] = np.array([self._of_one(x) for x in zip(*units, strict=True)], int)
+        return found
+
+    def _of_one(self, units: tuple[int, ...]) -> int:
+        if all(unit == STAYS for unit in units):
+            return STAYS
+        return self._number.setdefault(tuple(map(int, units)), len(self._number))
+
+    def table(self) -> np.ndarray:
+        """(atoms + 1, kinds): see ``Structure``."""
+        return np.array([*self._number, (STAYS,) * len(self._kinds)], int)
+
+
+def _numbered(walks: Sequence[_Found], layers: Sequence[Layer]) -> Structure:
+    """All kinds of units, with atoms where they overlap."""
+    kinds: list[_Kind] = []
+    for found in walks:
+        kinds.append(_kind(found, sum(len(kind.number) for kind in kinds)))
+    atoms = _Atoms(kinds)
+    slots = [{(x.node, x.index, x.axis): x for x in found.walk.slots} for found in walks]
+    counts = [{(x.node, x.kind, x.entry): x for x in found.walk.counts} for found in walks]
+    lying = [_lying(kind) for kind in kinds]
+    rows = atoms.of([found.rows for found in walks])
+    columns = atoms.of([found.columns for found in walks])
+    slots_of = atoms.of([{key: x.marks for key, x in own.items()} for own in slots])
+    counts_of = atoms.of([{key: x.marks for key, x in own.items()} for own in counts])
+    every_slot, every_count = dict(ChainMap(*slots)), dict(ChainMap(*counts))
+    return Structure(
+        tuple(group for kind in kinds for group in kind.groups),
+        atoms.table(),
+        rows,
+        columns,
+        tuple(replace(every_slot[key], marks=marks) for key, marks in slots_of.items()),
+        tuple(replace(every_count[key], marks=marks) for key, marks in counts_of.items()),
+        dict(ChainMap(*lying)),
+        _parts([axis.marks for axes in lying for axis in axes.values()]),
+        walks[-1].queries,
+        walks[-1].keys,
+        tuple(_refusals(walks, layers)),
+    )
+
+
+def _lying(kind: _Kind) -> dict[str, Axis]:
+    """By name of a tensor, the axis along which units of one kind lie."""
+    axes = kind.found.walk.axes.items()
+    return {name: Axis(axis.index, kind.units(axis.marks)) for name, axis in axes}
+
+
+def _parts(axes: Iterable[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """The sets of units that make up a whole axis, each once: without them it would be empty."""
+    whole = [np.unique(units) for units in axes if (units != STAYS).all()]
+    return tuple({units.tobytes(): units for units in whole}.values())
+
+
+def _refusals(walks: Sequence[_Found], layers: Sequence[Layer]) -> Iterator[Skip]:
+    """Layers of which no row can go, or whose heads keep their width, with a first reason."""
+    for layer in layers:
+        reasons = [
+            [found.walk.marks.reason(mark) for mark in found.rows[layer.name].tolist()]
+            for found in walks
+        ]
+        if all(map(all, reasons)):
+            yield Skip(layer.name, layer.op, f"its units stay: {reasons[0][0]}")
+            continue
+        heads = walks[-1].walk.marks
+        inside = np.isin(heads.roots(walks[-1].rows[layer.name]), heads.roots(walks[-1].walk.heads))
+        held = [reason for reason, x in zip(reasons[-1], inside, strict=True) if x and reason]
+        if held:
+            yield Skip(layer.name, layer.op, f"its heads keep their width: {held[0]}")

@@ -1,0 +1,423 @@
+"""How units pass through operators: one entry per operator, one function per kind.
+
+A rule gets the walk and a node with at least one input that has units. It returns the axes of the
+outputs that have units, notes stored tensors and counts that must shrink with them, joins units
+that share their fate, or raises ``Refused``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_ecp.layers.bias import MICROSOFT
+from onnx_ecp.layers.views import operator
+from onnx_ecp.units.propagation import Count, Refused, Walk
+from onnx_ecp.units.shape_values import entries_of, of_shape
+from onnx_ecp.units.union_find import Axis
+
+Outputs = dict[str, Axis]
+Rule = Callable[[Walk, gs.Node], Outputs]
+
+RULES: dict[tuple[str, str], Rule] = {}
+
+
+def rule(*op_types: str, domain: str = "") -> Callable[[Rule], Rule]:
+    """Register a function as the rule of some operators."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update({(domain, op): function for op in op_types})
+        return function
+
+    return register
+
+
+def _followed(walk: Walk, node: gs.Node) -> list[tuple[gs.Tensor, Axis]]:
+    """The inputs of a node that have units."""
+    pairs = ((tensor, walk.axis(tensor)) for tensor in node.inputs)
+    return [(tensor, axis) for tensor, axis in pairs if axis is not None]
+
+
+def _data(walk: Walk, node: gs.Node) -> Axis:
+    """The units of the first input of an operator that may have them in no other."""
+    followed = _followed(walk, node)
+    if len(followed) != 1 or followed[0][0] is not node.inputs[0]:
+        raise Refused("its parameters are computed from units")
+    return followed[0][1]
+
+
+@rule("Gelu", "QuickGelu", "FastGelu", "BiasGelu", domain=MICROSOFT)
+@rule(
+    *("Abs", "Cast", "Ceil", "Celu", "Clip", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu"),
+    *("HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "Mish", "Neg", "Reciprocal"),
+    *("Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Softplus", "Softsign", "Sqrt"),
+    *("Swish", "Tanh", "ThresholdedRelu", "Sin", "Cos", "Add", "Div", "Max", "Mean", "Min", "Mul"),
+    *("Pow", "PRelu", "Sub", "Sum", "Where"),
+)
+def elementwise(walk: Walk, node: gs.Node) -> Outputs:
+    """Entry by entry, with broadcasting: units that meet are joined."""
+    out = node.outputs[0]
+    places = {axis.index - len(walk.shape(x)) for x, axis in _followed(walk, node)}
+    if len(places) != 1:
+        raise Refused("it combines units of different axes")
+    place, rank = places.pop(), len(walk.shape(out))
+    marks = max((axis.marks for _, axis in _followed(walk, node)), key=len)
+    if walk.shape(out)[place] != len(marks):
+        raise Refused("it repeats its units")
+    for index, tensor in enumerate(node.inputs):
+        if tensor.name:
+            walk.meet(node, index, place, marks)
+    return {out.name: Axis(rank + place, marks)}
+
+
+@rule("BatchNormalization", "InstanceNormalization")
+def per_channel(walk: Walk, node: gs.Node) -> Outputs:
+    """Parameters of one entry per channel, which is axis 1."""
+    axis = _data(walk, node)
+    if axis.index != 1 or len(node.outputs) > 1:
+        raise Refused("its channels are not the units, or it is in training mode")
+    for index in range(1, len(node.inputs)):
+        walk.slot(node, index, 0, axis.marks)
+    return {node.outputs[0].name: axis}
+
+
+@rule(
+    *("MaxPool", "AveragePool", "LpPool", "GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"),
+    *("Resize", "Upsample"),
+)
+def spatial(walk: Walk, node: gs.Node) -> Outputs:
+    """Every channel on its own."""
+    axis = _data(walk, node)
+    sizes = node.op == "Resize" and len(node.inputs) > 3 and bool(node.inputs[3].name)
+    shape = walk.shape(node.outputs[0])
+    if axis.index != 1 or len(node.outputs) > 1 or sizes or shape[1] != len(axis.marks):
+        raise Refused("it moves over the axis of the units, or names its size")
+    return {node.outputs[0].name: axis}
+
+
+@rule("Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization")
+def normalises_the_rest(walk: Walk, node: gs.Node) -> Outputs:
+    """Reads all entries from ``axis`` on together; units in front of it do not meet."""
+    axis = _data(walk, node)
+    if axis.index >= _normalised_from(walk, node):
+        raise Refused("it normalises over units, so that each one acts on all")
+    return {node.outputs[0].name: axis}
+
+
+# Softmax is one of the last axis alone, by default, from this opset on; before, of axis 1 and all
+# axes behind it.
+_SOFTMAX_OF_LAST = 13
+
+
+def _normalised_from(walk: Walk, node: gs.Node) -> int:
+    """The first axis that a normalising operator takes together with all behind it."""
+    imports = walk.scope.proto.opset_import
+    opset = next(o.version for o in imports if o.domain in ("", "ai.onnx"))
+    early = node.op.endswith("Softmax") and opset < _SOFTMAX_OF_LAST
+    first, rank = int(node.attrs.get("axis", 1 if early else -1)), len(walk.shape(node.inputs[0]))
+    return first % rank
+
+
+@rule(*(f"Reduce{kind}" for kind in ("Max", "Mean", "Min", "Prod", "Sum", "SumSquare", "L1", "L2")))
+def reduction(walk: Walk, node: gs.Node) -> Outputs:
+    """Over axes that are not the units'."""
+    axis, rank = _data(walk, node), len(walk.shape(node.inputs[0]))
+    axes = walk.numbers(node, "axes", 1)
+    if axes is None:
+        raise Refused("it reduces over units, or over axes that are not constants")
+    gone = {a % rank for a in axes}
+    if axis.index in gone:
+        raise Refused("it reduces over units")
+    before = sum(a < axis.index for a in gone)
+    shift = 0 if node.attrs.get("keepdims", 1) else before
+    return {node.outputs[0].name: Axis(axis.index - shift, axis.marks)}
+
+
+@rule("Transpose")
+def transpose(walk: Walk, node: gs.Node) -> Outputs:
+    """The axis moves."""
+    axis, rank = _data(walk, node), len(walk.shape(node.inputs[0]))
+    perm = list(node.attrs.get("perm", range(rank)[::-1]))
+    return {node.outputs[0].name: Axis(perm.index(axis.index), axis.marks)}
+
+
+@rule("Flatten", "Squeeze", "Unsqueeze", "Reshape")
+def reshape(walk: Walk, node: gs.Node) -> Outputs:
+    """Units repeat where their axis is merged, and are joined where it is split.
+
+    Of a split axis the first part counts: (heads * size) to (heads, size) makes each head a unit.
+    Inside heads it is the last one: a unit is a dimension of all heads.
+    """
+    axis = _data(walk, node)
+    old, new = walk.shape(node.inputs[0]), walk.shape(node.outputs[0])
+    along = [1] * len(old)
+    along[axis.index] = len(axis.marks)
+    marks = np.broadcast_to(axis.marks.reshape(along), old).reshape(new)
+    varying = [i for i in range(len(new)) if np.any(marks != marks.take([0], axis=i))]
+    if not varying:
+        raise Refused("it hides the axis of a single unit")
+    index = varying[-1 if walk.inside else 0]
+    if index == 0:
+        raise Refused("it merges units with the axis of samples")
+    marks = marks[tuple(slice(None) if i in varying else slice(1) for i in range(len(new)))]
+    first, *others = np.moveaxis(marks, index, 0).reshape(new[index], -1).T
+    for other in others:
+        walk.marks.join(first, other)
+    if walk.inside and others:
+        walk.heads += first.tolist()
+    if node.op == "Reshape":
+        _note_target(walk, node, index, first, [i for i in varying if i != index])
+    return {node.outputs[0].name: Axis(index, first)}
+
+
+def _note_target(
+    walk: Walk, node: gs.Node, index: int, marks: np.ndarray, beside: Sequence[int]
+) -> None:
+    """Remember the entries of a Reshape's target that are wrong once units went.
+
+    What is computed from shapes may follow the units, or those of another tensor that keeps its
+    size; where it cannot be relied on, a number takes its place.
+
+    Args:
+        walk: the walk.
+        node: a Reshape.
+        index: of the units' axis behind it.
+        marks: of its entries.
+        beside: indices of the other axes that the units' axis was split into: they stay.
+    """
+    name, shape = node.outputs[0].name, walk.shape(node.outputs[0])
+    numbers = walk.numbers(node, "shape", 1)
+    if numbers is not None:
+        if numbers[index] > 0:
+            walk.counts.append(Count(name, "shape", index, marks, tuple(numbers)))
+        return
+    target, counted = _target(walk, node.inputs[1], len(shape)), entries_of(walk, node.inputs[1])
+    number, axis, follows = target[index], walk.axis(node.inputs[0]), counted[index]
+    assert axis is not None, "a Reshape of units"
+    split = len(axis.marks) == np.prod([shape[i] for i in (index, *beside)])
+    for i, other in enumerate(counted):
+        if other is None or i == index:
+            continue
+        if i not in beside or not split:
+            raise Refused("the number of its units is the size of another axis")
+        stays = walk.marks.fresh(shape[i])
+        walk.marks.pin(stays, "another axis that heads were split into")
+        walk.counts.append(Count(name, "stay", i, stays, shape))
+    if isinstance(number, int) and number <= 0:
+        return
+    if not beside and follows is not None and _in_proportion(walk, follows, marks):
+        return
+    merged = not isinstance(number, int) and not split
+    if merged and (
+        beside or not all(_is_size(walk, x) for x in target[:index] + target[index + 1 :])
+    ):
+        raise Refused("its target shape is computed in a way that is not followed")
+    walk.counts.append(Count(name, "rest" if merged else "part", index, marks, shape))
+
+
+# An entry of a target: its value, or the tensor of this one entry, or None where nobody knows.
+_Entry: TypeAlias = int | gs.Tensor | None
+
+
+def _target(walk: Walk, tensor: gs.Tensor, rank: int) -> list[_Entry]:
+    """The entries of a computed target, as far as a Concat puts them together."""
+    found = _entries(walk, tensor)
+    return found if len(found) == rank else [None] * rank
+
+
+def _entries(walk: Walk, tensor: gs.Tensor) -> list[_Entry]:
+    numbers = walk.integers(tensor)
+    if numbers is not None:
+        return list(numbers)
+    if tensor.inputs and tensor.inputs[0].op == "Concat":
+        return [entry for part in tensor.inputs[0].inputs for entry in _entries(walk, part)]
+    length = int(np.prod(walk.shape(tensor)))
+    return [tensor] if length == 1 else [None] * length
+
+
+def _is_size(walk: Walk, entry: _Entry) -> bool:
+    """Whether an entry of a target is surely not what stands for the rest."""
+    if isinstance(entry, gs.Tensor):
+        return walk.scope.is_of_shapes(entry) and not walk.scope.is_constant(entry)
+    return entry is not None and entry >= 0
+
+
+def _in_proportion(walk: Walk, counted: np.ndarray, marks: np.ndarray) -> bool:
+    """Whether of two sets of entries the same share goes, whatever units go."""
+    (first, *a), (second, *b) = (
+        np.unique(walk.marks.roots(x), return_counts=True) for x in (counted, marks)
+    )
+    same = np.array_equal(first, second)
+    return same and np.array_equal(a[0] * len(marks), b[0] * len(counted))
+
+
+@rule("Concat")
+def concat(walk: Walk, node: gs.Node) -> Outputs:
+    """Side by side along the units' axis, or joined where it is another."""
+    followed = _followed(walk, node)
+    rank = len(walk.shape(node.outputs[0]))
+    along = int(node.attrs["axis"]) % rank
+    if any(axis.index != followed[0][1].index for _, axis in followed):
+        raise Refused("it combines units of different axes")
+    index = followed[0][1].index
+    if along == index:
+        parts = [_marks_or_pinned(walk, tensor, along) for tensor in node.inputs]
+        return {node.outputs[0].name: Axis(index, np.concatenate(parts))}
+    for i in range(len(node.inputs)):
+        walk.meet(node, i, index - rank, followed[0][1].marks)
+    return {node.outputs[0].name: followed[0][1]}
+
+
+def _marks_or_pinned(walk: Walk, tensor: gs.Tensor, along: int) -> np.ndarray:
+    axis = walk.axis(tensor)
+    if axis is not None:
+        return axis.marks
+    marks = walk.marks.fresh(walk.shape(tensor)[along])
+    walk.marks.pin(marks, f"{tensor.name!r} is not made by a layer that is pruned")
+    return marks
+
+
+@rule("Split")
+def split(walk: Walk, node: gs.Node) -> Outputs:
+    """Parts of the units, or all units in every part."""
+    axis, rank = _data(walk, node), len(walk.shape(node.inputs[0]))
+    if int(node.attrs.get("axis", 0)) % rank != axis.index:
+        return {y.name: axis for y in node.outputs if y.name}
+    sizes = tuple(walk.shape(y)[axis.index] for y in node.outputs)
+    parts = np.split(axis.marks, np.cumsum(sizes)[:-1])
+    for entry, part in enumerate(parts):
+        walk.counts.append(Count(node.outputs[0].name, "split", entry, part, sizes))
+    return {y.name: Axis(axis.index, p) for y, p in zip(node.outputs, parts, strict=True) if y.name}
+
+
+@rule("Slice")
+def slices(walk: Walk, node: gs.Node) -> Outputs:
+    """Cuts along other axes than the units'."""
+    axis, rank = _data(walk, node), len(walk.shape(node.inputs[0]))
+    axes = walk.numbers(node, "axes", 3)
+    if axes is None or axis.index in {a % rank for a in axes}:
+        raise Refused("it cuts along units")
+    return {node.outputs[0].name: axis}
+
+
+@rule("Gather")
+def gather(walk: Walk, node: gs.Node) -> Outputs:
+    """Picks along another axis than the units'."""
+    axis, rank = _data(walk, node), len(walk.shape(node.inputs[0]))
+    along = int(node.attrs.get("axis", 0)) % rank
+    if along == axis.index:
+        raise Refused("it picks units by number")
+    shift = len(walk.shape(node.inputs[1])) - 1 if along < axis.index else 0
+    return {node.outputs[0].name: Axis(axis.index + shift, axis.marks)}
+
+
+@rule("Pad")
+def pad(walk: Walk, node: gs.Node) -> Outputs:
+    """Adds entries along other axes than the units'."""
+    axis, rank = _data(walk, node), len(walk.shape(node.inputs[0]))
+    pads = walk.numbers(node, "pads", 1)
+    if pads is None or len(pads) != 2 * rank or pads[axis.index] or pads[rank + axis.index]:
+        raise Refused("it adds entries to the units")
+    return {node.outputs[0].name: axis}
+
+
+@rule("Shape")
+def shape_of(walk: Walk, node: gs.Node) -> Outputs:
+    """Sizes follow by themselves when the model runs; what is made of them is followed, too."""
+    found = of_shape(walk, node)
+    if any(x is not None for x in found):
+        walk.sizes[node.outputs[0].name] = found
+    return {}
+
+
+@rule("MatMul")
+def product_of_activations(walk: Walk, node: gs.Node) -> Outputs:
+    """A product of two activations: units on a batch axis, on a free axis, or summed over."""
+    out, (left, right) = node.outputs[0], node.inputs
+    ranks = [len(walk.shape(x)) for x in (left, right)]
+    if any(walk.scope.is_constant(x) for x in (left, right)) or min(ranks) < 2:
+        raise Refused("it is a product that is not pruned")
+    places = {x.name: a.index - len(walk.shape(x)) for x, a in _followed(walk, node)}
+    here, there = places.get(left.name), places.get(right.name)
+    rank = len(walk.shape(out))
+    if (here, there) == (-1, -2):
+        _meet_as_attention(walk, node)
+        return {}
+    if (here, there) in ((-2, None), (None, -1)):
+        ((_, axis),) = _followed(walk, node)
+        return {out.name: Axis(rank + (here or -1), axis.marks)}
+    place = here if here is not None else there
+    if place is None or place > -3 or there not in (None, place):
+        raise Refused("it combines units of different axes")
+    marks = max((axis.marks for _, axis in _followed(walk, node)), key=len)
+    for index in (0, 1):
+        walk.meet(node, index, place, marks)
+    return {out.name: Axis(rank + place, marks)}
+
+
+def _meet_as_attention(walk: Walk, node: gs.Node) -> None:
+    """Queries meet keys, and a softmax over the keys follows.
+
+    A dimension of which neither has a weight any longer is then a constant over the keys, and does
+    nothing: it may go.
+    """
+    query, key = (walk.axes[x.name].marks for x in node.inputs)
+    if not walk.inside:
+        raise Refused("it sums over units")
+    if not _softmax_follows(walk, node.outputs[0]):
+        raise Refused("it sums over units, and no softmax over the last axis follows")
+    if not all(_is_steady(walk, tensor) for tensor in node.inputs):
+        raise Refused("its queries or keys are not just a layer with its bias")
+    walk.products.append((query, key))
+    walk.heads += query.tolist()
+
+
+def _softmax_follows(walk: Walk, logits: gs.Tensor) -> bool:
+    """Whether nothing reads a product but a Softmax over its last axis, behind scale and mask."""
+    if not logits.outputs or any(y is logits for y in walk.scope.graph.outputs):
+        return False
+    return all(_is_softmax(walk, node, logits) for node in logits.outputs)
+
+
+def _is_softmax(walk: Walk, node: gs.Node, logits: gs.Tensor) -> bool:
+    domain, op = operator(node)
+    others = [x for x in node.inputs if x is not logits]
+    if domain:
+        return False
+    if op == "Softmax":
+        return _normalised_from(walk, node) == len(walk.shape(logits)) - 1
+    if op in ("Mul", "Div"):
+        # A scale that is computed from shapes would follow the size of heads.
+        scales = node.inputs[0] is logits or op == "Mul"
+        numbers = all(walk.scope.is_constant(x) and np.prod(walk.shape(x)) == 1 for x in others)
+        if not (others and scales and numbers):
+            return False
+    elif op not in ("Add", "Sub", "Where", "Cast", "Identity"):
+        return False
+    return _softmax_follows(walk, node.outputs[0])
+
+
+_MOVES = {"Cast", "Identity", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+
+
+def _is_steady(walk: Walk, tensor: gs.Tensor) -> bool:
+    """Whether rows of the layer in front, if they have no weights, are the same at all positions.
+
+    Between it and here may stand moves, and stored vectors and numbers that meet the units.
+    """
+    node = tensor.inputs[0]
+    stored = [x for x in node.inputs if walk.scope.is_constant(x)]
+    domain, op = operator(node)
+    if not domain and op in _MOVES:
+        return _is_steady(walk, node.inputs[0])
+    if not domain and op in ("Add", "Sub", "Mul", "Div") and len(stored) == 1:
+        (data,) = (x for x in node.inputs if x is not stored[0])
+        shape, axis = walk.shape(stored[0]), walk.axis(data)
+        place = axis.index - len(walk.shape(data)) if axis is not None else 0
+        flat = all(size == 1 for i, size in enumerate(shape, -len(shape)) if i != place)
+        return flat and _is_steady(walk, data)
+    dense = op in ("Gemm", "MatMul", "FusedMatMul")
+    return bool(stored) and (dense or (op == "Conv" and node.attrs.get("group", 1) == 1))

@@ -1,0 +1,118 @@
+"""Numbers of units among the integers that a model computes from shapes, entry by entry.
+
+A Shape of a tensor with units holds how many there are, and shrinks with them. Where such a number
+goes is followed through what exporters put between a Shape and the target of a Reshape; wherever
+else it enters, the values of the model would change with the number of units, which is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnx_ecp.units.propagation import Refused, Sizes, Walk
+
+Rule = Callable[[Walk, gs.Node], Sizes]
+
+_INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+
+
+def of_shape(walk: Walk, node: gs.Node) -> Sizes:
+    """What a Shape holds: the number of units at the place of their axis."""
+    axis, rank = walk.axis(node.inputs[0]), len(walk.shape(node.inputs[0]))
+    assert axis is not None, "asked where there are units"
+    entries = [axis.marks if i == axis.index else None for i in range(rank)]
+    return tuple(entries[node.attrs.get("start", 0) : node.attrs.get("end", rank)])
+
+
+def follow_sizes(walk: Walk, node: gs.Node) -> dict[str, Sizes]:
+    """Numbers of units in the output of a node that reads some.
+
+    Raises:
+        Refused: it does something else with them than to name the size of a tensor.
+    """
+    rule = None if node.domain else _RULES.get(node.op)
+    if rule is None or len(node.outputs) != 1:
+        raise Refused("it computes with the number of units")
+    found = rule(walk, node)
+    return {node.outputs[0].name: found} if any(x is not None for x in found) else {}
+
+
+def entries_of(walk: Walk, tensor: gs.Tensor) -> Sizes:
+    """Which entries of an integer tensor are, or are in proportion to, a number of units."""
+    known = walk.sizes.get(tensor.name)
+    return (None,) * int(np.prod(walk.shape(tensor))) if known is None else known
+
+
+def _moved(walk: Walk, node: gs.Node) -> Sizes:
+    """The same entries in the same order."""
+    return entries_of(walk, node.inputs[0])
+
+
+def _cast(walk: Walk, node: gs.Node) -> Sizes:
+    if int(node.attrs["to"]) not in _INTEGERS:
+        raise Refused("it computes with the number of units")
+    return _moved(walk, node)
+
+
+def _gathered(walk: Walk, node: gs.Node) -> Sizes:
+    chosen, entries = walk.integers(node.inputs[1]), entries_of(walk, node.inputs[0])
+    if chosen is None or node.inputs[1].name in walk.sizes:
+        raise Refused("it picks by a number that is not a constant")
+    return tuple(entries[i] for i in chosen)
+
+
+def _sliced(walk: Walk, node: gs.Node) -> Sizes:
+    starts, ends = walk.numbers(node, "starts", 1), walk.numbers(node, "ends", 2)
+    steps = walk.numbers(node, "steps", 4) if len(node.inputs) > 4 else [1]
+    entries = entries_of(walk, node.inputs[0])
+    if starts is None or ends is None or steps is None or len(starts) != 1:
+        raise Refused("it cuts at a number that is not a constant")
+    return entries[slice(starts[0], ends[0], steps[0])]
+
+
+def _concatenated(walk: Walk, node: gs.Node) -> Sizes:
+    return tuple(entry for tensor in node.inputs for entry in entries_of(walk, tensor))
+
+
+def _product(walk: Walk, node: gs.Node) -> Sizes:
+    """A product of a number of units and others is in proportion to it."""
+    parts = [entries_of(walk, tensor) for tensor in node.inputs]
+    size = max(len(part) for part in parts)
+    return tuple(map(_only, zip(*(p * (size // len(p)) for p in parts), strict=True)))
+
+
+def _quotient(walk: Walk, node: gs.Node) -> Sizes:
+    if node.inputs[1].name in walk.sizes:
+        raise Refused("it divides by the number of units")
+    return _product(walk, node)
+
+
+def _whole_product(walk: Walk, node: gs.Node) -> Sizes:
+    return (_only(entries_of(walk, node.inputs[0])),)
+
+
+def _only(factors: tuple[np.ndarray | None, ...]) -> np.ndarray | None:
+    """The one factor that is a number of units, if one is."""
+    found = [x for x in factors if x is not None]
+    if len(found) > 1:
+        raise Refused("it multiplies numbers of units")
+    return found[0] if found else None
+
+
+_RULES: dict[str, Rule] = {
+    "Identity": _moved,
+    "Squeeze": _moved,
+    "Unsqueeze": _moved,
+    "Reshape": _moved,
+    "Cast": _cast,
+    "Gather": _gathered,
+    "Slice": _sliced,
+    "Concat": _concatenated,
+    "Mul": _product,
+    "Div": _quotient,
+    "ReduceProd": _whole_product,
+}

@@ -1,0 +1,353 @@
+"""The loop one level up: observe, score, select and compensate, with whole units for weights.
+
+The network under observation keeps its size: of a removed unit only the columns of its consumers
+go, so that nothing sees the rows of its producers any longer. The graph is cut once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+
+from onnx_ecp.errors import TargetError
+from onnx_ecp.methods import METHODS
+from onnx_ecp.pruning.compensation import compensate
+from onnx_ecp.pruning.loop import Pruned, importances, observe, with_grams
+from onnx_ecp.pruning.plan import Plan
+from onnx_ecp.runtime.progress import Progress, silent
+from onnx_ecp.statistics.collection import Measured, Visit, effective_sample_size, measure
+from onnx_ecp.statistics.layerwise import Network, matrix
+from onnx_ecp.statistics.observer import State
+from onnx_ecp.units.choice import Budget, budget, choose, in_order, last_ones, multiples
+from onnx_ecp.units.elimination import OutputMetric, scores_of_keys, scores_of_reader, steps_of
+from onnx_ecp.units.groups import STAYS, Structure
+from onnx_ecp.units.importance import UnitObserver, met_by_unit, read_by_unit
+from onnx_ecp.units.latency import Watch, liked
+
+# A model is chosen to be faster than asked for by so much: two measurements differ.
+MARGIN = 0.98
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How much is to go, and what is given for it.
+
+    Args:
+        share: of the cost that goes.
+        target: cost that the share is of, a name in COSTS.
+        cost: what importance is divided by, a name in COSTS.
+        multiple: the number of units that stay in a group is a multiple of it; with 1, and a cost
+            in time, one that kernels like.
+        required: whether less is an error, or the share is only where a search ends at the latest.
+    """
+
+    share: float
+    target: str = "params"
+    cost: str = "params"
+    multiple: int = 1
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class PrunedUnits(Pruned):
+    """What a stage gave.
+
+    Args:
+        keep: (units,) bool, True where a unit stays.
+    """
+
+    keep: np.ndarray = field(default_factory=lambda: np.ones(0, np.bool_))
+
+    def removes_no_more_than(self, other: Pruned) -> bool:
+        """Whether the same units are gone; weights that were zero before tell nothing."""
+        if isinstance(other, PrunedUnits):
+            return np.array_equal(self.keep, other.keep)
+        return bool(self.keep.all())
+
+
+class UnitStep:
+    """One stage of removing units: the ``step`` of ``prune`` and ``seek``.
+
+    With latency as the target the first stage plans by the clock how many units of every group stay
+    in the end; all stages are on the way there.
+
+    Args:
+        network: what is pruned; its layers are those of the structure.
+        structure: its units.
+        goal: what a share of 1 is.
+        watch: for costs in time.
+        margin: of the latency that is the target, what units are chosen to take.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        structure: Structure,
+        goal: Goal,
+        watch: Watch | None = None,
+        margin: float = MARGIN,
+    ) -> None:
+        positions = positions_of(network)
+
+        def counted(cost: str) -> Budget:
+            if cost != "latency":
+                return budget(structure, network.layers, cost, positions)
+            assert watch is not None, "costs in time need one"
+            return Budget(structure, watch.times, stepped=True)
+
+        self.structure, self.goal, self._network = structure, goal, network
+        self._watch, self._margin = watch, margin
+        self.costs, self._ranked_by = counted(goal.target), counted(goal.cost)
+        by_clock = goal.cost == "latency" and goal.multiple == 1
+        self._stops = liked if by_clock else partial(multiples, of=goal.multiple)
+        self._planned: list[int] = []  # how many units of every group stay in the end
+
+    def __call__(
+        self,
+        network: Network,
+        plan: Plan,
+        before: Pruned,
+        share: float,
+        progress: Progress = silent,
+        *,
+        measured: Measured | None = None,
+    ) -> PrunedUnits:
+        """Observe, score, select and compensate once; see ``pruning.stage``."""
+        whole = np.ones(self.structure.units, np.bool_)
+        keep = before.keep if isinstance(before, PrunedUnits) else whole
+        left = 1 - share * self.goal.share
+        going = max(1 - left * self.costs.total(whole) / self.costs.total(keep), 0.0)
+        measured, scores = _scores(
+            network, plan, self.structure, before.state, keep, going, progress
+        )
+        if self.goal.target == "latency":
+            self._planned = self._planned or self._by_clock(plan, scores, keep)
+            rest = self._on_the_way(scores, keep, share)
+        else:
+            target, floor = left * self.costs.total(whole), plan.method.floor * left
+            rest = self._chosen(scores, keep, lambda x: self.costs.total(x) <= target, floor)
+        state, notes = _without(
+            network, plan, self.structure, before.state, rest, measured, progress
+        )
+        ess = {name: effective_sample_size(s) for name, s in measured.weights.items()}
+        removed = dict(before.removed)
+        for group in self.structure.groups:  # heads and their dimensions have the same producers
+            first, units = group.producers[0], group.units[(keep & ~rest)[group.units]]
+            removed[first] = removed.get(first, 0.0) + float(scores[units].sum())
+        return PrunedUnits(state, removed, ess, notes, before.warnings, keep=rest)
+
+    def _chosen(
+        self,
+        scores: np.ndarray,
+        keep: np.ndarray,
+        fits: Callable[[np.ndarray], bool],
+        floor: float,
+    ) -> np.ndarray:
+        """(units,) bool: what stays; see ``choose``."""
+        groups = self.structure.groups
+        return choose(scores, keep, groups, self._ranked_by, fits, floor=floor, stops=self._stops)
+
+    def _by_clock(self, plan: Plan, scores: np.ndarray, keep: np.ndarray) -> list[int]:
+        """By group, how many units stay in a model that is fast enough, or as fast as can be.
+
+        Raises:
+            TargetError: it is not fast enough, whatever goes, and that is required.
+        """
+        assert self._watch is not None, "a target in time needs one"
+        ratio, wanted = self._watch.ratio, 1 - self.goal.share
+        floor = plan.method.floor * wanted
+        least = ratio(self._chosen(scores, keep, lambda rest: False, floor))
+        if least > wanted and self.goal.required:
+            raise too_slow(1 / wanted, least)
+        rest = self._chosen(scores, keep, lambda x: ratio(x) <= self._margin * wanted, floor)
+        return [int(rest[group.units].sum()) for group in self.structure.groups]
+
+    def _on_the_way(self, scores: np.ndarray, keep: np.ndarray, share: float) -> np.ndarray:
+        """(units,) bool: what stays at this share of the way to what is planned."""
+        rest, held = keep.copy(), last_ones(self.structure, scores, keep)
+        for group, planned in zip(self.structure.groups, self._planned, strict=True):
+            worst, least = in_order(group, scores, keep, held)
+            number = len(group.units) - round(share * (len(group.units) - planned))
+            rest[worst[: max(len(worst) - max(number, least), 0)]] = False
+        return rest
+
+    def predicted(self, keep: np.ndarray) -> float:
+        """How many times as fast the layers are that lose units, by the costs of each alone."""
+        return self.costs.total(np.ones_like(keep)) / self.costs.total(keep)
+
+    def with_more(self, ratio: float) -> UnitStep:
+        """The same step towards a model that is faster still: the last one took ``ratio``."""
+        margin = self._margin * min((1 - self.goal.share) / ratio, MARGIN)
+        return UnitStep(self._network, self.structure, self.goal, self._watch, margin)
+
+    def check_reached(self, keep: np.ndarray) -> None:
+        """TargetError where the floors kept more than a required goal allows, but of time."""
+        if not self.goal.required:
+            return
+        whole, left = self.costs.total(np.ones_like(keep)), self.costs.total(keep)
+        if self.goal.target != "latency" and left > (1 - self.goal.share) * whole:
+            what = {"params": "weights", "flops": "multiplications"}[self.goal.target]
+            raise TargetError(
+                f"{100 * self.goal.share:.4g} % of the {what} cannot go with whole units: "
+                f"{100 * (1 - left / whole):.4g} % is the most, since something stays everywhere.",
+                hint="Ask for less, or use --granularity weight.",
+            )
+
+
+def too_slow(asked: float, ratio: float) -> TargetError:
+    """The error that says how fast a model could become.
+
+    Args:
+        asked: times as fast as the original.
+        ratio: of the latencies, the least that was measured.
+    """
+    return TargetError(
+        f"the model cannot be {asked:g} times as fast by removing units: {1 / ratio:.3g} times "
+        "is the most that was measured.",
+        hint="Ask for less. What is no Gemm, MatMul or Conv stays as slow as it is, and other "
+        "work on the machine makes measurements uncertain.",
+    )
+
+
+def masks(
+    structure: Structure, network: Network, keep: np.ndarray, *, rows: bool = True
+) -> dict[str, np.ndarray]:
+    """Keep masks of weights, (out, in) by stored tensor, from those of units (units,).
+
+    Without ``rows`` those of the producers are left in, but for queries and keys.
+    """
+    found = {}
+    for layer in network.layers:
+        mask = network.original.keep[layer.weight.tensor] & structure.columns_kept(layer.name, keep)
+        there = structure.rows_kept if rows else structure.rows_read
+        mask &= there(layer.name, keep)[:, None]
+        found[layer.weight.tensor] = mask
+    return found
+
+
+def _scores(
+    network: Network,
+    plan: Plan,
+    structure: Structure,
+    state: State,
+    keep: np.ndarray,
+    going: float,
+    progress: Progress,
+) -> tuple[Measured, np.ndarray]:
+    """What was measured, and the importance of every unit (units,).
+
+    Args:
+        network: what is pruned.
+        plan: how.
+        structure: its units.
+        state: what is observed.
+        keep: (units,) bool, what is still there.
+        going: share of the cost that is to go in this stage.
+        progress: called as work goes on.
+    """
+    method = plan.method
+
+    def measured_with(visit: Visit) -> Measured:
+        return measure(
+            network.observer,
+            state,
+            network.fit,
+            size=network.size,
+            positions=plan.positions,
+            visit=visit,
+            memory=network.share(2),
+            progress=progress,
+        )
+
+    if method.importance is METHODS["ecp"].importance:
+        units = UnitObserver(structure, network.layers, state)
+        measured = measured_with(units)
+        read = units.importance(measured.moments, method.shrinkage)
+        weights = importances(network, plan, state, measured)
+        return measured, read + met_by_unit(structure, weights)
+    if method.importance is METHODS["obs"].importance:
+        metric = OutputMetric.of(structure)
+        measured = measured_with(metric)
+        return measured, _after_refit(
+            network, plan, structure, state, keep, going, measured, metric
+        )
+    measured = observe(network, plan, state, progress)
+    weights = importances(network, plan, state, measured)
+    return measured, read_by_unit(structure, weights) + met_by_unit(structure, weights)
+
+
+def _after_refit(
+    network: Network,
+    plan: Plan,
+    structure: Structure,
+    state: State,
+    keep: np.ndarray,
+    going: float,
+    measured: Measured,
+    metric: OutputMetric,
+) -> np.ndarray:
+    """(units,): importance when readers are refitted, summed over them; see ``elimination``."""
+    total = np.zeros(structure.units)
+    for layer, gram in with_grams(network, plan, state, measured):
+        if layer.name not in metric.readers:
+            continue
+        assert gram is not None, "the method needs Gram matrices"
+        weight = matrix(layer, state)
+        sensitivity = metric.sums[layer.name] / measured.moments[layer.name].count
+        for units in structure.units_at(structure.columns[layer.name]):
+            if not np.any(units >= 0):
+                continue
+            found = scores_of_reader(
+                weight,
+                gram,
+                sensitivity,
+                units,
+                structure.columns_kept(layer.name, keep),
+                plan.damping or plan.method.damping,
+                steps_of(structure, layer, units, keep, going),
+            )
+            total[list(found)] += list(found.values())
+        keys = np.where(structure.keys[layer.name], structure.dimensions(layer.name), STAYS)
+        total += scores_of_keys(weight, gram, sensitivity, keys, len(total))
+    return total
+
+
+def _without(
+    network: Network,
+    plan: Plan,
+    structure: Structure,
+    state: State,
+    keep: np.ndarray,
+    measured: Measured,
+    progress: Progress,
+) -> tuple[State, dict[str, str]]:
+    """The network without the units that went in one stage, and remarks by layer name."""
+    read = masks(structure, network, keep, rows=False)
+    after, notes = compensate(network, plan, state, replace(state, keep=read), measured, progress)
+    return replace(after, keep=masks(structure, network, keep)), notes
+
+
+def positions_of(network: Network) -> dict[str, int]:
+    """By layer name, how often a sample applies it."""
+    facts = network.observer.facts
+    return {
+        layer.name: max(int(np.prod(facts[layer.output].shape[1:])) // layer.shape[0], 1)
+        for layer in network.layers
+    }
+
+
+def kept_weights(
+    network: Network, structure: Structure, state: State, keep: np.ndarray
+) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
+    """Weights (out, in) and shifts (out,) of what stays, by layer name: what ``store`` takes."""
+    weights, shifts = {}, {}
+    for layer in network.layers:
+        rows = structure.rows_kept(layer.name, keep)
+        columns = structure.columns_kept(layer.name, keep)
+        matrix = layer.weight.matrix(state.weights[layer.weight.tensor])
+        weights[layer.name] = matrix[rows][:, columns]
+        shifts[layer.name] = state.shifts[layer.name][rows]
+    return weights, shifts
