@@ -8,12 +8,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import onnx
 
 from onnx_ecp.api.build_report import predicted_error, told
+from onnx_ecp.api.choices import Choices
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.output import check_outputs, finished, held, save, save_masks, stored_masks
 from onnx_ecp.api.preparation import (
@@ -75,7 +76,7 @@ def optimize(
     output: str | Path | None = None,
     report: str | Path | Sequence[str | Path] = (),
     progress: Progress = silent,
-    **choices: Any,
+    **choices: Unpack[Choices],
 ) -> Result:
     """Prune a model, let what stays make good for what went, verify, and write the result.
 
@@ -86,7 +87,7 @@ def optimize(
         output: where to write; None writes nothing.
         report: where to write the report, .json or .html; one path or several.
         progress: called with (what, done, of) as work goes on.
-        choices: fields of ``Options``, such as ``method="ecp", sparsity=0.8``.
+        choices: see ``Choices``, such as ``method="ecp", sparsity=0.8``.
 
     Raises:
         OnnxEcpError: one subclass per exit code of the command line; nothing was written.
@@ -150,14 +151,14 @@ def optimize(
 
 
 def importance(
-    model: str | Path | onnx.ModelProto, calibration: Any = None, **choices: Any
+    model: str | Path | onnx.ModelProto, calibration: Any = None, **choices: Unpack[Choices]
 ) -> dict[str, np.ndarray]:
     """Importance of every weight of the prunable layers, by layer name, (out, in), float64 >= 0.
 
     Args:
         model: path or proto.
         calibration: as for ``optimize``.
-        choices: fields of ``Options``, such as ``method="ecp"``.
+        choices: see ``Choices``, such as ``method="ecp"``.
 
     Raises:
         OnnxEcpError: as ``optimize`` does.

@@ -139,8 +139,7 @@ class Options:
             raise UsageError(f"--timeout is {self.timeout}; it must be greater than 0.")
         if self.finetune_steps < 0:
             raise UsageError(f"--finetune-steps is {self.finetune_steps}; it cannot be negative.")
-        if self.method != "cbs" and not (self.cbs_select and self.cbs_update):
-            raise UsageError("--no-cbs-select and --no-cbs-update need --method cbs.")
+        self._check_own()
         self._check_masks()
         self._check_limits()
         self._check_units()
@@ -155,6 +154,17 @@ class Options:
                 f"--method {self.method} does not look at it.",
                 hint="It goes with woodfisher and cbs.",
             )
+
+    def _check_own(self) -> None:
+        """Refuse the options of other methods."""
+        for name, method in METHODS.items():
+            for option in method.options if name != self.method else ():
+                if not getattr(self, option):
+                    flag = option.replace("_", "-")
+                    raise UsageError(
+                        f"--no-{flag} needs --method {name}.",
+                        hint=f"--method {self.method} has no such switch.",
+                    )
 
     def _check_masks(self) -> None:
         if self.masks is not None and Path(self.masks).suffix != ".npz":

@@ -13,12 +13,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import onnx
 
 from onnx_ecp.api.build_report import warnings
+from onnx_ecp.api.choices import CommonChoices
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.output import finished
 from onnx_ecp.api.output_paths import check_destinations
@@ -53,30 +54,7 @@ from onnx_ecp.statistics.layerwise import Network
 METHODS_SWEPT = ("ecp-refit", "ecp", "wanda", "magnitude")
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 # The options of ``optimize`` that hold for all points. The others say what one run is to make.
-COMMON = (
-    "compensation",
-    "stages",
-    "damping",
-    "blocks",
-    "finetune_steps",
-    "metric",
-    "probes",
-    "gradients",
-    "positions",
-    "scope",
-    "include",
-    "exclude",
-    "layer_sparsity",
-    "samples",
-    "batch_size",
-    "max_memory",
-    "statistics",
-    "seed",
-    "provider",
-    "threads",
-    "timeout",
-    "input_shapes",
-)
+COMMON = tuple(CommonChoices.__annotations__)
 
 
 def sweep(
@@ -89,7 +67,7 @@ def sweep(
     labels: str | Path | np.ndarray | None = None,
     calibration_labels: str | Path | np.ndarray | None = None,
     progress: Progress = silent,
-    **choices: Any,
+    **choices: Unpack[CommonChoices],
 ) -> Sweep:
     """Prune a model with several methods to several sparsities and compare what comes out.
 
@@ -105,7 +83,7 @@ def sweep(
         calibration_labels: the same of the calibration samples, for methods that look
             at the loss; without ``evaluation``, ``labels`` are these.
         progress: called with (what, done, of) as work goes on.
-        choices: the options of ``optimize`` named in ``COMMON``; they hold for all points.
+        choices: see ``CommonChoices``; they hold for all points.
 
     Raises:
         UsageError: an unknown method or option, or a sparsity that is none.

@@ -18,7 +18,14 @@ from typing import Any, TypeVar
 import click
 
 from onnx_ecp.cli.progress import bars
-from onnx_ecp.errors import Interrupted, OnnxEcpError, OutputError, UsageError, did_you_mean
+from onnx_ecp.errors import (
+    Interrupted,
+    OnnxEcpError,
+    OutputError,
+    UsageError,
+    did_you_mean,
+    named_as_options,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -332,7 +339,7 @@ class Program(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # not every terminal can show every name
                 stream.reconfigure(errors="backslashreplace")
-        with _signals_raise():
+        with named_as_options(), _signals_raise():
             try:
                 code = super().main(args, *rest, **keywords)
             except Exception as error:

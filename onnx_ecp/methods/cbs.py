@@ -239,5 +239,6 @@ CBS = Method(
     compensation="cbs",
     needs="curvature",
     damping=DAMPING,
+    options=("cbs_select", "cbs_update"),
     summary="masks searched by swaps, joint update (Combinatorial Brain Surgeon, arXiv:2203.04466)",
 )

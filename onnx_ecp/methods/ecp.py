@@ -23,5 +23,6 @@ ECP = Method(
     compensation="bias",
     needs="sensitivities",
     in_output_units=True,
+    unit_score="bias",
     summary="elimination-compensation pruning, as published (arXiv:2602.20467)",
 )

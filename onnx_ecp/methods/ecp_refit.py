@@ -24,5 +24,6 @@ ECP_REFIT = Method(
     stages=16,
     shrinkage=0.3,
     floor=0.2,
+    unit_score="refit",
     summary="weights ranked and refitted in stages, with ECP's sensitivities and compensation",
 )

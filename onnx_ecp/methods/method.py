@@ -286,6 +286,10 @@ class Method:
         damping: of the View, unless ``--damping`` is given.
         scope: what ``--scope`` is unless given.
         free: whether the compensation may choose anew which weights of a layer stay.
+        unit_score: how the importance of a whole unit is measured: "weights" sums those of its
+            weights, "bias" takes the unit as a constant that the next biases absorb, "refit" lets
+            the units that remain absorb it (docs/method.md, section 5).
+        options: names of the options that only this method has; each is a switch, on by default.
         summary: one line for people, with the source.
     """
 
@@ -301,6 +305,8 @@ class Method:
     damping: float = 1e-2
     scope: str = "global"
     free: bool = False
+    unit_score: str = "weights"
+    options: tuple[str, ...] = ()
     summary: str = ""
 
     def with_parts(
@@ -317,6 +323,7 @@ class Method:
                 needs_gram=ranking.needs_gram,
                 in_output_units=ranking.in_output_units,
                 damping=ranking.damping,
+                unit_score=ranking.unit_score,
                 free=False,
             )
         return replace(

@@ -33,5 +33,6 @@ OBS = Method(
     needs_gram=True,
     shrinkage=0.3,
     floor=0.2,
+    unit_score="refit",
     summary="optimal brain surgeon on each layer's output, one stage, refit (arXiv:1705.07565)",
 )
