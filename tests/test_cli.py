@@ -565,7 +565,7 @@ RUNTIMES = {
 
 @pytest.mark.parametrize(("installed", "ok", "advice"), RUNTIMES.values(), ids=RUNTIMES)
 def test_doctor_judges_the_installed_runtimes(installed, ok, advice, monkeypatch):
-    monkeypatch.setattr("onnx_ecp.runtime.versions.runtimes", lambda: installed)
+    monkeypatch.setattr("onnx_ecp.api.doctor.runtimes", lambda: installed)
     check = next(check for check in diagnose().checks if check.name == "ONNX Runtime")
     assert check.ok == ok
     assert advice in check.advice

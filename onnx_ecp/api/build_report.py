@@ -10,7 +10,7 @@ import numpy as np
 from onnx_ecp import graph as modelling
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.output_paths import same_file
-from onnx_ecp.api.preparation import NO_FIT, Data, Prepared
+from onnx_ecp.api.preparation import NO_FIT, Data, Job
 from onnx_ecp.data.untrusted import npz_names
 from onnx_ecp.evaluation.bounds import Bounds
 from onnx_ecp.evaluation.compare import Comparison, Gap
@@ -44,9 +44,9 @@ FAR_BEYOND, TRIFLE = 2.0, 0.01
 FEW_SAMPLES = 32
 
 
-def told(
+def build_report(
     given: Model,
-    ready: Prepared,
+    ready: Job,
     skips: Sequence[Skip],
     data: Data,
     pruned: Pruned,
@@ -168,7 +168,9 @@ def predicted_error(network: Network, plan: Plan, pruned: Pruned) -> float | Non
     """
     if not plan.method.in_output_units or plan.method.stages > 1 or network.observer.metric != "l2":
         return None
-    energy = network.observer.output_energy(network.original, network.guard.batches(network.size))
+    energy = network.observer.output_energy(
+        network.original, network.validation.batches(network.size)
+    )
     return float(np.sqrt(sum(pruned.removed.values()) / energy)) if energy else None
 
 
@@ -195,7 +197,7 @@ def speed_of(
 
 def warnings(data: Data, network: Network, pruned: Pruned, comparison: Comparison) -> Iterator[str]:
     """What the user must know, one sentence each."""
-    if data.fit.synthetic:
+    if data.train.synthetic:
         yield SYNTHETIC_WARNING
     if data.warning:
         yield data.warning
@@ -269,7 +271,7 @@ def mask_warnings(network: Network, step: UnitStep | None, options: Options) -> 
 def target_warnings(data: Data, options: Options, curve: Sequence[Point]) -> Iterator[str]:
     """What the user must know about the target that was asked for, one sentence each."""
     if options.max_accuracy_drop is not None:
-        known = [part.row_labels for part in (data.guard, data.held_out)]
+        known = [part.row_labels for part in (data.validation, data.test)]
         samples = min(len(labels) for labels in known if labels is not None)
         if 100 / samples > (options.max_accuracy_drop or 1.0):
             yield (

@@ -13,13 +13,13 @@ from typing import Any, Unpack
 import numpy as np
 import onnx
 
-from onnx_ecp.api.build_report import predicted_error, told
+from onnx_ecp.api.build_report import build_report, predicted_error
 from onnx_ecp.api.choices import Choices
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.output import check_outputs, finished, held, save, save_masks, stored_masks
 from onnx_ecp.api.preparation import (
     Data,
-    Prepared,
+    Job,
     choose_layers,
     gather,
     load,
@@ -129,7 +129,7 @@ def optimize(
             save_masks(masks, options.masks)
         if output is None or options.dry_run:
             result = held(result)
-    account = told(
+    account = build_report(
         given,
         ready,
         skips,
@@ -175,7 +175,7 @@ def importance(
 
 
 def prune_within(
-    ready: Prepared, judge: Judge | None, options: Options, progress: Progress
+    ready: Job, judge: Judge | None, options: Options, progress: Progress
 ) -> tuple[Pruned, tuple[Point, ...]]:
     """Prune to what was asked for, or as far as the limit allows; and the points of that search.
 
@@ -199,7 +199,7 @@ def judge_of(network: Network, data: Data, options: Options) -> Judge | None:
     """
     if options.limit is None:
         return None
-    parts = (data.guard, data.held_out)
+    parts = (data.validation, data.test)
     try:
         return Judge(network.observer, network.original, parts, network.size)
     except CalibrationError as error:
@@ -228,7 +228,7 @@ def gate(pruned: Pruned, judge: Judge | None, options: Options) -> tuple[Point, 
 
 
 def fast_enough(
-    ready: Prepared,
+    ready: Job,
     pruned: Pruned,
     made: Smaller,
     data: Data,
@@ -269,8 +269,8 @@ def compare(
     gap = evaluate.measure_gap(
         source,
         result,
-        data.held_out,
-        data.held_out.row_labels,
+        data.test,
+        data.test.row_labels,
         provider=options.provider,
         threads=options.threads,
         batch_size=options.batch_size,
@@ -286,7 +286,7 @@ def bound(source: Model, result: Model, data: Data, options: Options) -> bounds.
     return bounds.bound(
         source,
         result,
-        data.held_out,
+        data.test,
         provider=options.provider,
         threads=options.threads,
         batch_size=options.batch_size,

@@ -22,10 +22,10 @@ from onnx_ecp.api.build_report import warnings
 from onnx_ecp.api.choices import CommonChoices
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.output import finished
-from onnx_ecp.api.output_paths import check_destinations
+from onnx_ecp.api.output_paths import check_output_paths
 from onnx_ecp.api.preparation import (
     Data,
-    Prepared,
+    Job,
     gather,
     load,
     make_plan,
@@ -44,7 +44,7 @@ from onnx_ecp.methods import FORWARD, NEEDS
 from onnx_ecp.pruning.loop import observe, prune
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.report import counted
-from onnx_ecp.report.sweep import EvaluationFacts, Point, Sweep
+from onnx_ecp.report.sweep import EvaluationFacts, Sweep, SweepPoint
 from onnx_ecp.runtime.limits import deadline, threads_of
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.runtime.versions import versions
@@ -97,7 +97,7 @@ def sweep(
     with deadline(grid[0].timeout), threads_of(grid[0].threads):
         shared = prepare(model, calibration, grid, evaluation, labels, progress)
         prepared = time.monotonic()
-        runs: list[Run] = []
+        runs: list[PointRun] = []
         for options, plan in zip(grid, shared.plans, strict=True):
             progress("points", len(runs), len(grid))
             runs.append(run(shared, options, plan, progress))
@@ -143,7 +143,7 @@ def check_outputs(
         for what, path in {"model": model, **data}.items()
         if path is not None
     ]
-    check_destinations([("--output", path) for path in outputs], sources)
+    check_output_paths([("--output", path) for path in outputs], sources)
 
 
 def grid_of(
@@ -193,7 +193,7 @@ def _listed(what: str, values: str | Sequence[Any]) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Judge:
+class Evaluation:
     """The samples that points are judged on, with their labels."""
 
     samples: Calibration
@@ -218,7 +218,7 @@ class Shared:
     source: Model
     facts: ModelFacts
     data: Data
-    judge: Judge
+    judge: Evaluation
     networks: Mapping[str, Network]
     plans: tuple[Plan, ...]
     measured: Mapping[str, Measured]
@@ -271,7 +271,7 @@ def layers_of(source: Model, grid: Sequence[Options]) -> list[Layer]:
 
 def judge_of(
     source: Model, data: Data, evaluation: Any, labels: str | Path | np.ndarray | None
-) -> Judge:
+) -> Evaluation:
     """The evaluation samples: those given, else the held-out part of the calibration data.
 
     Raises:
@@ -279,12 +279,12 @@ def judge_of(
     """
     named = None if labels is None else calibrating.labels_name(labels)
     if evaluation is None:
-        held_out = data.held_out
+        held_out = data.test
         facts = EvaluationFacts(held_out.source, len(held_out), True, named)
-        return Judge(held_out, held_out.row_labels, facts)
+        return Evaluation(held_out, held_out.row_labels, facts)
     samples = calibrating.load(evaluation, signature(source.proto))
     values = None if labels is None else calibrating.load_labels(labels, expected_rows(samples))
-    return Judge(samples, values, EvaluationFacts(samples.source, len(samples), False, named))
+    return Evaluation(samples, values, EvaluationFacts(samples.source, len(samples), False, named))
 
 
 def networks_of(
@@ -315,22 +315,22 @@ def networks_of(
 
 
 @dataclass(frozen=True)
-class Run:
+class PointRun:
     """A point with what the summary needs besides."""
 
-    point: Point
+    point: SweepPoint
     comparison: Comparison
     warnings: tuple[str, ...]
 
 
-def run(shared: Shared, options: Options, plan: Plan, progress: Progress = silent) -> Run:
+def run(shared: Shared, options: Options, plan: Plan, progress: Progress = silent) -> PointRun:
     """Prune to one point and judge it."""
     began = time.monotonic()
     needs = plan.method.measures
     network = shared.networks[needs]
     pruned = prune(network, plan, progress, measured=shared.measured[needs])
     seconds = time.monotonic() - began
-    result = finished(Prepared(shared.source, network, plan), pruned, options).model
+    result = finished(Job(shared.source, network, plan), pruned, options).model
     gap = measure_gap(
         shared.source,
         result,
@@ -346,7 +346,7 @@ def run(shared: Shared, options: Options, plan: Plan, progress: Progress = silen
     masks = pruned.state.keep.values()
     weights = sum(keep.size for keep in masks)
     zeros = weights - sum(int(np.count_nonzero(keep)) for keep in masks)
-    point = Point(
+    point = SweepPoint(
         method=options.method,
         target=str(options.sparsity),
         sparsity=zeros / weights,
@@ -359,7 +359,7 @@ def run(shared: Shared, options: Options, plan: Plan, progress: Progress = silen
         compressed_bytes=comparison.b.compressed_bytes,
         seconds=seconds,
     )
-    return Run(point, comparison, tuple(warnings(shared.data, network, pruned, comparison)))
+    return PointRun(point, comparison, tuple(warnings(shared.data, network, pruned, comparison)))
 
 
 def uneven(networks: Mapping[str, Network]) -> Iterator[str]:
@@ -375,7 +375,7 @@ def uneven(networks: Mapping[str, Network]) -> Iterator[str]:
         )
 
 
-def merged(runs: Sequence[Run]) -> Iterator[str]:
+def merged(runs: Sequence[PointRun]) -> Iterator[str]:
     """Every warning once, with the points that have it unless all do."""
     where: dict[str, list[str]] = {}
     for run in runs:

@@ -141,7 +141,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Sums:
+class DeviationSums:
     """What a batch says about one output; the sums of two batches add up.
 
     Args:
@@ -169,10 +169,10 @@ class Sums:
     not_finite_b: int
     floating: bool
 
-    def __add__(self, other: Sums) -> Sums:
+    def __add__(self, other: DeviationSums) -> DeviationSums:
         # The first of equals, so that the batch size changes nothing.
         top = self if self.largest >= other.largest else other
-        return Sums(
+        return DeviationSums(
             self.elements + other.elements,
             self.error + other.error,
             self.energy + other.energy,
@@ -206,13 +206,13 @@ class Sums:
         )
 
 
-def overall(sums: Collection[Sums]) -> float:
+def overall(sums: Collection[DeviationSums]) -> float:
     """The relative error over all floating-point outputs, over all where there are none."""
     counted = [s for s in sums if s.floating] or sums
     return math.sqrt(statistics.fmean(s.relative_error**2 for s in counted))
 
 
-def deviation_sums(a: np.ndarray, b: np.ndarray, start: int, samples: int) -> Sums:
+def deviation_sums(a: np.ndarray, b: np.ndarray, start: int, samples: int) -> DeviationSums:
     """The sums of one batch of one output.
 
     Elements that are not floating-point (class ids, strings) are equal or not: their distance is 0
@@ -233,7 +233,7 @@ def deviation_sums(a: np.ndarray, b: np.ndarray, start: int, samples: int) -> Su
     else:
         agree, bad = np.asarray(a == b), (0, 0)
         gap, energy = np.where(agree, 0.0, 1.0), float(a.size)
-    return Sums(
+    return DeviationSums(
         elements=a.size,
         error=_square_sum(gap),
         energy=energy,
@@ -358,7 +358,7 @@ def measure_gap(
     """
     check_same_signature(a, b)
     size = batch_size or fitting(data)
-    sums: dict[str, Sums] = {}
+    sums: dict[str, DeviationSums] = {}
     target: Target | None = None
     predictions: list[tuple[np.ndarray, ...]] = []
     for batch, of_a, of_b in paired_outputs(a, b, data.batches(size), provider, threads):

@@ -22,7 +22,7 @@ import numpy as np
 from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.layers import Layer
 from onnx_ecp.pruning.finetune import Tuned
-from onnx_ecp.runtime.lazy import Shelf
+from onnx_ecp.runtime.lazy import Spill
 from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.statistics.collection import measure
@@ -175,7 +175,7 @@ class _System:
         self._ridge = damping * np.concatenate(means)
         weights, _ = theta.named(self.point**2 * diagonal)
         self._whole = float(np.sqrt(sum(x.sum() for x in weights.values())))
-        self._outputs = Shelf(memory)
+        self._outputs = Spill(memory)
         for number, batch in enumerate(batches):
             for name, y in objective.observer.heads(state, batch).items():
                 self._outputs[number, name] = y

@@ -238,8 +238,8 @@ class Report:
 
     @property
     def gone(self) -> str:
-        """What removed weights are: "zeros", or just "gone" where some were taken out whole."""
-        return "gone" if self.units else "zeros"
+        """What removed weights are: "zeros", or "removed" where some were taken out whole."""
+        return "removed" if self.units else "zeros"
 
     @property
     def zeros_before(self) -> int:

@@ -124,7 +124,7 @@ def _headline(report: Report) -> str:
         )
     return (
         f"<p><b>{100 * report.sparsity:.2f} %</b> of {report.weights:,} prunable weights are "
-        f"{'zero' if report.gone == 'zeros' else 'gone'} "
+        f"{'zero' if report.gone == 'zeros' else 'removed'} "
         f"({100 * report.zeros_before / max(report.weights, 1):.2f} % before).{error}</p>\n"
         f"<p>{_with_code(shown(report.speed, 500))}</p>"
     )
@@ -181,7 +181,7 @@ def _outputs(report: Report) -> str:
         for d in (() if report.gap is None else report.gap.outputs)
     ]
     columns = ["output", "relative error>", "mean squared error>", "largest deviation>"]
-    columns += ["at sample>", *(["same largest>"] if agrees else [])]
+    columns += ["at sample>", *(["top-1 agreement>"] if agrees else [])]
     return table("Outputs", columns, rows)
 
 
@@ -211,7 +211,7 @@ def _bounds(report: Report) -> str:
 
 
 def _layers(report: Report) -> str:
-    after = "zeros after>" if report.gone == "zeros" else "gone>"
+    after = "zeros after>" if report.gone == "zeros" else "removed>"
     columns = ["layer", "op", "out x in>", "zeros before>", after, "sparsity"]
     columns += ["importance removed>", "largest bias shift>", "effective samples>", "note"]
     return table("Layers", *_used(columns, [_layer(row) for row in report.layers]))

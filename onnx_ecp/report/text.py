@@ -349,9 +349,9 @@ def _layer_table(report: Report, verbose: bool) -> Table:
     pruned_before = any(row.zeros_before for row in report.layers)
     has_ess = any(row.ess is not None for row in report.layers)
     columns = ["layer", "op", "out x in>", *(["zeros\nbefore>"] if pruned_before else [])]
-    columns += ["zeros\nafter>" if report.gone == "zeros" else "gone>"]
+    columns += ["zeros\nafter>" if report.gone == "zeros" else "removed>"]
     columns += ["sparsity>", "imp.\nremoved>", "bias\nshift>"]
-    table = _table("Layers", *columns, *(["eff.\nsamples>"] if has_ess else []))
+    table = _table("Layers", *columns, *(["effective\nsamples>"] if has_ess else []))
 
     def add(layer: str, op: str, shape: str, before: int, after: int, *rest: str) -> None:
         table.add_row(layer, op, shape, *([f"{before:,}"] * pruned_before), f"{after:,}", *rest)
@@ -434,7 +434,7 @@ def _gap_table(gap: Gap) -> Table:
     columns = ["output", "relative error>", "mean squared error>", "largest deviation>"]
     agrees = gap.agreement is not None
     title = f"Outputs on {counted(gap.samples, 'sample')}"
-    table = _table(title, *columns, *(["same largest>"] if agrees else []))
+    table = _table(title, *columns, *(["top-1 agreement>"] if agrees else []))
     for d in gap.outputs:
         largest = f"{_number(d.largest)} (sample {d.largest_at})"
         agreement = "" if d.agreement is None else f"{d.agreement:.2f} %"

@@ -21,7 +21,7 @@ import numpy as np
 from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.gradients.cotangents import one_hot, softmax
 from onnx_ecp.layers import Layer
-from onnx_ecp.runtime.lazy import Computed
+from onnx_ecp.runtime.lazy import LazyArrays
 from onnx_ecp.statistics.observer import Observer, State
 
 BATCH = 128
@@ -164,7 +164,7 @@ class Parameters:
             weights[name] = state.weights[name].copy()
             weights[name][kept] = next(parts)
         shifts = {name: next(parts) for name in self._units}
-        return replace(state, weights=Computed.of(weights), shifts=shifts)
+        return replace(state, weights=LazyArrays.of(weights), shifts=shifts)
 
 
 class Centred:

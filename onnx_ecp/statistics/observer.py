@@ -26,7 +26,7 @@ from onnx_ecp.gradients.reverse import NO_OUTPUT
 from onnx_ecp.graph import Model, constants, is_external, printable, read_tensor
 from onnx_ecp.layers import Layer
 from onnx_ecp.layers.dense import Dense
-from onnx_ecp.runtime.lazy import Computed
+from onnx_ecp.runtime.lazy import LazyArrays
 from onnx_ecp.runtime.session import Session, Value
 from onnx_ecp.statistics.in_graph import Accumulation, accumulation, moments
 from onnx_ecp.statistics.moments import Moments
@@ -56,7 +56,7 @@ class State:
         keep: by stored tensor, (out, in), True where the weight stays.
     """
 
-    weights: Computed
+    weights: LazyArrays
     shifts: dict[str, np.ndarray]
     keep: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -96,13 +96,13 @@ class Observation:
     @property
     def adjoints(self) -> Mapping[str, np.ndarray]:
         """By layer name, rows (P, groups, rows, out per group)."""
-        return Computed(
+        return LazyArrays(
             self.layers, lambda n: self.layers[n].rows_out(self.tensors[self.carriers[n]])
         )
 
 
 @dataclass(frozen=True)
-class Sums:
+class GraphSums:
     """What the graph has added up so far; see ``Observer.add``.
 
     Args:
@@ -132,7 +132,7 @@ def original_state(model: Model, layers: Sequence[Layer]) -> State:
     stored = constants(model.proto)
     names = dict.fromkeys(layer.weight.tensor for layer in layers)
     mapped = {n for n in names if is_external(stored[n]) and stored[n].data_type in _AS_THEY_ARE}
-    weights = Computed(
+    weights = LazyArrays(
         names,
         lambda name: read_tensor(model, stored[name]),
         {n: _widened(read_tensor(model, stored[n])) for n in names if n not in mapped},
@@ -280,7 +280,7 @@ class Observer:
         backward: bool = True,
         with_squares: bool = True,
         with_gradient: bool = False,
-    ) -> Sums:
+    ) -> GraphSums:
         """The beginning of sums over batches.
 
         Args:
@@ -298,7 +298,7 @@ class Observer:
             self._adding[key] = self._accumulating(*key)
         session, graph = self._adding[key]
         layers = tuple(layer for layer in self.layers if layer.name in names)
-        return Sums(layers, session, graph, graph.start, common=with_gradient)
+        return GraphSums(layers, session, graph, graph.start, common=with_gradient)
 
     def _accumulating(
         self, names: Collection[str], backward: bool, with_squares: bool, with_gradient: bool
@@ -316,7 +316,9 @@ class Observer:
         )
         return self.session(proto), graph
 
-    def add(self, sums: Sums, state: State, batch: Batch) -> tuple[Sums, dict[str, np.ndarray]]:
+    def add(
+        self, sums: GraphSums, state: State, batch: Batch
+    ) -> tuple[GraphSums, dict[str, np.ndarray]]:
         """Take one more batch into the sums; ``sums`` itself stays as it is.
 
         Args:
@@ -655,9 +657,9 @@ def _are_probabilities(y: np.ndarray) -> bool:
     return bool((y >= 0).all() and np.allclose(y.sum(axis=-1, dtype=np.float64), 1, atol=1e-3))
 
 
-def _input_rows(layers: Mapping[str, Layer], values: Mapping[str, np.ndarray]) -> Computed:
+def _input_rows(layers: Mapping[str, Layer], values: Mapping[str, np.ndarray]) -> LazyArrays:
     """Rows (groups, rows, in) by layer name, cut out of the layers' inputs when asked for."""
-    return Computed(layers, lambda name: layers[name].rows_in(values[layers[name].input]))
+    return LazyArrays(layers, lambda name: layers[name].rows_in(values[layers[name].input]))
 
 
 def _size(fact: Fact) -> int:

@@ -253,7 +253,7 @@ def _scores(
         return measure(
             network.observer,
             state,
-            network.fit,
+            network.train,
             size=network.size,
             positions=plan.positions,
             visit=visit,
