@@ -287,7 +287,7 @@ class Options:
         """The metric asked for, or the default.
 
         l2 wants nothing of the outputs; kl takes them as logits, which no file tells. Over the
-        networks of docs/benchmarks.md it was l2 that never lost much. The methods that work with
+        networks of docs/benchmarks it was l2 that never lost much. The methods that work with
         the curvature are defined by the loss where there are labels.
         """
         curved = self.recipe.measures == "curvature" and self.labels is not None

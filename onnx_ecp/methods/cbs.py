@@ -231,7 +231,12 @@ def _split(flat: np.ndarray, like: Mapping[str, np.ndarray]) -> Arrays:
     return {n: part.reshape(w.shape) for (n, w), part in zip(like.items(), parts, strict=True)}
 
 
-COMPENSATION = Compensation("curvature", update=update, damping=DAMPING)
+COMPENSATION = Compensation(
+    "curvature",
+    update=update,
+    damping=DAMPING,
+    summary="the best joint change of all remaining weights",
+)
 
 CBS = Method(
     MAGNITUDE.importance,
@@ -240,5 +245,5 @@ CBS = Method(
     needs="curvature",
     damping=DAMPING,
     options=("cbs_select", "cbs_update"),
-    summary="masks searched by swaps, joint update (Combinatorial Brain Surgeon, arXiv:2203.04466)",
+    summary="masks searched by swaps (Combinatorial Brain Surgeon, arXiv:2203.04466)",
 )

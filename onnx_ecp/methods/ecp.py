@@ -24,5 +24,5 @@ ECP = Method(
     needs="sensitivities",
     in_output_units=True,
     unit_score="bias",
-    summary="elimination-compensation pruning, as published (arXiv:2602.20467)",
+    summary="output error that the best bias shift leaves, as published (arXiv:2602.20467)",
 )

@@ -25,5 +25,5 @@ ECP_REFIT = Method(
     shrinkage=0.3,
     floor=0.2,
     unit_score="refit",
-    summary="weights ranked and refitted in stages, with ECP's sensitivities and compensation",
+    summary="output error that the best change of the rest of its row leaves, after ECP",
 )

@@ -231,6 +231,7 @@ class Compensation:
         shrinkage: q of the weights of those rows, ``(1 - q) s + q mean(s)``, however much those of
             the importance are shrunk.
         damping: of the problem, unless ``--damping`` is given.
+        summary: what changes to compensate, in a few words.
     """
 
     needs: str = "nothing"
@@ -242,6 +243,7 @@ class Compensation:
     joint: bool = False
     shrinkage: float = 0.0
     damping: float = 1e-2
+    summary: str = ""
 
 
 def _refitted(problem: LayerProblem) -> Solved:
@@ -258,13 +260,18 @@ _REFIT = Compensation(
     weighted=True,
     guarded=True,
     shrinkage=0.3,  # see ecp_refit.py
+    summary="remaining weights and biases, layer by layer",
 )
 
 COMPENSATIONS: dict[str, Compensation] = {
-    "none": Compensation(),
-    "bias": Compensation("means", shifts=True),
+    "none": Compensation(summary="nothing"),
+    "bias": Compensation("means", shifts=True, summary="biases"),
     "refit": _REFIT,
-    "joint": replace(_REFIT, joint=True),
+    "joint": replace(
+        _REFIT,
+        joint=True,
+        summary="remaining weights and biases, layer by layer, then of all layers together",
+    ),
 }
 
 
@@ -290,7 +297,7 @@ class Method:
             weights, "bias" takes the unit as a constant that the next biases absorb, "refit" lets
             the units that remain absorb it (docs/method.md, section 5).
         options: names of the options that only this method has; each is a switch, on by default.
-        summary: one line for people, with the source.
+        summary: what the importance of a weight is, in one line, with the source.
     """
 
     importance: Importance

@@ -103,7 +103,7 @@ def _steps(part: Part, row: int, inverse: np.ndarray) -> Iterator[tuple[int, flo
             alive = np.ones(len(columns), np.bool_)
 
 
-COMPENSATION = Compensation(solve=solve)
+COMPENSATION = Compensation(solve=solve, summary="the rest of the row, exactly")
 
 OBC = Method(
     importance,

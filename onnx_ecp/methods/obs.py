@@ -34,5 +34,5 @@ OBS = Method(
     shrinkage=0.3,
     floor=0.2,
     unit_score="refit",
-    summary="optimal brain surgeon on each layer's output, one stage, refit (arXiv:1705.07565)",
+    summary="the same (optimal brain surgeon, arXiv:1705.07565), in one stage",
 )

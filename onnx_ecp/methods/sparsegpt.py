@@ -123,7 +123,7 @@ def _inverse_factor(matrix: np.ndarray) -> np.ndarray:
     return np.asarray(np.triu(np.linalg.inv(reverse[::-1, ::-1])))
 
 
-COMPENSATION = Compensation(solve=solve)
+COMPENSATION = Compensation(solve=solve, summary="the columns still to come")
 
 SPARSEGPT = Method(
     importance,

@@ -42,7 +42,12 @@ def update(problem: BlockProblem) -> dict[str, np.ndarray]:
     return {n: np.where(problem.keep[n], w - moved[n], 0.0) for n, w in problem.weight.items()}
 
 
-COMPENSATION = Compensation("curvature", update=update, damping=DAMPING)
+COMPENSATION = Compensation(
+    "curvature",
+    update=update,
+    damping=DAMPING,
+    summary="the sum of the changes that each removed weight asks for",
+)
 
 WOODFISHER = Method(
     importance,
