@@ -24,12 +24,17 @@ ZEROS = (
     ("onnxsim Wanda, global", "onnxsim Wanda", "#6b7280"),
     ("onnxsim magnitude, global", "onnxsim magnitude", "#b0b5bd"),
 )
-UNITS = (("ecp-refit", "onnx-ecp (default)", "#1f6fd6"), ("magnitude", "magnitude", "#b0b5bd"))
+UNITS = (
+    ("ecp-refit", "onnx-ecp (default)", "#1f6fd6"),
+    ("onnxsim structured Wanda", "onnxsim structured Wanda", "#d97706"),
+    ("ecp", "bias compensation alone (ecp)", "#6b7280"),
+    ("magnitude", "magnitude", "#b0b5bd"),
+)
 
 
 def main() -> None:
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.0), layout="constrained")
     lines(left, rows("against_peers_lenet300"), "sparsity", ZEROS)
     left.set(xlabel="share of zeros", ylabel="test accuracy, %", title="Zeros: smaller files")
     lines(right, rows("units_lenet300"), "latency", UNITS)
@@ -52,8 +57,8 @@ def lines(
     for name, label, colour in shown:
         points = sorted((float(r[x]), float(r["accuracy"])) for r in found if r["method"] == name)
         axes.plot(*zip(*points, strict=True), marker="o", ms=4, color=colour, label=label)
-    axes.set_ylim(30, 100)
-    axes.legend(frameon=False, loc="lower left")
+    axes.set_ylim(0, 101)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,14 @@
 import re
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
+import onnx_ecp
 from onnx_ecp.cli import commands
+from onnx_ecp.data.calibration import SOURCES
+from onnx_ecp.graph import ENCODINGS
 from onnx_ecp.methods import COMPENSATIONS, METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +74,46 @@ def test_scripts_and_modules_that_are_named_exist(page):
         folders = "|".join(p.name for p in (ROOT / "onnx_ecp").iterdir() if p.is_dir())
         for module in re.findall(rf"`((?:{folders})/[\w/]*\.py)`", text):
             assert (ROOT / "onnx_ecp" / module).exists(), module
+
+
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+
+
+@pytest.fixture
+def contributed():
+    """The worked examples of CONTRIBUTING.md stand in their tables while a test runs."""
+    tables = (METHODS, SOURCES, ENCODINGS)
+    before = [dict(table) for table in tables]
+    for example in EXAMPLES:
+        exec(example, {})
+    yield
+    for table, rows in zip(tables, before, strict=True):
+        table.clear()
+        table.update(rows)
+
+
+def test_the_worked_examples_of_contributing_work(contributed, tmp_path):
+    x = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    np.savetxt(tmp_path / "in.tsv", x, delimiter="\t")
+    given = onnx.load(ROOT / "models" / "digits.onnx")
+    outcome = onnx_ecp.optimize(
+        given,
+        str(tmp_path / "in.tsv"),
+        method="wanda-squared",
+        sparsity=0.5,
+        format="documented",
+        output=tmp_path / "out.onnx",
+    )
+    assert onnx.load(tmp_path / "out.onnx").doc_string.startswith("pruned: ")
+    kept = outcome.masks["layers.0.weight"]
+    squares = np.square(given_weight(given, "layers.0.weight") * np.sqrt((x**2).mean(axis=0)))
+    assert kept.mean() < 1
+    assert squares[kept].mean() > squares[~kept].mean()
+
+
+def given_weight(model, name):
+    [tensor] = [t for t in model.graph.initializer if t.name == name]
+    return onnx.numpy_helper.to_array(tensor)
 
 
 if __name__ == "__main__":
