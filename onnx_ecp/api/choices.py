@@ -82,7 +82,8 @@ class Choices(CommonChoices, total=False):
         max_error: largest relative output error on held-out samples; the target, or a gate.
         max_accuracy_drop: largest loss of top-1 accuracy in percentage points, with ``labels``.
         importance: name of the method that ranks weights instead.
-        granularity: "weight" or "unit" (whole neurons, channels, heads).
+        granularity: "weight" or "unit" (whole neurons, channels, heads); None: "unit" where a
+            speedup is asked for.
         speedup: with units, 1/speedup of the multiplications (or of the time) stay; >= 1.
         cost: what a unit's importance is divided by: "params", "flops" or "latency".
         unit_multiple: keep units in multiples of it.
@@ -106,7 +107,7 @@ class Choices(CommonChoices, total=False):
     max_error: float | None
     max_accuracy_drop: float | None
     importance: str | None
-    granularity: str
+    granularity: str | None
     speedup: float | None
     cost: str
     unit_multiple: int

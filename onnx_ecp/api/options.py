@@ -56,7 +56,7 @@ class Options:
     gradients: str = "vjp"
     positions: str = "expand"
     scope: str | None = None
-    granularity: str = "weight"
+    granularity: str | None = None
     speedup: float | None = None
     cost: str = "params"
     unit_multiple: int = 1
@@ -120,7 +120,7 @@ class Options:
             )
         one_of("blocks", self.blocks, BLOCKS)
         one_of("scope", self.resolved_scope, SCOPES)
-        one_of("granularity", self.granularity, GRANULARITIES)
+        one_of("granularity", self.resolved_granularity, GRANULARITIES)
         one_of("cost", self.cost, COSTS)
         one_of("unread-inputs", self.unread_inputs, UNREAD)
         one_of("format", self.format, ENCODINGS)
@@ -221,10 +221,10 @@ class Options:
         if self.cleanup and self.patterns:
             raise UsageError("--cleanup does not go with N:M: it would break the pattern.")
         if self.permute and not self.patterns:
-            raise UsageError("--permute is for N:M sparsity: nothing else asks who neighbours are.")
+            raise UsageError("--permute needs an N:M sparsity.")
         if self.permute and (self.masks is not None or self.apply_masks is not None):
             raise UsageError("--permute does not go with masks, which are of the order given.")
-        if self.granularity == "weight":
+        if not self.by_units:
             for name, default in (("speedup", None), ("cost", "params"), ("unit_multiple", 1)):
                 if getattr(self, name) != default:
                     raise UsageError(f"--{name.replace('_', '-')} needs --granularity unit.")
@@ -246,6 +246,16 @@ class Options:
             raise UsageError("--speedup and --sparsity are two targets; give one of them.")
 
     @property
+    def resolved_granularity(self) -> str:
+        """The granularity given, else the one that the targets ask for."""
+        return self.granularity or ("weight" if self.speedup is None else "unit")
+
+    @property
+    def by_units(self) -> bool:
+        """Whether whole units are removed."""
+        return self.resolved_granularity == "unit"
+
+    @property
     def session(self) -> dict[str, Any]:
         """The settings of every ONNX Runtime session."""
         return {"provider": self.provider, "threads": self.threads}
@@ -258,7 +268,7 @@ class Options:
     @property
     def cleans(self) -> bool:
         """Whether dead units leave the model: a pattern or given masks are what a file is for."""
-        if self.granularity == "unit":
+        if self.by_units:
             return False  # dead units are the first to go as it is
         default = not self.patterns and self.apply_masks is None
         return default if self.cleanup is None else self.cleanup

@@ -133,14 +133,14 @@ def prepare(
         source, remarks = reordered(given, layers, data, options)
         layers, _ = choose_layers(source, options)
     network, blocked = observe_network(source, layers, data, options)
-    if options.granularity == "unit" and options.masks is None:  # masks are of the bases given
+    if options.by_units and options.masks is None:  # masks are of the bases given
         turned = in_own_bases(source, network, options)
         if turned is not source:
             network.observer.close()
             source, (layers, _) = turned, choose_layers(turned, options)
             network, blocked = observe_network(source, layers, data, options)
     plan, step = make_plan(network.layers, options), None
-    if options.granularity == "unit":
+    if options.by_units:
         step = unit_step(source, network, data, options, progress)
         blocked = [*blocked, *step.structure.refusals]
     return Job(source, network, plan, step, tuple(blocked), remarks)
@@ -196,7 +196,7 @@ def wanted_layers(source: Model, options: Options) -> tuple[list[Layer], list[Sk
     layers, skips = [], list(found.skips)
     for layer in found.layers:
         reason = _unwanted_weight(layer, found.layers, options)
-        if reason and options.granularity == "weight":
+        if reason and not options.by_units:
             skips.append(Skip(layer.name, layer.op, reason))
         else:
             layers.append(layer)

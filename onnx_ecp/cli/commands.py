@@ -237,14 +237,15 @@ OPTIONS = (
         help="Prune as far as top-1 accuracy on held-out --labels drops P points at most; a gate "
         "as --max-error is.",
     ),
-    _choice(
-        "--granularity", "weight|unit", "weight",
-        "unit: remove whole neurons, channels and heads, which makes a smaller dense model.",
+    click.option(
+        "--granularity", metavar="weight|unit",
+        help="unit: remove whole neurons, channels and heads, which makes a smaller dense model.  "
+        "[default: weight, or unit with --speedup]",
     ),
     click.option(
         "--speedup", type=float, metavar="X",
-        help="Instead of --sparsity, with units: 1/X of the layers' multiplications stay; with "
-        "--cost latency the model is X times as fast on this machine, measured.",
+        help="Instead of --sparsity, by whole units: 1/X of the layers' multiplications stay; "
+        "with --cost latency the model is X times as fast on this machine, measured.",
     ),
     _choice(
         "--cost", "params|flops|latency", "params",
