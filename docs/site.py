@@ -1,10 +1,10 @@
 """Hooks of mkdocs: pages and pictures that lie outside ``docs`` are part of the site too.
 
-The README is the start page. Files at the top of the repository keep their names; links of one
+The README is the start page. Files at the top of the repository keep their names; links from one
 place to another are rewritten, so that the same Markdown works on a code host and on the site.
 """
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from mkdocs.structure.files import File, Files
 
@@ -22,7 +22,7 @@ def on_files(files: Files, config) -> Files:
     """Add the pages and pictures from outside."""
     for name, source in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
-        files.append(File.generated(config, name, content=_at_the_top(text)))
+        files.append(File.generated(config, name, content=text))
     for picture in PICTURES:
         name = f"benchmarks/results/{picture.name}"
         files.append(File.generated(config, name, abs_src_path=str(picture)))
@@ -30,12 +30,11 @@ def on_files(files: Files, config) -> Files:
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
-    """Point pictures of the benchmarks to where the site has them; name linked code as code."""
-    return markdown.replace("](../../benchmarks/results/", "](results/").replace(
-        "](../CONTRIBUTING.md", "](CONTRIBUTING.md"
-    )
-
-
-def _at_the_top(text: str) -> str:
-    """A page of the repository's top as one of the site's: ``docs/`` is the root there."""
-    return text.replace("](docs/", "](").replace("](README.md)", "](index.md)")
+    """Make links that leave ``docs`` stay on the site."""
+    if page.file.src_uri in PAGES:
+        return markdown.replace("](docs/", "](").replace("](README.md", "](index.md")
+    up = "../" * len(PurePosixPath(page.file.src_uri).parts)  # the repository's top from this page
+    inside = up.removeprefix("../")  # the top of the site
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/results/"):
+        markdown = markdown.replace(f"]({up}{name}", f"]({inside}{name}")
+    return markdown
