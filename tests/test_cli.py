@@ -327,7 +327,7 @@ def test_the_package_runs_as_the_command(folder):
 def test_force_replaces_files_that_are_there(folder):
     data = ["-c", "data.npz", "--force"]
     assert command(*RUN, *data, "--report", "old.json").exit_code == 0
-    assert json.loads((folder / "old.json").read_text())["schema"] == 1
+    assert json.loads((folder / "old.json").read_text())["schema"] == 2
     grid = ["--methods", "magnitude", "--sparsities", "0.5"]
     assert command("sweep", "in.onnx", "-o", "old.json", *grid, *data).exit_code == 0
     assert "points" in json.loads((folder / "old.json").read_text())

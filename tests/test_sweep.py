@@ -351,7 +351,7 @@ def test_csv_has_one_header_row_and_full_precision():
 def test_json_holds_the_fields_and_the_schema():
     values = json.loads(sweeps.as_json(swept()))
     assert list(values) == ["schema", *(f.name for f in dataclasses.fields(Sweep))]
-    assert values["schema"] == 1
+    assert values["schema"] == 2
     assert values["points"][-1]["relative_error"] == "Infinity"
     assert values["evaluation"]["held_out"] is False
 

@@ -15,6 +15,7 @@ from onnx_ecp.data.untrusted import npz_names
 from onnx_ecp.evaluation.bounds import Bounds
 from onnx_ecp.evaluation.compare import Comparison, Gap
 from onnx_ecp.evaluation.tensorrt import sparse_kernels
+from onnx_ecp.gradients.cotangents import SQUARED
 from onnx_ecp.graph import Model
 from onnx_ecp.layers import Skip
 from onnx_ecp.pruning.loop import Pruned
@@ -36,7 +37,7 @@ from onnx_ecp.units.rows import Speedup
 from onnx_ecp.units.shrink import Smaller
 from onnx_ecp.units.stages import UnitStep
 
-# From this relative error on little of the network is left: outputs of zeros have 1.
+# From this relative error on little of the network is left: constant outputs have 1.
 DESTROYED = 0.9
 # An error beyond so many times the predicted one is told, if it is no trifle.
 FAR_BEYOND, TRIFLE = 2.0, 0.01
@@ -166,11 +167,10 @@ def predicted_error(network: Network, plan: Plan, pruned: Pruned) -> float | Non
 
     The sum leaves out how removals act together, so it is the method's own, linearised expectation.
     """
-    if not plan.method.in_output_units or plan.method.stages > 1 or network.observer.metric != "l2":
+    summable = plan.method.in_output_units and plan.method.stages == 1
+    if not summable or network.observer.metric not in SQUARED:
         return None
-    energy = network.observer.output_energy(
-        network.original, network.validation.batches(network.size)
-    )
+    energy = network.observer.output_energy
     return float(np.sqrt(sum(pruned.removed.values()) / energy)) if energy else None
 
 
@@ -219,9 +219,9 @@ def warnings(data: Data, network: Network, pruned: Pruned, comparison: Compariso
         yield "no weight is left in any of these layers: the outputs no longer depend on them."
     elif comparison.gap.relative_error >= DESTROYED:
         yield (
-            "the outputs are hardly nearer to the original's than zeros would be, or further away "
-            f"(a relative error of {DESTROYED:g} or more; zeros have 1): ask for a lower sparsity, "
-            "or name a limit with --max-error."
+            "the outputs are hardly nearer to the original's than constants would be, or further "
+            f"away (a relative error of {DESTROYED:g} or more; constants have 1): ask for a lower "
+            "sparsity, or name a limit with --max-error."
         )
     yield from pruned.warnings
     yield from comparison.gap.warnings

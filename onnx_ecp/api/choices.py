@@ -30,7 +30,8 @@ class CommonChoices(TypedDict, total=False):
         damping: ridge, as a share of the mean variance of a layer's inputs; > 0.
         blocks: "network" or "layer", what the curvature of woodfisher and cbs couples.
         finetune_steps: batches of label-free fine-tuning at the end.
-        metric: distance of outputs.
+        metric: distance of outputs: "l2", "l2-raw", "kl" or "loss".
+        output_weights: how often outputs count, by name, or columns, by "NAME:COLUMN"; else 1.
         probes: random output directions per sample, at least 1; None: exact for few outputs.
         gradients: "vjp" (reverse-mode graph) or "numeric" (finite differences).
         positions: "expand" (tokens and patches as samples) or "reduce" (summed).
@@ -55,6 +56,7 @@ class CommonChoices(TypedDict, total=False):
     blocks: str
     finetune_steps: int
     metric: str | None
+    output_weights: Mapping[str, float]
     probes: int | None
     gradients: str
     positions: str

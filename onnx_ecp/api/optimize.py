@@ -41,6 +41,7 @@ from onnx_ecp.pruning.search import Judge, Point, seek
 from onnx_ecp.report import Report
 from onnx_ecp.runtime.limits import deadline, threads_of
 from onnx_ecp.runtime.progress import Progress, silent
+from onnx_ecp.statistics.columns import Measure
 from onnx_ecp.statistics.layerwise import Network
 from onnx_ecp.units.rows import Speedup
 from onnx_ecp.units.shrink import Smaller
@@ -122,7 +123,8 @@ def optimize(
         # The weights are in the result; what is told of the state are its masks and shifts.
         made = replace(made, model=result)
         pruned = replace(pruned, state=replace(pruned.state, weights=network.original.weights))
-        comparison = compare(given, result, data, options, original)
+        measure = network.observer.measure
+        comparison = compare(given, result, data, options, original, measure)
         bounded = bound(given, result, data, options) if options.bound else None
         masks = stored_masks(network.layers, pruned.state)
         if options.masks is not None:
@@ -263,7 +265,12 @@ def fast_enough(
 
 
 def compare(
-    source: Model, result: Model, data: Data, options: Options, original: ModelFacts
+    source: Model,
+    result: Model,
+    data: Data,
+    options: Options,
+    original: ModelFacts,
+    measure: Measure,
 ) -> Comparison:
     """Original against result, through ONNX Runtime, on samples that nothing else has seen."""
     gap = evaluate.measure_gap(
@@ -274,6 +281,7 @@ def compare(
         provider=options.provider,
         threads=options.threads,
         batch_size=options.batch_size,
+        measure=measure,
     )
     latency = None
     if options.measure:

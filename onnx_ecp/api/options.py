@@ -52,6 +52,7 @@ class Options:
     compensation: str | None = None
     stages: int | None = None
     metric: str | None = None
+    output_weights: Mapping[str, float] = field(default_factory=dict)
     probes: int | None = None
     gradients: str = "vjp"
     positions: str = "expand"
@@ -109,6 +110,11 @@ class Options:
         one_of("metric", self.resolved_metric, METRICS)
         if self.metric == "loss" and self.labels is None:
             raise UsageError("--metric loss needs --labels.")
+        for name, weight in self.output_weights.items():
+            if not 0 <= weight < math.inf:
+                raise UsageError(
+                    f"--output-weights {name}={weight}: a weight must be 0 or more, and finite."
+                )
         one_of("gradients", self.gradients, ENGINES)
         one_of("positions", self.positions, POSITIONS)
         one_of("statistics", self.statistics, STATISTICS)
@@ -296,9 +302,9 @@ class Options:
     def resolved_metric(self) -> str:
         """The metric asked for, or the default.
 
-        l2 wants nothing of the outputs; kl takes them as logits, which no file tells. Over the
-        networks of docs/benchmarks it was l2 that never lost much. The methods that work with
-        the curvature are defined by the loss where there are labels.
+        l2 wants nothing of the outputs, whatever their units; kl takes them as logits, which no
+        file tells. Over the networks of docs/benchmarks it was l2 that never lost much. The
+        methods that work with the curvature are defined by the loss where there are labels.
         """
         curved = self.recipe.measures == "curvature" and self.labels is not None
         return self.metric or ("loss" if curved else "l2")
@@ -310,7 +316,7 @@ class Options:
             return "asked for"
         if self.resolved_metric == "loss":
             return "the method's own where there are labels"
-        return "the default: it suits outputs of any kind, logits or not"
+        return "the default: every output column in units of its own spread"
 
     @property
     def resolved_probes(self) -> int | None:
@@ -406,6 +412,10 @@ def _sparsities(value: Any) -> dict[str, Sparsity]:
     return {_text(name): parse_sparsity(item) for name, item in dict(value).items()}
 
 
+def _weights(value: Any) -> dict[str, float]:
+    return {_text(name): _number(weight) for name, weight in dict(value).items()}
+
+
 def _shapes(value: Any) -> dict[str, tuple[int, ...]]:
     return {_text(k): tuple(_integer(size) for size in v) for k, v in dict(value).items()}
 
@@ -426,6 +436,7 @@ _OWN: dict[str, Convert] = {
     "include": (_texts, "one or several regular expressions"),
     "exclude": (_texts, "one or several regular expressions"),
     "layer_sparsity": (_sparsities, "sparsities by regular expression"),
+    "output_weights": (_weights, "numbers by the name of an output, or OUTPUT:COLUMN"),
     "max_memory": (parse_size, "a size such as 500M or 8G"),
     "labels": (_labels, "a path or an array"),
     "input_shapes": (_shapes, "shapes by the name of the input"),

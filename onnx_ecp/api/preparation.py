@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,12 @@ class Data:
     train: Calibration
     validation: Calibration
     test: Calibration
+
+    def seen(self, size: int) -> Iterator[Batch]:
+        """Batches of all samples but those held out."""
+        yield from self.train.batches(size)
+        if self.validation is not self.train:
+            yield from self.validation.batches(size)
 
     @property
     def facts(self) -> CalibrationFacts:
@@ -377,7 +383,7 @@ def observe_network(
         observer = observing(rest)
     original = original_state(dense, observer.layers)
     size = batch_size(observer, original, data.train, options.batch_size, options.positions)
-    observer.normalise_outputs(original, data.train.batches(size))
+    observer.normalise_outputs(original, data.seen(size), options.output_weights)
     memory = options.max_memory or free_memory() // 2
     return Network(observer, original, data.train, data.validation, size, memory), skips
 

@@ -340,6 +340,8 @@ def run(shared: Shared, options: Options, plan: Plan, progress: Progress = silen
         threads=options.threads,
         batch_size=options.batch_size,
         progress=progress,
+        measure=network.observer.measure if shared.judge.facts.held_out else None,
+        output_weights=options.output_weights,
     )
     comparison = Comparison(shared.facts, model_facts(result), gap)
     scores = {score.metric: score.b for score in gap.scores}

@@ -171,8 +171,7 @@ class _System:
         self._objective, self._theta, self._batches = objective, theta, batches
         self._count = sum(batch.samples for batch in batches)
         self._centred, self._diagonal = centred, diagonal
-        means = [np.full(x.size, x.mean() if x.size else 0.0) for x in theta.parts(diagonal)]
-        self._ridge = damping * np.concatenate(means)
+        self._ridge = damping * centred.row_means(diagonal)
         weights, _ = theta.named(self.point**2 * diagonal)
         self._whole = float(np.sqrt(sum(x.sum() for x in weights.values())))
         self._outputs = Spill(memory)

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from onnx_ecp.errors import ModelError, UsageError
+from onnx_ecp.gradients.cotangents import SQUARED
 from onnx_ecp.graph import printable
 from onnx_ecp.layers import Layer
 from onnx_ecp.methods import MaskProblem, View
@@ -323,9 +324,8 @@ def observe(network: Network, plan: Plan, state: State, progress: Progress = sil
         progress=progress,
     )
     unit = 1.0
-    if network.observer.metric == "l2":
-        batches = network.train.batches(network.size)
-        unit = network.observer.output_energy(network.original, batches) or 1.0
+    if network.observer.metric in SQUARED:
+        unit = network.observer.output_energy or 1.0
     whole = rows.curvature(state.keep, len(network.train), unit)
     return replace(measured, curvature=whole.blocks() if plan.blocks == "layer" else (whole,))
 

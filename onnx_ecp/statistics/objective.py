@@ -2,7 +2,7 @@
 
 Loss per sample, with y of the pruned and t of the original network:
 
-    l2   sum_k (y_k - t_k)^2 / 2
+    l2   sum_k s_k^2 (y_k - t_k)^2 / 2, s as in ``columns``; l2-raw: one s for each output
     kl   KL(softmax(t) || softmax(y)), whose gradient is softmax(y) - softmax(t)
     loss the cross-entropy with labels, which take the place of softmax(t)
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnx_ecp.data.calibration import Batch, Calibration
-from onnx_ecp.gradients.cotangents import one_hot, softmax
+from onnx_ecp.gradients.cotangents import SQUARED, one_hot, softmax
 from onnx_ecp.layers import Layer
 from onnx_ecp.runtime.lazy import LazyArrays
 from onnx_ecp.statistics.observer import Observer, State
@@ -51,7 +51,7 @@ class Objective:
     def targets(self, batch: Batch) -> dict[str, np.ndarray]:
         """By head, what is wanted: outputs under l2, else probabilities."""
         y = self.observer.heads(self.original, batch)
-        if self.observer.metric == "l2":
+        if self.observer.metric in SQUARED:
             return y
         if self.observer.metric == "kl":
             return {name: softmax(out) for name, out in y.items()}
@@ -62,7 +62,7 @@ class Objective:
         self, y: Mapping[str, np.ndarray], target: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """By head, dL/dy, float64."""
-        if self.observer.metric != "l2":
+        if self.observer.metric not in SQUARED:
             return {name: softmax(out) - target[name] for name, out in y.items()}
         return {
             name: (out.astype(np.float64) - target[name]) * self.observer.scales[name] ** 2
@@ -73,7 +73,7 @@ class Objective:
         self, y: Mapping[str, np.ndarray], change: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """By head, d2L/dy2 times a change of y, float64."""
-        if self.observer.metric == "l2":
+        if self.observer.metric in SQUARED:
             return {name: u * self.observer.scales[name] ** 2 for name, u in change.items()}
         found = {}
         for name, u in change.items():
@@ -100,7 +100,7 @@ class Objective:
         return theta.vector(weights, shifts)
 
     def _loss(self, name: str, y: np.ndarray, target: np.ndarray) -> float:
-        if self.observer.metric != "l2":
+        if self.observer.metric not in SQUARED:
             p, q = target, softmax(y)
             tiny = np.finfo(np.float64).tiny
             return float((p * (np.log(p + tiny) - np.log(q + tiny))).sum())
@@ -199,6 +199,15 @@ class Centred:
             lost = np.bincount(units, weights[tensor] * self._means[name], len(shifts[name]))
             shifts[name] = shifts[name] - lost
         return self._theta.vector(weights, shifts)
+
+    def row_means(self, values: np.ndarray) -> np.ndarray:
+        """(theta.size,): of every value the mean of those that share its row of a weight."""
+        weights, shifts = self._theta.named(values)
+        means = {}
+        for tensor, units in self._units.items():
+            number = np.maximum(np.bincount(units), 1)
+            means[tensor] = (np.bincount(units, weights[tensor]) / number)[units]
+        return self._theta.vector(means, shifts)
 
     def pulled(self, gradient: np.ndarray) -> np.ndarray:
         """(theta.size,): the gradient in d, from that in theta."""
