@@ -74,7 +74,6 @@ METHODS = {
     "fine-tuned": {"method": "ecp-refit", "stages": 2, "finetune_steps": 20},
     "ecp": {"method": "ecp"},
     "obd": {"method": "obd"},
-    "woodfisher": {"method": "woodfisher"},
     "units": {"method": "ecp-refit", "stages": 2, "granularity": "unit"},
 }
 

@@ -201,7 +201,8 @@ def twice(rng, **choices):
     model = with_values(TWICE, TWICE_SHAPES, rng, np.float64)
     mixing = rng.normal(size=(2, 6, 6))
     x = {f"x{i + 1}": rng.normal(size=(90, 6)) @ m + i for i, m in enumerate(mixing)}
-    options = Options.of(sparsity=0.5, stages=1, **choices)
+    # The plain sum: rows of the two layers that share W then count alike.
+    options = Options.of(sparsity=0.5, stages=1, metric="l2-raw", **choices)
     source = preparation.load(model)
     layers, _ = preparation.choose_layers(source, options)
     network, _ = preparation.observe_network(

@@ -113,7 +113,7 @@ def solve_layers(
     repair = plan.method.repair
     state, notes = solve_shared(network, plan, before, state, measured, may_reselect)
     fit = LayerwiseForward(network, network.train, with_original=repair.weighted)
-    guard = _Guard(network, plan, state) if repair.guarded else None
+    guard = _Guard(network, plan, state, measured) if repair.guarded else None
     for done, segment in enumerate(network.segments, 1):
         check_deadline()
         layer = segment.layer
@@ -285,8 +285,8 @@ def _with_solution(state: State, layer: Layer, solved: Solved) -> State:
 class _Guard:
     """Judges solutions on samples that they were not fitted to."""
 
-    def __init__(self, network: Network, plan: Plan, state: State) -> None:
-        self._network, self._shrink = network, plan.method.repair.shrinkage
+    def __init__(self, network: Network, plan: Plan, state: State, measured: Measured) -> None:
+        self._shrink, self._measured = plan.method.repair.shrinkage, measured
         self._run = LayerwiseForward(network, network.validation)
         self._weights = row_sensitivities(
             network.observer, state, network.validation, size=network.size, memory=network.share(8)
@@ -308,7 +308,7 @@ class _Guard:
         new = shift if solved.shift is None else solved.shift
         candidates = [(solved.weight, new[None]), (current, np.stack([shift, old]))]
         energy, errors = self._run.errors(
-            segment, state, self._weights[name], self._shrink, candidates
+            segment, state, self._weights[name], self._shrink, candidates, self._units(name)
         )
         (found,), (with_shift, without) = errors
         # Where nothing went, and nothing before it changed, all are the same but for rounding.
@@ -316,6 +316,11 @@ class _Guard:
         if found <= min(with_shift, without) + rounding:
             return None
         return old if without < with_shift - rounding else shift
+
+    def _units(self, name: str) -> np.ndarray | None:
+        """(out,): mean sensitivity of each unit, so that units of any scale count as outputs do."""
+        moments = self._measured.moments.get(name)
+        return None if moments is None or not moments.bb.any() else moments.bb / moments.bb.mean()
 
 
 def newly_removed(layer: Layer, before: State, keep: dict[str, np.ndarray]) -> np.ndarray:

@@ -413,6 +413,7 @@ def relative_sizes(layers: Sequence[Layer], state: State) -> Mapping[str, np.nda
 
     def sizes(name: str) -> np.ndarray:
         size = np.abs(views[name].matrix(state.weights[name]).astype(np.float64))
-        return np.asarray(size / (size[state.keep[name]].mean() if state.keep[name].any() else 1))
+        kept = size[state.keep[name]]
+        return np.asarray(size / ((kept.mean() if kept.size else 0.0) or 1.0))
 
     return LazyArrays(views, sizes)

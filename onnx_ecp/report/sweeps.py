@@ -19,7 +19,7 @@ from onnx_ecp.report import curves
 from onnx_ecp.report.as_json import dumps, encode
 from onnx_ecp.report.sweep import Sweep, SweepPoint
 
-SCHEMA = 1
+SCHEMA = 2
 # Characters of a sentence that are shown.
 _SENTENCE = 400
 

@@ -35,6 +35,7 @@ class Spread:
         mean: (columns,).
         squares: (columns,), summed squared distances from the mean.
         rounding: relative, of the output's type.
+        tiny: smallest normal number of that type; below, differences are rounding alone.
     """
 
     axis: int | None
@@ -44,6 +45,7 @@ class Spread:
     mean: np.ndarray
     squares: np.ndarray
     rounding: float
+    tiny: float = 0.0
 
     @staticmethod
     def of(y: np.ndarray, axis: int | None, samples: int) -> Spread:
@@ -54,8 +56,9 @@ class Spread:
         mean = np.where(finite, x, 0.0).sum(axis=0) / np.maximum(count, 1)
         with np.errstate(over="ignore", invalid="ignore"):
             squares = np.square(np.where(finite, x - mean, 0.0)).sum(axis=0)
-        rounding = float(np.finfo(y.dtype).eps)
-        return Spread(axis, y.ndim, samples, count, mean, squares, rounding)
+        kind = np.finfo(y.dtype)
+        rounding, tiny = float(kind.eps), float(kind.tiny)
+        return Spread(axis, y.ndim, samples, count, mean, squares, rounding, tiny)
 
     def __add__(self, other: Spread) -> Spread:
         """Of both (Chan, Golub & LeVeque, 1979); one column where their numbers differ."""
@@ -98,7 +101,12 @@ class Spread:
     def varies(self) -> np.ndarray:
         """(columns,) bool, whether there is more than rounding."""
         least = ROUNDINGS * self.rounding * np.sqrt(self.mean_square)
-        return np.asarray(np.sqrt(self.variance) > least)
+        return np.asarray(np.sqrt(self.variance) > np.maximum(least, self.tiny))
+
+    @property
+    def has_size(self) -> np.ndarray:
+        """(columns,) bool, whether the root mean square is a normal number above zero."""
+        return np.asarray(np.sqrt(self.mean_square) > self.tiny)
 
     @property
     def positions(self) -> np.ndarray:
@@ -139,7 +147,7 @@ class Measure:
             UsageError: a weight names no output or column, or nothing is left that counts.
         """
         centred = any(spread.varies.any() for spread in spreads.values())
-        seen = {n: s.varies if centred else s.mean_square > 0 for n, s in spreads.items()}
+        seen = {n: s.varies if centred else s.has_size for n, s in spreads.items()}
         of_outputs = dict.fromkeys(spreads, 1.0)
         of_columns = {name: counts.astype(np.float64) for name, counts in seen.items()}
         for text, weight in (weights or {}).items():
@@ -169,7 +177,7 @@ class Measure:
     def known(self, name: str) -> np.ndarray:
         """(columns,) bool, whether a column of an output has a unit."""
         spread = self.spreads[name]
-        return spread.varies if spread.varies.any() else spread.mean_square > 0
+        return spread.varies if spread.varies.any() else spread.has_size
 
     def left_out(self, name: str) -> tuple[int, ...]:
         """The columns of an output that do not count because they never vary."""

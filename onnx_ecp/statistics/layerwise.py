@@ -130,6 +130,7 @@ class LayerwiseForward:
         weights: np.ndarray,
         shrink: float,
         candidates: Sequence[tuple[np.ndarray, np.ndarray]],
+        units: np.ndarray | None = None,
     ) -> tuple[float, list[np.ndarray]]:
         """Squared errors of what the next layer could become, summed over all samples and units.
 
@@ -141,11 +142,16 @@ class LayerwiseForward:
             weights: see ``gram``.
             shrink: see ``gram``.
             candidates: weights (out, in) and shifts (k, out) that go with them.
+            units: (out,), how much the squared error of each unit counts; None: all alike.
 
         Returns:
             The squares of what is wanted, summed likewise; for each candidate its errors (k,).
         """
         target = matrix(segment.layer, self._original)
+        if units is not None:
+            root = np.sqrt(units)
+            target = target * root[:, None]
+            candidates = [(w * root[:, None], shifts * root) for w, shifts in candidates]
         nothing = np.zeros((1, len(target)))
         energy, totals = 0.0, [np.zeros(len(shifts)) for _, shifts in candidates]
         step = int(np.clip(BLOCK_BYTES // target[:, 0].nbytes, 1, BLOCK))

@@ -200,14 +200,11 @@ class Centred:
             shifts[name] = shifts[name] - lost
         return self._theta.vector(weights, shifts)
 
-    def row_means(self, values: np.ndarray) -> np.ndarray:
-        """(theta.size,): of every value the mean of those that share its row of a weight."""
-        weights, shifts = self._theta.named(values)
-        means = {}
-        for tensor, units in self._units.items():
-            number = np.maximum(np.bincount(units), 1)
-            means[tensor] = (np.bincount(units, weights[tensor]) / number)[units]
-        return self._theta.vector(means, shifts)
+    def by_row(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(theta.size,): values (out,) by stored tensor, for the weights and shifts of each row."""
+        weights = {tensor: values[tensor][units] for tensor, units in self._units.items()}
+        shifts = {name: values[tensor] for name, tensor in self._tensor.items()}
+        return self._theta.vector(weights, shifts)
 
     def pulled(self, gradient: np.ndarray) -> np.ndarray:
         """(theta.size,): the gradient in d, from that in theta."""
