@@ -862,7 +862,6 @@ def test_under_kl_logits_are_found_through_what_only_moves_probabilities(behind)
 
 
 NO_LOGITS = {
-    "a sigmoid": "y = Sigmoid(z)",
     "some probabilities": "p = Softmax(z) s = Constant<value_ints=[0]>() "
     "e = Constant<value_ints=[2]>() a = Constant<value_ints=[1]>() y = Slice(p, s, e, a)",
     "probabilities on another axis": "a = Constant<value_ints=[2]>() u = Unsqueeze(z, a) "

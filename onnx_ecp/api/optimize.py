@@ -15,6 +15,7 @@ import onnx
 
 from onnx_ecp.api.build_report import build_report, predicted_error
 from onnx_ecp.api.choices import Choices
+from onnx_ecp.api.metric import settle_metric
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.output import check_outputs, finished, held, save, save_masks, stored_masks
 from onnx_ecp.api.preparation import (
@@ -36,6 +37,7 @@ from onnx_ecp.evaluation.compare import Comparison
 from onnx_ecp.evaluation.facts import ModelFacts, model_facts
 from onnx_ecp.evaluation.latency import measure_latency
 from onnx_ecp.graph import Model
+from onnx_ecp.pruning.control import not_behind_magnitude
 from onnx_ecp.pruning.loop import Pruned, importances, observe, polished, prune, stage
 from onnx_ecp.pruning.search import Judge, Point, seek
 from onnx_ecp.report import Report
@@ -103,10 +105,13 @@ def optimize(
         check_outputs(given, calibration, output, reports, options)
         layers, skips = choose_layers(given, options)
         data = gather(given, calibration, options)
+        options = settle_metric(given, layers, data, options, progress)
         ready = prepare(given, layers, data, options, progress)
         network = ready.network
         judge = judge_of(network, data, options)
         pruned, curve = prune_within(ready, judge, options, progress)
+        if options.is_controlled:
+            pruned = not_behind_magnitude(network, ready.plan, pruned, progress, step=ready.step)
         made, speedup = finished(ready, pruned, options), None
         if ready.by_clock:
             pruned, made, speedup = fast_enough(ready, pruned, made, data, options, progress)
@@ -170,6 +175,7 @@ def importance(
         source = load(model)
         layers, _ = choose_layers(source, options)
         data = gather(source, calibration, options)
+        options = settle_metric(source, layers, data, options)
         network, _ = observe_network(source, layers, data, options)
         plan = make_plan(network.layers, options)
         measured = observe(network, plan, network.original)

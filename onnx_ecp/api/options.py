@@ -262,6 +262,13 @@ class Options:
         return self.resolved_granularity == "unit"
 
     @property
+    def is_controlled(self) -> bool:
+        """Whether magnitude pruning is a control: of the default, to a given sparsity."""
+        own = self.method == "ecp-refit" and self.importance is None
+        to_sparsity = not self.searches and self.apply_masks is None and self.cost != "latency"
+        return own and to_sparsity and self.resolved_metric != "loss"
+
+    @property
     def session(self) -> dict[str, Any]:
         """The settings of every ONNX Runtime session."""
         return {"provider": self.provider, "threads": self.threads}

@@ -20,6 +20,7 @@ import onnx
 
 from onnx_ecp.api.build_report import warnings
 from onnx_ecp.api.choices import CommonChoices
+from onnx_ecp.api.metric import settle_metrics
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.output import finished
 from onnx_ecp.api.output_paths import check_output_paths
@@ -98,7 +99,7 @@ def sweep(
         shared = prepare(model, calibration, grid, evaluation, labels, progress)
         prepared = time.monotonic()
         runs: list[PointRun] = []
-        for options, plan in zip(grid, shared.plans, strict=True):
+        for options, plan in zip(shared.grid, shared.plans, strict=True):
             progress("points", len(runs), len(grid))
             runs.append(run(shared, options, plan, progress))
         progress("points", len(grid), len(grid))
@@ -110,7 +111,7 @@ def sweep(
         calibration=shared.data.facts,
         evaluation=shared.judge.facts,
         points=tuple(run.point for run in runs),
-        options={**common(grid[0]), "blocks": choices.get("blocks", "network")},
+        options={**common(shared.grid[0]), "blocks": choices.get("blocks", "network")},
         versions=versions(),
         shared_seconds=prepared - began,
         seconds=time.monotonic() - began,
@@ -211,6 +212,7 @@ class Shared:
         data: calibration samples.
         judge: evaluation samples.
         networks: by what is measured (see ``methods.NEEDS``): mostly one for all.
+        grid: the options of every point, with their metric settled.
         plans: one per point.
         measured: of the original network, by what is measured.
     """
@@ -220,6 +222,7 @@ class Shared:
     data: Data
     judge: Evaluation
     networks: Mapping[str, Network]
+    grid: tuple[Options, ...]
     plans: tuple[Plan, ...]
     measured: Mapping[str, Measured]
 
@@ -236,6 +239,7 @@ def prepare(
     source = load(model)
     layers = layers_of(source, grid)
     data = gather(source, calibration, grid[0])
+    grid = settle_metrics(source, layers, data, grid, progress)
     judge = judge_of(source, data, evaluation, labels)
     networks = networks_of(source, layers, data, grid)
     plans = tuple(make_plan(networks[o.recipe.measures].layers, o) for o in grid)
@@ -248,7 +252,7 @@ def prepare(
     }
     if "sensitivities" in measured:
         measured["means"] = measured["sensitivities"]
-    return Shared(source, model_facts(source), data, judge, networks, plans, measured)
+    return Shared(source, model_facts(source), data, judge, networks, tuple(grid), plans, measured)
 
 
 def layers_of(source: Model, grid: Sequence[Options]) -> list[Layer]:

@@ -10,6 +10,7 @@ With seeds R (one row per probe) the sensitivity of a pre-activation is ``s_i = 
   the cross-entropy. What is measured is then the empirical Fisher matrix of the loss.
 - ``kl``: for logits y and p = softmax(y), rows R_k = sqrt(p_k) (e_k - p), so that
   R^T R = diag(p) - p p^T, the Fisher matrix of the softmax: second order of the KL divergence.
+  Logits of a sigmoid have theirs element by element; see ``links``.
 
 Up to EXACT_LIMIT output elements per sample, one probe per element is exact. Above, Rademacher
 probes v with E[v v^T] = I give E[(v^T R J_i)^2] = s_i.
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from onnx_ecp.errors import CalibrationError, UsageError, did_you_mean
+from onnx_ecp.gradients.links import LINKS, Link, softmax
 
 EXACT_LIMIT = 16
 METRICS = ("l2", "l2-raw", "kl", "loss")
@@ -40,12 +42,14 @@ class SeedPlan:
             broadcast with the output.
         probes: number of Rademacher probes; 0 stands for exact one-hot seeds.
         seed: of the Rademacher signs.
+        links: by output name, what makes probabilities of it, where that is not a softmax.
     """
 
     metric: str = "l2"
     scales: Mapping[str, np.ndarray] = field(default_factory=dict)
     probes: int = 0
     seed: int = 0
+    links: Mapping[str, Link] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -87,18 +91,16 @@ class SeedPlan:
         else:
             raw = _one_hot(outputs)
         return {
-            name: self._in_metric(v, outputs[name], self.scales.get(name))
+            name: self._in_metric(v.astype(outputs[name].dtype), outputs[name], name)
             for name, v in raw.items()
         }
 
-    def _in_metric(self, v: np.ndarray, y: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
-        v = v.astype(y.dtype)
+    def _in_metric(self, v: np.ndarray, y: np.ndarray, name: str) -> np.ndarray:
         if self.metric in SQUARED:
+            scale = self.scales.get(name)
             return v if scale is None else v * scale.astype(y.dtype)
-        p = softmax(y).astype(y.dtype)
-        u = v * np.sqrt(p)
-        # v^T R with R_k = sqrt(p_k) (e_k - p)
-        return u - p * u.sum(axis=-1, keepdims=True)
+        link = self.links.get(name, LINKS["Softmax"])
+        return link.root(v, link.probabilities(y).astype(y.dtype))
 
     def _rademacher(
         self, outputs: Mapping[str, np.ndarray], start: int, samples: int, common: bool
@@ -140,13 +142,6 @@ def plan(
     if probes is None:
         probes = 0 if batched and size <= EXACT_LIMIT else 1
     return SeedPlan(metric, {}, probes, seed)
-
-
-def softmax(y: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis, in float64."""
-    z = y.astype(np.float64)
-    z = np.exp(z - z.max(axis=-1, keepdims=True))
-    return np.asarray(z / z.sum(axis=-1, keepdims=True))
 
 
 def one_hot(labels: np.ndarray, y: np.ndarray) -> np.ndarray:

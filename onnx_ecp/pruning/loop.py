@@ -23,6 +23,7 @@ from onnx_ecp.pruning.finetune import finetune
 from onnx_ecp.pruning.joint_refit import ROUNDS, memory_needed, refit_jointly
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.pruning.selection import NM, select
+from onnx_ecp.pruning.standing import is_worse
 from onnx_ecp.runtime.lazy import LazyArrays, Spill
 from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.progress import Progress, silent
@@ -133,6 +134,16 @@ def tuned(
         seed=plan.seed,
         progress=progress,
     )
+    # Labels may lead away from the original's outputs: then the loss decides, as it has.
+    learns_outputs = network.observer.metric != "loss"
+    if learns_outputs and is_worse(network, found.state, result.state):
+        if not last:
+            return result
+        text = (
+            "fine-tuning was rejected: it raised the error of the outputs on the validation "
+            "samples, or changed classes there for the worse."
+        )
+        return _warned(result, text)
     return replace(result, state=found.state)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnx_ecp.data.calibration import Batch, Calibration
-from onnx_ecp.gradients.cotangents import SQUARED, one_hot, softmax
+from onnx_ecp.gradients.cotangents import SQUARED, one_hot
 from onnx_ecp.layers import Layer
 from onnx_ecp.runtime.lazy import LazyArrays
 from onnx_ecp.statistics.observer import Observer, State
@@ -54,7 +54,7 @@ class Objective:
         if self.observer.metric in SQUARED:
             return y
         if self.observer.metric == "kl":
-            return {name: softmax(out) for name, out in y.items()}
+            return {name: self._probabilities(name, out) for name, out in y.items()}
         assert batch.labels is not None, "the observer has looked"
         return {name: one_hot(batch.labels, out) for name, out in y.items()}
 
@@ -63,7 +63,7 @@ class Objective:
     ) -> dict[str, np.ndarray]:
         """By head, dL/dy, float64."""
         if self.observer.metric not in SQUARED:
-            return {name: softmax(out) - target[name] for name, out in y.items()}
+            return {name: self._probabilities(name, out) - target[name] for name, out in y.items()}
         return {
             name: (out.astype(np.float64) - target[name]) * self.observer.scales[name] ** 2
             for name, out in y.items()
@@ -75,11 +75,10 @@ class Objective:
         """By head, d2L/dy2 times a change of y, float64."""
         if self.observer.metric in SQUARED:
             return {name: u * self.observer.scales[name] ** 2 for name, u in change.items()}
-        found = {}
-        for name, u in change.items():
-            q = softmax(y[name])
-            found[name] = q * (u - (q * u).sum(axis=-1, keepdims=True))
-        return found
+        return {
+            name: self.observer.link(name).bend(u, self._probabilities(name, y[name]))
+            for name, u in change.items()
+        }
 
     def gradient(
         self, state: State, batch: Batch, slopes: Mapping[str, np.ndarray], theta: Parameters
@@ -99,11 +98,12 @@ class Objective:
             shifts[layer.name] = g.sum(axis=1, dtype=np.float64).reshape(-1)
         return theta.vector(weights, shifts)
 
+    def _probabilities(self, head: str, y: np.ndarray) -> np.ndarray:
+        return self.observer.link(head).probabilities(y)
+
     def _loss(self, name: str, y: np.ndarray, target: np.ndarray) -> float:
         if self.observer.metric not in SQUARED:
-            p, q = target, softmax(y)
-            tiny = np.finfo(np.float64).tiny
-            return float((p * (np.log(p + tiny) - np.log(q + tiny))).sum())
+            return self.observer.link(name).divergence(target, self._probabilities(name, y))
         difference = (y.astype(np.float64) - target) * self.observer.scales[name]
         return float(np.square(difference).sum() / 2)
 

@@ -20,6 +20,7 @@ from onnx_ecp.data.calibration import Batch
 from onnx_ecp.errors import CalibrationError, ModelError, UsageError, did_you_mean
 from onnx_ecp.gradients.builder import Fact
 from onnx_ecp.gradients.cotangents import SQUARED, plan
+from onnx_ecp.gradients.links import LINKS, Link
 from onnx_ecp.gradients.numeric import PIECEWISE, numeric_adjoint
 from onnx_ecp.gradients.prepare import MINIMUM_OPSET, add_reverse, facts_of, opset_of, prepare
 from onnx_ecp.gradients.reverse import NO_OUTPUT
@@ -216,10 +217,16 @@ class Observer:
         producers = {y: node for node in self.proto.graph.node for y in node.output if y}
         self._heads = _heads(producers, self._prepared.outputs, self.facts, metric)
         self.logits = tuple(name for name, head in self._heads.items() if head != name)
+        links = {
+            head: LINKS[node.op_type]
+            for name, head in self._heads.items()
+            if head != name and (node := _link_behind(name, producers, self.facts)) is not None
+        }
         # A softmax and its logits may both be outputs: but under l2 they have one head.
         self._seeded = list(dict.fromkeys(self._heads.values()))
         if metric not in SQUARED:
-            _check_scores(metric, self._seeded, self.facts, first.samples)
+            scores = [x for x in self._seeded if links.get(x) is not LINKS["Sigmoid"]]
+            _check_scores(metric, scores, self.facts, first.samples)
         if metric == "loss":
             _check_labels(self._seeded, self.facts, first)
         self.outputs = tuple(self._heads)
@@ -245,7 +252,8 @@ class Observer:
         if reverse and first.samples > 1:
             half = first.halves()[0]
             _check_apart(y, first.samples, self.heads(state, half), half.samples)
-        self._plan = plan(y, first.samples, metric=metric, probes=probes, seed=seed)
+        seeds = plan(y, first.samples, metric=metric, probes=probes, seed=seed)
+        self._plan = replace(seeds, links=links)
         self.probabilities = tuple(
             name
             for name, v in y.items()
@@ -447,6 +455,15 @@ class Observer:
         """By head, the factors of its elements in the metric; they broadcast with it."""
         one = np.array(1.0)
         return {name: self._plan.scales.get(name, one) for name in self._seeded}
+
+    def link(self, head: str) -> Link:
+        """What makes probabilities of the logits of a head, but under l2."""
+        return self._plan.links.get(head, LINKS["Softmax"])
+
+    @property
+    def knows_logits(self) -> bool:
+        """Whether the graph tells the logits of every head; never under l2."""
+        return bool(self._seeded) and all(name in self._plan.links for name in self._seeded)
 
     @property
     def probes(self) -> int:
@@ -713,7 +730,7 @@ def _heads(
     facts: Mapping[str, Fact],
     metric: str,
 ) -> dict[str, str]:
-    """By name of a float output, the tensor to seed: but under l2 the logits before a softmax.
+    """By name of a float output, the tensor to seed: but under l2 the logits of its probabilities.
 
     Raises:
         UsageError: but under l2 a softmax that is an output runs over another axis than the last.
@@ -723,10 +740,11 @@ def _heads(
         if name not in facts or not np.issubdtype(facts[name].dtype, np.floating):
             continue
         heads[name] = name
-        node = None if metric in SQUARED else _softmax_behind(name, producers, facts)
-        if node is None:
+        node = None if metric in SQUARED else _link_behind(name, producers, facts)
+        if node is None or (node.op_type == "Sigmoid" and metric != "kl"):
             continue
-        if _axis(node) in (-1, len(facts[node.output[0]].shape) - 1):
+        last = len(facts[node.output[0]].shape) - 1
+        if node.op_type == "Sigmoid" or _axis(node) in (-1, last):
             heads[name] = node.input[0]
         elif node.output[0] == name:
             raise UsageError(
@@ -737,17 +755,32 @@ def _heads(
     return heads
 
 
-def _softmax_behind(
+def has_logits(proto: onnx.ModelProto) -> bool:
+    """Whether every output of numbers ends in probabilities whose logits the graph tells."""
+    producers = {y: node for node in proto.graph.node for y in node.output if y}
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)
+    ends = []
+    for output in proto.graph.output:
+        name = output.name
+        if output.type.tensor_type.elem_type not in floats:
+            continue
+        while name in producers and producers[name].op_type in (*MOVES, "Log"):
+            name = producers[name].input[0]
+        ends.append(name in producers and producers[name].op_type in LINKS)
+    return bool(ends) and all(ends)
+
+
+def _link_behind(
     name: str, producers: Mapping[str, onnx.NodeProto], facts: Mapping[str, Fact]
 ) -> onnx.NodeProto | None:
-    """The Softmax or LogSoftmax whose values, or their logarithms, a tensor holds in their order.
+    """The node in ``LINKS`` whose values, or their logarithms, a tensor holds in their order.
 
     Whatever shape they have there, its logits say all of them.
     """
     logarithm = False
     while name in producers and name in facts and np.issubdtype(facts[name].dtype, np.floating):
         node = producers[name]
-        if node.op_type == "Softmax" or (node.op_type == "LogSoftmax" and not logarithm):
+        if node.op_type in LINKS and not (logarithm and node.op_type == "LogSoftmax"):
             return node
         if node.op_type not in MOVES and (node.op_type != "Log" or logarithm):
             return None
