@@ -23,6 +23,7 @@ from onnx_ecp.gradients.cotangents import plan
 from onnx_ecp.gradients.numeric import PIECEWISE, numeric_adjoint
 from onnx_ecp.gradients.prepare import MINIMUM_OPSET, add_reverse, facts_of, opset_of, prepare
 from onnx_ecp.gradients.reverse import NO_OUTPUT
+from onnx_ecp.gradients.selections import Selection, parts_of_outputs, selections
 from onnx_ecp.graph import Model, constants, is_external, printable, read_tensor
 from onnx_ecp.layers import Layer
 from onnx_ecp.layers.dense import Dense
@@ -163,6 +164,8 @@ class Observer:
         numeric: by layer name, an operator without a rule that the reverse graph differentiates by
             differences.
         outputs: names of the float outputs that depend on a layer.
+        selections: tensors that are observed as if they were outputs, since layers act through
+            selections alone; see ``gradients.selections``.
         metric: a name in ``seeds.METRICS``.
         logits: but under l2, the outputs whose metric is taken at the logits of their softmax.
         probabilities: but under l2, the heads whose values look like probabilities instead of
@@ -212,6 +215,10 @@ class Observer:
         self.facts: dict[str, Fact] = facts_of(self.proto, model.base, feeds, threads)
         producers = {y: node for node in self.proto.graph.node for y in node.output if y}
         self._heads = _heads(producers, self._prepared.outputs, self.facts, metric)
+        self.outputs = tuple(self._heads)
+        parts, self.selections = _further_heads(self.proto, self.facts, layers, self._heads, metric)
+        further = dict.fromkeys((*parts, *(selection.tensor for selection in self.selections)))
+        self._heads = _heads(producers, (*self.outputs, *further), self.facts, metric)
         self.logits = tuple(name for name, head in self._heads.items() if head != name)
         # A softmax and its logits may both be outputs: but under l2 they have one head.
         self._seeded = list(dict.fromkeys(self._heads.values()))
@@ -219,7 +226,6 @@ class Observer:
             _check_scores(metric, self._seeded, self.facts, first.samples)
         if metric == "loss":
             _check_labels(self._seeded, self.facts, first)
-        self.outputs = tuple(self._heads)
         names = [layer.name for layer in layers]
         tensors = [*self._heads, *self._seeded, *(layer.input for layer in layers)]
         if engine == "numeric":
@@ -344,7 +350,7 @@ class Observer:
 
     def predict(self, state: State, batch: Batch) -> dict[str, np.ndarray]:
         """The float outputs of the model, by name."""
-        return self._forward.run(self._feeds(state, batch.feeds), list(self._heads))
+        return self._forward.run(self._feeds(state, batch.feeds), self.outputs)
 
     def pull(self, state: State, batch: Batch, seeds: Mapping[str, np.ndarray]) -> Observation:
         """Like ``observe`` with seeds of the caller, such as the gradient of a loss.
@@ -702,6 +708,25 @@ def _heads(
                 hint="Use --metric l2, which suits outputs of any kind.",
             )
     return heads
+
+
+def _further_heads(
+    proto: onnx.ModelProto,
+    facts: Mapping[str, Fact],
+    layers: Iterable[Layer],
+    heads: Mapping[str, str],
+    metric: str,
+) -> tuple[tuple[str, ...], tuple[Selection, ...]]:
+    """What is observed beside the float outputs: parts of other outputs, and what selects.
+
+    Scores of classes are wanted but under l2: a tensor that decides and is none is left out.
+    """
+    targets = [layer.output for layer in layers]
+    parts = parts_of_outputs(proto.graph, facts, targets)
+    found = selections(proto.graph, facts, targets, (*heads, *parts))
+    if metric != "l2":
+        found = tuple(s for s in found if len(shape := facts[s.tensor].shape) > 1 < shape[-1])
+    return parts, found
 
 
 def _softmax_behind(
