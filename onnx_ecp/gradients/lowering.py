@@ -19,6 +19,7 @@ import onnx_graphsurgeon as gs
 from onnx_ecp.gradients.builder import Builder, Fact
 from onnx_ecp.gradients.rules import RULES
 from onnx_ecp.gradients.rules.registry import optional_input
+from onnx_ecp.graph.surgery import export_graph, import_graph
 from onnx_ecp.layers.fused import preactivation
 
 # One tensor for every output of the node; None for an output that the lowering does not compute.
@@ -164,7 +165,7 @@ def _function_body(op: Builder, node: gs.Node) -> Outputs:
     attrs = {**_default_attributes(node.op, op.graph.opset), **node.attrs}
     call = gs.Node(node.op, attrs=attrs, inputs=given, outputs=results)
     named = [y for y in results if not y.is_empty()]
-    body = gs.import_onnx(_inlined(gs.Graph([call], list(inputs.values()), named), op.graph.opset))
+    body = import_graph(_inlined(gs.Graph([call], list(inputs.values()), named), op.graph.opset))
     _refuse_if(any(n.op in (node.op, "If", "Loop", "Scan") for n in body.nodes), "control flow")
     for name, tensor in body.tensors().items():
         if name not in outside and not tensor.is_empty():
@@ -180,7 +181,7 @@ def _function_body(op: Builder, node: gs.Node) -> Outputs:
 def _inlined(graph: gs.Graph, opset: int) -> onnx.ModelProto:
     """A model of the nodes that define the only node of the graph."""
     graph.opset = opset
-    model = gs.export_onnx(graph, do_type_check=False)
+    model = export_graph(graph)
     (call,) = model.graph.node
     types = {x.name: x.type.SerializeToString() for x in model.graph.input}
     schema: Any = onnx.defs.get_schema(call.op_type, opset)

@@ -20,10 +20,12 @@ import onnx_graphsurgeon as gs
 from onnx_ecp.errors import ModelError
 from onnx_ecp.gradients.builder import Builder, Fact
 from onnx_ecp.gradients.lowering import is_fused, lower
+from onnx_ecp.gradients.quantisation import in_floats, quantised
 from onnx_ecp.gradients.reverse import adjoints, names_read
 from onnx_ecp.graph import constants, is_external, printable
 from onnx_ecp.graph.inlining import has_bodies, inline
 from onnx_ecp.graph.proto import bodies, nested
+from onnx_ecp.graph.surgery import export_graph, import_graph
 from onnx_ecp.graph.tensors import byte_size, clear_values, stored_bytes
 from onnx_ecp.layers import Layer
 from onnx_ecp.runtime.session import Session
@@ -88,17 +90,21 @@ def prepare(
     places = inline(private) if has_bodies(private) else {}
     names = {name for layer in layers for name in (layer.input, layer.output)}
     lifted = _lifted(private, names, needed=reverse)
-    graph = gs.import_onnx(lifted)
+    graph = import_graph(lifted)
     widened = _widen(graph)
-    fused = is_fused(graph)
-    if fused:
-        lower(graph, facts_of(gs.export_onnx(graph, do_type_check=False), base, feeds, threads))
+    z = {layer.output for layer in layers}
+    fused, integers = is_fused(graph), reverse and quantised(graph, z)
+    if fused or integers:
+        facts = facts_of(export_graph(graph), base, feeds, threads)
+        if integers:
+            in_floats(graph, z, facts)
+        lower(graph, facts)
     shifts = _insert_shifts(graph, layers)
     graph.toposort()
-    model = gs.export_onnx(graph, do_type_check=False)
+    model = export_graph(graph)
     model.ir_version = min(private.ir_version, 10)
     outputs = _downstream(graph, {layer.output for layer in layers})
-    rewritten = lifted is not private or bool(places) or widened or fused
+    rewritten = lifted is not private or bool(places) or widened or fused or integers
     return ObservationGraph(model, base, tuple(layers), outputs, shifts, rewritten)
 
 
@@ -116,7 +122,7 @@ def add_reverse(
         The model; by layer name the output that carries its adjoint; by layer name the reason why
         there is none; by layer name an operator that is differentiated by differences, if any.
     """
-    graph = gs.import_onnx(prepared.proto)
+    graph = import_graph(prepared.proto)
     op = Builder(graph, facts)
     seeds = {}
     for name in seeded:
@@ -142,7 +148,7 @@ def add_reverse(
         if name not in known:
             tensors[name].dtype = facts[name].dtype
             graph.outputs.append(tensors[name])
-    model = gs.export_onnx(graph, do_type_check=False)
+    model = export_graph(graph)
     model.ir_version = prepared.proto.ir_version
     blocked, numeric = (
         {x.name: found[x.output] for x in prepared.layers if x.output in found}

@@ -20,6 +20,7 @@ from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 from onnx_ecp.errors import ModelError
 from onnx_ecp.graph.printable import printable
 from onnx_ecp.graph.proto import UNSHIFTED
+from onnx_ecp.graph.surgery import import_graph
 from onnx_ecp.layers import views
 from onnx_ecp.layers.layer import Skip, Step, Weight
 
@@ -247,15 +248,7 @@ def main_scope(proto: onnx.ModelProto) -> Scope:
     Raises:
         ModelError: an attribute is not text.
     """
-    # graphsurgeon prints its warnings (about bfloat16, for one) on stdout.
-    with gs.logger.G_LOGGER.suppress():
-        try:
-            graph = gs.import_onnx(proto)
-        except UnicodeDecodeError as error:
-            raise ModelError(
-                "an attribute of a node is no UTF-8 text.",
-                hint="The model is damaged: export or download it again.",
-            ) from error
+    graph = import_graph(proto)
     return Scope(proto, graph, _unique_names(graph), _constants(graph, frozenset()))
 
 

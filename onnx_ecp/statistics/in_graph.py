@@ -19,6 +19,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_ecp.gradients.builder import Builder, Fact
 from onnx_ecp.gradients.rules.convolution import Window, margins, pad_spatial
+from onnx_ecp.graph.surgery import export_graph, import_graph
 from onnx_ecp.layers import Layer
 from onnx_ecp.layers.conv import Conv
 from onnx_ecp.layers.dense import Dense
@@ -62,7 +63,7 @@ def accumulation(
         with_squares: whether to sum (dy/dW)^2.
         with_gradient: also sum dy/dW per probe.
     """
-    graph = gs.import_onnx(proto)
+    graph = import_graph(proto)
     graph.outputs.clear()
     op = Builder(graph, facts, "ecp/sum")
     tensors, sums, weights = graph.tensors(), _Sums(op), {}
@@ -78,7 +79,7 @@ def accumulation(
         if layer.name in summed:
             a = _rows_in(op, layer, op.cast(tensors[layer.input], np.float64), tensors)
             sums.of(layer, a, s, g if with_gradient else None, with_squares=with_squares)
-    model = gs.export_onnx(graph, do_type_check=False)
+    model = export_graph(graph)
     model.ir_version = proto.ir_version
     return model, Accumulation(weights, sums.start, sums.new)
 

@@ -24,6 +24,7 @@ from onnx_ecp.gradients.links import LINKS, Link
 from onnx_ecp.gradients.numeric import PIECEWISE, numeric_adjoint
 from onnx_ecp.gradients.prepare import MINIMUM_OPSET, add_reverse, facts_of, opset_of, prepare
 from onnx_ecp.gradients.reverse import NO_OUTPUT
+from onnx_ecp.gradients.selections import Selection, parts_of_outputs, selections
 from onnx_ecp.graph import Model, constants, is_external, printable, read_tensor
 from onnx_ecp.graph.columns import column_axes
 from onnx_ecp.layers import Layer
@@ -166,6 +167,8 @@ class Observer:
         numeric: by layer name, an operator without a rule that the reverse graph differentiates by
             differences.
         outputs: names of the float outputs that depend on a layer.
+        selections: tensors that are observed as if they were outputs, since layers act through
+            selections alone; see ``gradients.selections``.
         metric: a name in ``seeds.METRICS``.
         logits: but under l2, the outputs whose metric is taken at the logits of their softmax.
         probabilities: but under l2, the heads whose values look like probabilities instead of
@@ -216,6 +219,10 @@ class Observer:
         self.facts: dict[str, Fact] = facts_of(self.proto, model.base, feeds, threads)
         producers = {y: node for node in self.proto.graph.node for y in node.output if y}
         self._heads = _heads(producers, self._prepared.outputs, self.facts, metric)
+        self.outputs = tuple(self._heads)
+        parts, self.selections = _further_heads(self.proto, self.facts, layers, self._heads, metric)
+        further = dict.fromkeys((*parts, *(selection.tensor for selection in self.selections)))
+        self._heads = _heads(producers, (*self.outputs, *further), self.facts, metric)
         self.logits = tuple(name for name, head in self._heads.items() if head != name)
         links = {
             head: LINKS[node.op_type]
@@ -229,7 +236,6 @@ class Observer:
             _check_scores(metric, scores, self.facts, first.samples)
         if metric == "loss":
             _check_labels(self._seeded, self.facts, first)
-        self.outputs = tuple(self._heads)
         names = [layer.name for layer in layers]
         tensors = [*self._heads, *self._seeded, *(layer.input for layer in layers)]
         if engine == "numeric":
@@ -263,7 +269,7 @@ class Observer:
         self._first = first.samples
         self.metric = metric
         self.measure = Measure.of({})
-        shapes = {name: self.facts[name].shape for name in self.outputs}
+        shapes = {name: self.facts[name].shape for name in self._heads}
         rows = {x.shape[0] for x in first.feeds.values() if x.ndim} | {first.samples}
         self._axes = column_axes(model.proto, shapes, rows)
         self.statistics = statistics
@@ -361,7 +367,7 @@ class Observer:
 
     def predict(self, state: State, batch: Batch) -> dict[str, np.ndarray]:
         """The float outputs of the model, by name."""
-        return self._forward.run(self._feeds(state, batch.feeds), list(self._heads))
+        return self._forward.run(self._feeds(state, batch.feeds), self.outputs)
 
     def pull(self, state: State, batch: Batch, seeds: Mapping[str, np.ndarray]) -> Observation:
         """Like ``observe`` with seeds of the caller, such as the gradient of a loss.
@@ -422,12 +428,16 @@ class Observer:
         """
         spreads: dict[str, Spread] = {}
         for batch in batches:
-            for name, y in self.predict(state, batch).items():
+            seen = self._forward.run(self._feeds(state, batch.feeds), list(self._heads))
+            for name, y in seen.items():
                 part = Spread.of(y, self._axes[name], batch.samples)
                 spreads[name] = spreads[name] + part if name in spreads else part
-        self.measure = Measure.of(spreads, weights)
+        # What is observed beside the outputs has a unit too, and counts in no error that is told.
+        told = {name: spread for name, spread in spreads.items() if name in self.outputs}
+        self.measure = Measure.of(told, weights)
         if self.metric == "l2":
-            self._plan = replace(self._plan, scales=self.measure.factors())
+            scales = Measure.of(spreads, weights).factors()
+            self._plan = replace(self._plan, scales=scales)
         elif self.metric == "l2-raw" and len(spreads) > 1:
             energies = {name: _energy(spread) for name, spread in spreads.items()}
             scales = {name: np.array(1 / np.sqrt(e)) for name, e in energies.items() if e > 0}
@@ -768,6 +778,25 @@ def has_logits(proto: onnx.ModelProto) -> bool:
             name = producers[name].input[0]
         ends.append(name in producers and producers[name].op_type in LINKS)
     return bool(ends) and all(ends)
+
+
+def _further_heads(
+    proto: onnx.ModelProto,
+    facts: Mapping[str, Fact],
+    layers: Iterable[Layer],
+    heads: Mapping[str, str],
+    metric: str,
+) -> tuple[tuple[str, ...], tuple[Selection, ...]]:
+    """What is observed beside the float outputs: parts of other outputs, and what selects.
+
+    Scores of classes are wanted but under l2: a tensor that decides and is none is left out.
+    """
+    targets = [layer.output for layer in layers]
+    parts = parts_of_outputs(proto.graph, facts, targets)
+    found = selections(proto.graph, facts, targets, (*heads, *parts))
+    if metric not in SQUARED:
+        found = tuple(s for s in found if len(shape := facts[s.tensor].shape) > 1 < shape[-1])
+    return parts, found
 
 
 def _link_behind(

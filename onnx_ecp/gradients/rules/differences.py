@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 from onnx_ecp.errors import ProviderError
 from onnx_ecp.gradients.builder import Builder
 from onnx_ecp.gradients.rules.registry import Unsupported, only
+from onnx_ecp.graph.surgery import export_graph
 from onnx_ecp.runtime.session import Session
 
 # In units of max(|x|, 1): the cube root of the precision, where both errors together are least.
@@ -61,7 +62,7 @@ def _session(op: Builder, node: gs.Node, shape: tuple[int, ...], dtype: np.dtype
     alone = gs.Node(node.op, attrs=node.attrs, inputs=[x], outputs=[y], domain=node.domain)
     domains = op.graph.import_domains
     graph = gs.Graph([alone], [x], [y], opset=op.graph.opset, import_domains=domains)
-    model = gs.export_onnx(graph, do_type_check=False)
+    model = export_graph(graph)
     model.ir_version = min(model.ir_version, 10)
     try:
         return Session(model, threads=1)

@@ -189,9 +189,18 @@ for _name, _derivatives in BINARY.items():
     rule(_name)(_binary(_derivatives))
 
 
-@rule("Ceil", "EyeLike", "Floor", "Hardmax", "Round", "Sign")
+@rule("Ceil", "EyeLike", "Floor", "Hardmax", "Sign")
 def _step(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Tensor | None:
     return None
+
+
+@rule("Round")
+def _straight_through(
+    op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int
+) -> gs.Tensor | None:
+    # Rounding is what quantisation does to a value that is to be kept (arXiv:1308.3432); its true
+    # derivative, zero, says that nothing in front of it matters.
+    return g[0]
 
 
 @rule("Sum")

@@ -29,6 +29,11 @@ def _reshape(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> g
     return op.reshape_like(only(node, g, i, 0), g[0], node.inputs[0])
 
 
+@rule("Optional", "OptionalGetElement")
+def _same(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Tensor | None:
+    return only(node, g, i, 0)
+
+
 @rule("Transpose")
 def _transpose(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Tensor | None:
     perm = node.attrs.get("perm", [*reversed(range(op.rank(node.inputs[0])))])
