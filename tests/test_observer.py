@@ -79,11 +79,33 @@ def test_differences_of_an_output_without_axes(rng):
 
 @pytest.mark.parametrize("engine", ["vjp", "numeric"])
 def test_without_a_float_output_every_layer_is_blocked(engine, rng):
-    text = "(float[n,4] x) => (int64[n] y) { z = MatMul(x, W)  y = ArgMax<keepdims = 0>(z) }"
+    text = "(float[n,4] x) => (int64[2] y) { z = MatMul(x, W)  y = Shape(z) }"
     batch = batch_of(x=rng.standard_normal((5, 4)).astype(np.float32))
     observer, seen = observed(network(text, rng, W=(4, 6)), batch, engine=engine)
     assert observer.blocked == {"z": NO_OUTPUT}
     assert not seen.adjoints
+
+
+DECIDES = {
+    "ArgMax": "(int64[n] y) { z = MatMul(x, W)  y = ArgMax<keepdims = 0>(z) }",
+    "TopK": "(int64[n, 2] y) { z = MatMul(x, W)  k = Constant<value_ints = [2]>()  "
+    "v, y = TopK(z, k) }",
+    "NonZero": "(int64[2, m] y) { z = MatMul(x, W)  r = Relu(z)  y = NonZero(r) }",
+    "Greater": "(bool[n, 6] y) { z = MatMul(x, W)  c = Constant<value_floats = [0.5]>()  "
+    "y = Greater(z, c) }",
+    "Cast": "(int64[n, 6] y) { z = MatMul(x, W)  y = Cast<to = 7>(z) }",
+}
+
+
+@pytest.mark.parametrize("engine", ["vjp", "numeric"])
+@pytest.mark.parametrize("op", DECIDES)
+def test_what_a_selection_reads_is_observed_where_nothing_else_tells(op, engine, rng):
+    batch = batch_of(x=rng.standard_normal((5, 4)).astype(np.float32))
+    model = network(f"(float[n,4] x) => {DECIDES[op]}", rng, W=(4, 6))
+    observer, seen = observed(model, batch, engine=engine)
+    assert not observer.blocked
+    assert [(s.op, set(s.layers)) for s in observer.selections] == [(op, {"z"})]
+    assert np.abs(seen.adjoints["z"]).max() > 0
 
 
 def test_half_precision_is_widened_inside_bodies(rng):

@@ -16,6 +16,7 @@ from onnx_ecp.evaluation.bounds import Bounds
 from onnx_ecp.evaluation.compare import Comparison, Gap
 from onnx_ecp.evaluation.tensorrt import sparse_kernels
 from onnx_ecp.gradients.cotangents import SQUARED
+from onnx_ecp.gradients.selections import Selection
 from onnx_ecp.graph import Model
 from onnx_ecp.layers import Skip
 from onnx_ecp.pruning.loop import Pruned
@@ -215,6 +216,8 @@ def warnings(data: Data, network: Network, pruned: Pruned, comparison: Compariso
             f"{modelling.printable(name)!r} look like probabilities: give the model before "
             "its softmax or sigmoid, or use --metric l2."
         )
+    for selection in network.observer.selections:
+        yield selected(selection)
     if not any(keep.any() for keep in pruned.state.keep.values()):
         yield "no weight is left in any of these layers: the outputs no longer depend on them."
     elif comparison.gap.relative_error >= DESTROYED:
@@ -225,6 +228,19 @@ def warnings(data: Data, network: Network, pruned: Pruned, comparison: Compariso
         )
     yield from pruned.warnings
     yield from comparison.gap.warnings
+
+
+def selected(selection: Selection) -> str:
+    """What the user must know of layers that act through a selection alone."""
+    layers = sorted(selection.layers)
+    tensor = modelling.printable(selection.tensor)
+    return (
+        f"{counted(len(layers), 'layer')}, such as {modelling.printable(layers[0])}, reach the "
+        f"outputs through {selection.op} ({modelling.printable(selection.node)}) alone, which no "
+        f"gradient passes: they are ranked by what they do to {tensor}, which it reads, and no "
+        f"error here says how well that is kept. Make {tensor} an output of the model to have it "
+        "measured."
+    )
 
 
 def prediction_warning(predicted: float | None, gap: Gap) -> Iterator[str]:
