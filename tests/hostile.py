@@ -346,15 +346,6 @@ for _name, (_edit, _says) in EDITS.items():
     )
 
 
-@hostile("unsorted", "not sorted")
-def _unsorted(folder: Path) -> onnx.ModelProto:
-    model = small_model()
-    nodes = list(model.graph.node)
-    model.graph.ClearField("node")
-    model.graph.node.extend(reversed(nodes))
-    return model
-
-
 # Deep and endless structures.
 
 

@@ -98,6 +98,7 @@ def build_report(
         bounds=bounded,
         seconds=seconds,
         warnings=(
+            *given.notes,
             *warnings(data, network, pruned, comparison),
             *prediction_warning(predicted, comparison.gap),
             *misfit_warnings(skips),

@@ -20,6 +20,7 @@ from onnx_ecp.errors import ModelError, TargetError, UsageError, did_you_mean
 from onnx_ecp.evaluation import compare as evaluate
 from onnx_ecp.evaluation.facts import model_of
 from onnx_ecp.graph import Model
+from onnx_ecp.graph.randomness import refuse_random
 from onnx_ecp.layers import Layer, Skip, find_layers
 from onnx_ecp.methods import FORWARD
 from onnx_ecp.pruning.loop import importances, observe
@@ -156,7 +157,7 @@ def load(model: str | Path | onnx.ModelProto) -> Model:
     """A validated model that the installed ONNX Runtime takes.
 
     Raises:
-        ModelError: it is not valid, or too new.
+        ModelError: it is not valid, too new, or its outputs are random.
     """
     source = model_of(model)
     refusal = modelling.runtime_support(source.proto)
@@ -165,6 +166,7 @@ def load(model: str | Path | onnx.ModelProto) -> Model:
             f"{_label(source)}: {refusal}",
             hint="Install a newer onnxruntime, or export the model for an older opset.",
         )
+    refuse_random(source)
     return source
 
 

@@ -33,6 +33,8 @@ from onnx_ecp.graph import (
     signature,
 )
 from onnx_ecp.graph.columns import column_axes
+from onnx_ecp.graph.randomness import refuse_random
+from onnx_ecp.runtime.outputs import arrays
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.runtime.session import OutOfMemory, Session
 from onnx_ecp.statistics.columns import Measure, Spread, by_column
@@ -423,6 +425,8 @@ def compare(
         ProviderError: ONNX Runtime cannot run a model.
     """
     first, second = model_of(a), model_of(b)
+    for model in (first, second):
+        refuse_random(model)
     samples = calibration.load(data, signature(first.proto))
     if isinstance(labels, str | Path):
         labels = calibration.load_labels(labels, expected_rows(samples))
@@ -558,7 +562,7 @@ def paired_outputs(
             waiting.pop()
             continue
         try:
-            of_a, of_b = (session.run(batch.feeds) for session in sessions)
+            of_a, of_b = (arrays(session.run(batch.feeds)) for session in sessions)
         except (OutOfMemory, MemoryError):
             if batch.samples == 1:
                 raise

@@ -15,6 +15,7 @@ from onnx_ecp.errors import ModelError
 from onnx_ecp.graph.external import is_external, location
 from onnx_ecp.graph.printable import printable
 from onnx_ecp.graph.proto import Model, tensors
+from onnx_ecp.graph.sorting import NOTE, sorted_copy
 from onnx_ecp.graph.validation import validate
 from onnx_ecp.graph.wire import check_wire
 
@@ -42,21 +43,28 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
     installed libraries is no error here: see ``runtime_support``.
 
     Args:
-        source: path of a model file, or a proto, which is not changed (and not copied).
+        source: path of a model file, or a proto, which is not changed, and only copied where its
+            nodes have to be sorted.
 
     Raises:
         ModelError: the model is unreadable, invalid, or its weights are not finite.
     """
     if isinstance(source, onnx.ModelProto):
-        validate(source, None)
-        return Model(source, None, None)
+        proto = sorted_copy(source)
+        validate(proto, None)
+        return Model(proto, None, None, notes=_notes(source, proto))
     path = Path(source)
     try:
-        proto = _parse(read_file(path))
+        given = _parse(read_file(path))
+        proto = sorted_copy(given)
         validate(proto, path.parent)
     except ModelError as error:
         raise ModelError(f"{printable(path, 200)}: {error.message}", hint=error.hint) from error
-    return Model(proto, path, path.parent)
+    return Model(proto, path, path.parent, notes=_notes(given, proto))
+
+
+def _notes(given: onnx.ModelProto, used: onnx.ModelProto) -> tuple[str, ...]:
+    return () if used is given else (NOTE,)
 
 
 def read_file(path: Path) -> bytes:

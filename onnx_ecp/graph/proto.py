@@ -32,12 +32,14 @@ class Model:
         base: directory in which its external data lie, None where there can be none.
         late: by name, new values of external initializers of the main graph, which the proto does
             not have yet: ``save`` writes them, ``filled`` puts them into the proto.
+        notes: what was done to the model to load it, for the user to know.
     """
 
     proto: onnx.ModelProto
     path: Path | None
     base: Path | None
     late: Mapping[str, np.ndarray] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

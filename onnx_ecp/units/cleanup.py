@@ -17,12 +17,13 @@ import numpy as np
 import onnx
 
 from onnx_ecp.errors import ModelError, ProviderError
-from onnx_ecp.graph import Model, constants, output_names, read_tensor
+from onnx_ecp.graph import Model, constants, read_tensor
 from onnx_ecp.graph.shapes import shapes_of, values_of_a_run
 from onnx_ecp.layers import Layer, edit, find_layers
 from onnx_ecp.layers.dense import Dense
 from onnx_ecp.layers.trace import main_scope
 from onnx_ecp.runtime.limits import check_deadline
+from onnx_ecp.runtime.outputs import arrays
 from onnx_ecp.runtime.session import Session
 from onnx_ecp.units.constant_channels import steady_columns
 from onnx_ecp.units.cutting import cut, shrink
@@ -145,9 +146,10 @@ def largest_difference(
     sessions = [Session(m.proto, base=m.base, **settings) for m in (first, second)]  # type: ignore[arg-type]
     worst = 0.0
     for feeds in batches:
-        a, b = (session.run(feeds) for session in sessions)
-        names = (n for n in output_names(first.proto) if isinstance(a[n], np.ndarray))
-        worst = max([worst, *(_difference(a[name], b[name]) for name in names)])
+        a, b = (arrays(session.run(feeds)) for session in sessions)
+        if a.keys() != b.keys():
+            return np.inf
+        worst = max([worst, *(_difference(a[name], b[name]) for name in a)])
     return worst
 
 

@@ -35,6 +35,7 @@ from onnx_ecp.evaluation.bounds.telescoping import (
 )
 from onnx_ecp.evaluation.facts import model_of
 from onnx_ecp.graph import Model, constants, decode_sparse, read_tensor, signature
+from onnx_ecp.graph.randomness import refuse_random
 from onnx_ecp.layers import find_layers
 
 # The deterministic bound per sample is computed for so many samples at most: it only shows how far
@@ -132,6 +133,8 @@ def bound(
     if data is None and eps is not None:
         raise UsageError("--eps is about held-out samples.", hint="Add --data FILE.")
     first, second = model_of(a), model_of(b)
+    for model in (first, second):
+        refuse_random(model)
     result = Bounds(confidence, 0, None, None, None, None, None, None)
     samples = None
     if data is not None:

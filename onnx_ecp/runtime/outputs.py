@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from onnx_ecp.errors import ModelError
-from onnx_ecp.graph.printable import printable
 
 
 def arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -49,7 +48,7 @@ def _parts(name: str, value: Any) -> dict[str, np.ndarray]:
         case _ if np.isscalar(value):
             return {name: np.asarray(value)}
     raise ModelError(
-        f"output {printable(name)!r} is no tensor, nor made of tensors: {type(value).__name__}.",
+        f"output {name!r} is no tensor, nor made of tensors: {type(value).__name__}.",
         hint="Export the model with tensors as outputs.",
     )
 
