@@ -151,6 +151,7 @@ def recipe_of(options: Options, logits: Sequence[str] = ()) -> Recipe:
         positions=options.positions,
         gradients=options.gradients,
         stages=method.stages,
+        support=method.support,
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from onnx_ecp.errors import UsageError, did_you_mean
 from onnx_ecp.gradients.cotangents import METRICS
 from onnx_ecp.graph import ENCODINGS
-from onnx_ecp.methods import COMPENSATIONS, METHODS, Method
+from onnx_ecp.methods import COMPENSATIONS, METHODS, SUPPORTS, Method
 from onnx_ecp.pruning.plan import BLOCKS
 from onnx_ecp.pruning.search import Limit
 from onnx_ecp.pruning.selection import NM, SCOPES, Sparsity, parse_sparsity
@@ -50,6 +50,7 @@ class Options:
     max_accuracy_drop: float | None = None
     importance: str | None = None
     compensation: str | None = None
+    support: str | None = None
     stages: int | None = None
     metric: str | None = None
     probes: int | None = None
@@ -106,6 +107,13 @@ class Options:
         one_of("method", self.method, METHODS)
         one_of("importance", self.importance or self.method, METHODS)
         one_of("compensation", self.compensation or "none", COMPENSATIONS)
+        one_of("support", self.support or "ranking", SUPPORTS)
+        if self.support == "admm" and not self.recipe.repair.weighted:
+            raise UsageError(
+                f"--support admm does not go with --compensation {self.recipe.compensation}: it "
+                "looks for the weights that a refit can do most with.",
+                hint="It goes with refit and joint.",
+            )
         one_of("metric", self.resolved_metric, METRICS)
         if self.metric == "loss" and self.labels is None:
             raise UsageError("--metric loss needs --labels.")
@@ -312,7 +320,10 @@ class Options:
         """The method with the importance and compensation that replace its own."""
         compensation = self.compensation or (None if self.cbs_update else "none")
         return METHODS[self.method].with_parts(
-            METHODS[self.ranking] if self.ranking else None, compensation, self.stages
+            METHODS[self.ranking] if self.ranking else None,
+            compensation,
+            self.stages,
+            self.support,
         )
 
     def as_json(self) -> dict[str, Any]:

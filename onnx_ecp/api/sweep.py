@@ -55,6 +55,7 @@ SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 # The options of ``optimize`` that hold for all points. The others say what one run is to make.
 COMMON = (
     "compensation",
+    "support",
     "stages",
     "damping",
     "blocks",

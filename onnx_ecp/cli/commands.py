@@ -136,6 +136,11 @@ PRUNING = (
         "--compensation", "NAME", None,
         "none, bias, refit, joint, sparsegpt, obc, woodfisher or cbs.  [default: the method's own]",
     ),
+    _choice(
+        "--support", "ranking|admm", None,
+        "refit and joint: which weights of a layer stay, of as many as the ranking leaves it: "
+        "those that rank highest, or those that ADMM finds.  [default: the method's own]",
+    ),
     click.option(
         "--damping", type=float, metavar="X",
         help="Ridge of importance and compensation: a share of the mean variance of a layer's "

@@ -18,6 +18,9 @@ from onnx_ecp.statistics.moments import Moments
 # "means" are the sensitivities of units and the means of inputs weighted by them (bb and wb of
 # ``Moments``); "sensitivities" are those of weights besides (ww).
 NEEDS = ("nothing", "activations", "means", "sensitivities", "gradients", "curvature")
+# Which weights of a layer stay, of as many as a ranking leaves it: the highest, or those that ADMM
+# finds (``admm.py``), where the compensation refits.
+SUPPORTS = ("ranking", "admm")
 # Those that need no sensitivity of any kind.
 FORWARD = ("nothing", "activations")
 
@@ -92,6 +95,8 @@ class LayerProblem:
         run: M of N:M, the length of the runs of columns that have their own number of zeros; 0
             where there are none.
         order: permutation of the columns that makes runs consecutive; None: as they are.
+        sensitivity: (out,), of the outputs to every unit; of one where nobody has measured it.
+        candidates: (out, in), of what may stay where another mask is chosen.
     """
 
     weight: np.ndarray
@@ -103,6 +108,8 @@ class LayerProblem:
     damping: float
     run: int = 0
     order: np.ndarray | None = None
+    sensitivity: np.ndarray = field(default_factory=lambda: np.ones(0))
+    candidates: np.ndarray = field(default_factory=lambda: np.ones((0, 0), np.bool_))
 
     def solved(self, solve: Callable[[Part], tuple[np.ndarray, np.ndarray]]) -> Solved:
         """Put together from parts: the rows of W that share an input, columns in ``order``.
@@ -286,6 +293,7 @@ class Method:
         damping: of the View, unless ``--damping`` is given.
         scope: what ``--scope`` is unless given.
         free: whether the compensation may choose anew which weights of a layer stay.
+        support: which weights of a layer stay, of as many as rank high enough: a name in SUPPORTS.
         summary: one line for people, with the source.
     """
 
@@ -301,12 +309,17 @@ class Method:
     damping: float = 1e-2
     scope: str = "global"
     free: bool = False
+    support: str = "ranking"
     summary: str = ""
 
     def with_parts(
-        self, ranking: Method | None, compensation: str | None, stages: int | None
+        self,
+        ranking: Method | None,
+        compensation: str | None,
+        stages: int | None,
+        support: str | None = None,
     ) -> Method:
-        """This method with another importance, compensation or number of stages (None: its own)."""
+        """This method with another importance, compensation, ... (None: its own)."""
         method = self
         if ranking is not None:
             method = replace(
@@ -319,11 +332,13 @@ class Method:
                 damping=ranking.damping,
                 free=False,
             )
-        return replace(
+        method = replace(
             method,
             compensation=compensation or method.compensation,
             stages=stages or method.stages,
+            support=support or method.support,
         )
+        return method if method.repair.weighted else replace(method, support="ranking")
 
     @property
     def repair(self) -> Compensation:

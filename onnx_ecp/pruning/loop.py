@@ -228,7 +228,7 @@ def stage(
         replace(state, keep=keep),
         measured,
         progress,
-        free=free if plan.method.free else (),
+        free=free,
     )
     removed = {
         layer.name: before.removed.get(layer.name, 0.0)

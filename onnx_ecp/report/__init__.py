@@ -95,6 +95,7 @@ class Recipe:
     stages: int
     metric_reason: str = ""
     damping: float | None = None
+    support: str = "ranking"
 
 
 @dataclass(frozen=True)
