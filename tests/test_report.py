@@ -151,7 +151,7 @@ def test_json_schema_is_this_one():
         "versions": ["onnx_ecp", "onnx", "onnxruntime", "numpy", "python"],
         "recipe": [
             "method", "importance", "compensation", "metric", "positions", "gradients", "stages",
-            "metric_reason", "damping",
+            "metric_reason", "damping", "support", "effort", "budget",
         ],
         "options": ["sparsity", "include", "labels"],
         "seed": None,

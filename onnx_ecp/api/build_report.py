@@ -61,6 +61,7 @@ def build_report(
     speedup: Speedup | None,
     curve: tuple[Point, ...],
     bounded: Bounds | None,
+    budget: str,
     seconds: float,
 ) -> Report:
     """The report of a run.
@@ -79,6 +80,7 @@ def build_report(
         speedup: what was measured where latency was the target.
         curve: points of a search, or of a gate.
         bounded: bounds on the gap, where asked for.
+        budget: what a time budget allowed, where there was one.
         seconds: that all took.
     """
     network, step = ready.network, ready.step
@@ -86,7 +88,7 @@ def build_report(
         original=comparison.a,
         result=comparison.b,
         versions=versions(),
-        recipe=recipe_of(options, network.observer.logits),
+        recipe=recipe_of(options, network.observer.logits, budget),
         options=options.as_json(),
         seed=options.seed,
         calibration=data.facts,
@@ -140,7 +142,7 @@ def layer_rows(
         )
 
 
-def recipe_of(options: Options, logits: Sequence[str] = ()) -> Recipe:
+def recipe_of(options: Options, logits: Sequence[str] = (), budget: str = "") -> Recipe:
     """What was done in the end, defaults resolved; ``logits`` as an Observer has them."""
     method = options.recipe
     place = f"; taken at the logits of {modelling.printable(', '.join(logits))}" if logits else ""
@@ -154,6 +156,9 @@ def recipe_of(options: Options, logits: Sequence[str] = ()) -> Recipe:
         positions=options.positions,
         gradients=options.gradients,
         stages=method.stages,
+        support=method.support,
+        effort=options.resolved_effort,
+        budget=budget,
     )
 
 

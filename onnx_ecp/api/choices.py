@@ -26,6 +26,8 @@ class CommonChoices(TypedDict, total=False):
 
     Keys:
         compensation: name in ``COMPENSATIONS``; None: the method's own.
+        effort: "fast", "balanced" or "best": a recipe of ``ecp-refit``; None: balanced.
+        support: "ranking" or "admm", which weights of a layer stay, of as many as the ranking says.
         stages: how often observe, score, select, compensate are repeated, at least 1.
         damping: ridge, as a share of the mean variance of a layer's inputs; > 0.
         blocks: "network" or "layer", what the curvature of woodfisher and cbs couples.
@@ -51,6 +53,8 @@ class CommonChoices(TypedDict, total=False):
     """
 
     compensation: str | None
+    effort: str | None
+    support: str | None
     stages: int | None
     damping: float | None
     blocks: str
@@ -83,6 +87,7 @@ class Choices(CommonChoices, total=False):
         sparsity: share of zeros over all prunable layers, in [0, 1], or N:M.
         max_error: largest relative output error on held-out samples; the target, or a gate.
         max_accuracy_drop: largest loss of top-1 accuracy in percentage points, with ``labels``.
+        time_budget: seconds, or a text such as "10m": the best effort that fits.
         importance: name of the method that ranks weights instead.
         granularity: "weight" or "unit" (whole neurons, channels, heads); None: "unit" where a
             speedup is asked for.
@@ -108,6 +113,7 @@ class Choices(CommonChoices, total=False):
     sparsity: SparsityLike | None
     max_error: float | None
     max_accuracy_drop: float | None
+    time_budget: float | str | None
     importance: str | None
     granularity: str | None
     speedup: float | None

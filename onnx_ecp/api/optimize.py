@@ -15,6 +15,7 @@ import onnx
 
 from onnx_ecp.api.build_report import build_report, predicted_error
 from onnx_ecp.api.choices import Choices
+from onnx_ecp.api.effort import within_budget
 from onnx_ecp.api.metric import settle_metric
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.output import check_outputs, finished, held, save, save_masks, stored_masks
@@ -109,7 +110,12 @@ def optimize(
         ready = prepare(given, layers, data, options, progress)
         network = ready.network
         judge = judge_of(network, data, options)
-        pruned, curve = prune_within(ready, judge, options, progress)
+        budget, found = "", None
+        if options.time_budget is not None:
+            chosen = within_budget(ready, options, time.monotonic() - began, progress)
+            options, ready = chosen.options, chosen.ready
+            found, budget = chosen.found, chosen.told
+        pruned, curve = (found, ()) if found else prune_within(ready, judge, options, progress)
         if options.is_controlled:
             pruned = not_behind_magnitude(network, ready.plan, pruned, progress, step=ready.step)
         made, speedup = finished(ready, pruned, options), None
@@ -150,6 +156,7 @@ def optimize(
         speedup=speedup,
         curve=curve,
         bounded=bounded,
+        budget=budget,
         seconds=time.monotonic() - began,
     )
     for path in reports:

@@ -18,16 +18,19 @@ import numpy as np
 from onnx_ecp.errors import UsageError, did_you_mean
 from onnx_ecp.gradients.cotangents import METRICS
 from onnx_ecp.graph import ENCODINGS
-from onnx_ecp.methods import COMPENSATIONS, METHODS, Method
+from onnx_ecp.methods import COMPENSATIONS, EFFORTS, METHODS, SUPPORTS, Method
 from onnx_ecp.pruning.plan import BLOCKS
 from onnx_ecp.pruning.search import Limit
 from onnx_ecp.pruning.selection import NM, SCOPES, Sparsity, parse_sparsity
 from onnx_ecp.runtime.lazy import parse_size
+from onnx_ecp.runtime.limits import parse_duration
 from onnx_ecp.statistics.moments import POSITIONS
 from onnx_ecp.statistics.observer import ENGINES, STATISTICS
 from onnx_ecp.units.choice import COSTS
 from onnx_ecp.units.cleanup import UNREAD
 
+# The method that the efforts are recipes of, and its effort unless told otherwise.
+STAGED, EFFORT = "ecp-refit", "balanced"
 # What is removed: single weights, or whole neurons, channels and heads.
 GRANULARITIES = ("weight", "unit")
 # Beside a larger ridge nothing that was measured is left in double precision.
@@ -50,6 +53,9 @@ class Options:
     max_accuracy_drop: float | None = None
     importance: str | None = None
     compensation: str | None = None
+    support: str | None = None
+    effort: str | None = None
+    time_budget: float | None = None
     stages: int | None = None
     metric: str | None = None
     output_weights: Mapping[str, float] = field(default_factory=dict)
@@ -107,6 +113,14 @@ class Options:
         one_of("method", self.method, METHODS)
         one_of("importance", self.importance or self.method, METHODS)
         one_of("compensation", self.compensation or "none", COMPENSATIONS)
+        one_of("support", self.support or "ranking", SUPPORTS)
+        self._check_effort()
+        if self.support == "admm" and not self.recipe.repair.weighted:
+            raise UsageError(
+                f"--support admm does not go with --compensation {self.recipe.compensation}: it "
+                "looks for the weights that a refit can do most with.",
+                hint="It goes with refit and joint.",
+            )
         one_of("metric", self.resolved_metric, METRICS)
         if self.metric == "loss" and self.labels is None:
             raise UsageError("--metric loss needs --labels.")
@@ -217,6 +231,23 @@ class Options:
                 f"a search ends where the target is met, not where every group is {pattern}.",
                 hint="Give --sparsity too: the target is then a gate.",
             )
+
+    def _check_effort(self) -> None:
+        one_of("effort", self.effort or EFFORT, EFFORTS)
+        for name in ("effort", "time_budget"):
+            if getattr(self, name) is not None and self.method != STAGED:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is for {STAGED}; {self.method} has one way.",
+                    hint="Leave it out, or say --stages and --compensation.",
+                )
+        if self.time_budget is None:
+            return
+        if not 0 < self.time_budget < math.inf:
+            raise UsageError(f"--time-budget is {self.time_budget:g}; it must be above 0 seconds.")
+        if self.effort is not None or self.stages is not None:
+            raise UsageError("--time-budget chooses the effort: leave --effort and --stages out.")
+        if self.searches or self.cost == "latency":
+            raise UsageError("--time-budget goes with a sparsity, not with a search for a target.")
 
     def _check_units(self) -> None:
         if self.unread_inputs != "faster" and not self.cleans:
@@ -344,9 +375,19 @@ class Options:
     def recipe(self) -> Method:
         """The method with the importance and compensation that replace its own."""
         compensation = self.compensation or (None if self.cbs_update else "none")
+        stages = self.stages
+        if self.resolved_effort:
+            effort = EFFORTS[self.resolved_effort]
+            stages = stages or (effort.unit_stages if self.by_units else effort.stages)
+            compensation = compensation or effort.compensation
         return METHODS[self.method].with_parts(
-            METHODS[self.ranking] if self.ranking else None, compensation, self.stages
+            METHODS[self.ranking] if self.ranking else None, compensation, stages, self.support
         )
+
+    @property
+    def resolved_effort(self) -> str:
+        """The effort asked for, or the default; empty for methods that have none."""
+        return (self.effort or EFFORT) if self.method == STAGED else ""
 
     def as_json(self) -> dict[str, Any]:
         """JSON values by name, for the report."""
@@ -358,7 +399,9 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     if name in _OWN:
         convert, wanted = _OWN[name]
         if value is None:  # the command line's word for nothing said
-            return None if name in ("sparsity", "max_memory", "labels") else convert(())
+            return (
+                None if name in ("sparsity", "time_budget", "max_memory", "labels") else convert(())
+            )
     else:
         allowed = get_args(kind) or (kind,)
         if value is None and type(None) in allowed:
@@ -444,6 +487,7 @@ _OWN: dict[str, Convert] = {
     "exclude": (_texts, "one or several regular expressions"),
     "layer_sparsity": (_sparsities, "sparsities by regular expression"),
     "output_weights": (_weights, "numbers by the name of an output, or OUTPUT:COLUMN"),
+    "time_budget": (parse_duration, "a time such as 90s, 10m or 2h"),
     "max_memory": (parse_size, "a size such as 500M or 8G"),
     "labels": (_labels, "a path or an array"),
     "input_shapes": (_shapes, "shapes by the name of the input"),

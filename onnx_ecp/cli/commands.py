@@ -150,6 +150,16 @@ PRUNING = (
         "none, bias, refit, joint, sparsegpt, obc, woodfisher or cbs.  [default: the method's own]",
     ),
     click.option(
+        "--effort", metavar="fast|balanced|best",
+        help="ecp-refit: one stage and no joint refit, four stages, or sixteen.  "
+        "[default: balanced]",
+    ),
+    _choice(
+        "--support", "ranking|admm", None,
+        "refit and joint: which weights of a layer stay, of as many as the ranking leaves it: "
+        "those that rank highest, or those that ADMM finds.  [default: the method's own]",
+    ),
+    click.option(
         "--damping", type=float, metavar="X",
         help="Ridge of importance and compensation: a share of the mean variance of a layer's "
         "inputs (default 0.01); for woodfisher and cbs lambda itself (default 0.001).",
@@ -234,6 +244,11 @@ OPTIONS = (
         "-s", "--sparsity", metavar="VALUE",
         help="Share of zeros, or N:M (N kept of every M along the reduction axis).  [default: 0.5, "
         "or what the target below allows]",
+    ),
+    click.option(
+        "--time-budget", metavar="TIME",
+        help="Choose the best effort that fits into a time, such as 90s, 10m or 2h, from a first "
+        "stage; the report says what was left out.",
     ),
     click.option(
         "--max-error", type=float, metavar="E",

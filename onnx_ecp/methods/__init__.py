@@ -1,10 +1,12 @@
 """Pruning methods: one file each, one row here; and a row for a compensation of its own."""
 
 from onnx_ecp.methods import cbs, ecp, ecp_refit, obc, obs, simple, sparsegpt, woodfisher
+from onnx_ecp.methods.effort import EFFORTS, Effort
 from onnx_ecp.methods.method import (
     COMPENSATIONS,
     FORWARD,
     NEEDS,
+    SUPPORTS,
     BlockProblem,
     Compensation,
     Importance,
@@ -38,11 +40,14 @@ COMPENSATIONS["woodfisher"] = woodfisher.COMPENSATION
 
 __all__ = [
     "COMPENSATIONS",
+    "EFFORTS",
     "FORWARD",
     "METHODS",
     "NEEDS",
+    "SUPPORTS",
     "BlockProblem",
     "Compensation",
+    "Effort",
     "Importance",
     "LayerProblem",
     "MaskProblem",

@@ -18,6 +18,9 @@ from onnx_ecp.statistics.moments import Moments
 # "means" are the sensitivities of units and the means of inputs weighted by them (bb and wb of
 # ``Moments``); "sensitivities" are those of weights besides (ww).
 NEEDS = ("nothing", "activations", "means", "sensitivities", "gradients", "curvature")
+# Which weights of a layer stay, of as many as a ranking leaves it: the highest, or those that ADMM
+# finds (``admm.py``), where the compensation refits.
+SUPPORTS = ("ranking", "admm")
 # Those that need no sensitivity of any kind.
 FORWARD = ("nothing", "activations")
 
@@ -92,6 +95,8 @@ class LayerProblem:
         block: M of N:M, the length of the blocks of columns that have their own number of zeros; 0
             where there are none.
         order: permutation of the columns that makes blocks consecutive; None: as they are.
+        sensitivity: (out,), of the outputs to every unit; all ones where it is not measured.
+        candidates: (out, in), what may stay where another mask is chosen.
     """
 
     weight: np.ndarray
@@ -103,6 +108,8 @@ class LayerProblem:
     damping: float
     block: int = 0
     order: np.ndarray | None = None
+    sensitivity: np.ndarray = field(default_factory=lambda: np.ones(0))
+    candidates: np.ndarray = field(default_factory=lambda: np.ones((0, 0), np.bool_))
 
     def solved(self, solve: Callable[[Part], tuple[np.ndarray, np.ndarray]]) -> Solved:
         """Put together from parts: the rows of W that share an input, columns in ``order``.
@@ -297,6 +304,7 @@ class Method:
             weights, "bias" takes the unit as a constant that the next biases absorb, "refit" lets
             the units that remain absorb it (docs/method.md, section 5).
         options: names of the options that only this method has; each is a switch, on by default.
+        support: which weights of a layer stay, of as many as rank high enough: a name in SUPPORTS.
         summary: what the importance of a weight is, in one line, with the source.
     """
 
@@ -314,12 +322,17 @@ class Method:
     may_reselect: bool = False
     unit_score: str = "weights"
     options: tuple[str, ...] = ()
+    support: str = "ranking"
     summary: str = ""
 
     def with_parts(
-        self, ranking: Method | None, compensation: str | None, stages: int | None
+        self,
+        ranking: Method | None,
+        compensation: str | None,
+        stages: int | None,
+        support: str | None = None,
     ) -> Method:
-        """This method with another importance, compensation or number of stages (None: its own)."""
+        """This method with another importance, compensation, ... (None: its own)."""
         method = self
         if ranking is not None:
             method = replace(
@@ -333,11 +346,13 @@ class Method:
                 unit_score=ranking.unit_score,
                 may_reselect=False,
             )
-        return replace(
+        method = replace(
             method,
             compensation=compensation or method.compensation,
             stages=stages or method.stages,
+            support=support or method.support,
         )
+        return method if method.repair.weighted else replace(method, support="ranking")
 
     @property
     def repair(self) -> Compensation:

@@ -6,14 +6,14 @@ together from what was measured, and solutions are held against samples that the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import lcm
 
 import numpy as np
 
 from onnx_ecp.layers import Layer
-from onnx_ecp.methods import BlockProblem, LayerProblem, Solved, bias_shift
+from onnx_ecp.methods import BlockProblem, LayerProblem, Solved, admm, bias_shift
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.pruning.selection import NM
 from onnx_ecp.runtime.lazy import LazyArrays
@@ -23,6 +23,7 @@ from onnx_ecp.statistics.collection import Measured, row_sensitivities
 from onnx_ecp.statistics.forward import Segment
 from onnx_ecp.statistics.gram import Gram, mean_shift
 from onnx_ecp.statistics.layerwise import LayerwiseForward, Network, grams_of, matrix
+from onnx_ecp.statistics.moments import Moments
 from onnx_ecp.statistics.observer import State
 
 # Why a solution is not kept.
@@ -121,7 +122,8 @@ def solve_layers(
         weights = measured.weights[layer.name] if repair.weighted else None
         seen = fit.gram(segment, state, weights, repair.shrinkage)
         if network.uses[tensor] == 1:
-            solved = _solved(network, plan, before, state, layer, seen, may_reselect)
+            moments = [measured.moments[layer.name]] if repair.weighted else []
+            solved = _solved(network, plan, before, state, layer, seen, may_reselect, moments)
         else:
             original, current = matrix(layer, network.original), matrix(layer, state)
             shift = mean_shift(seen, original, current) if repair.shifts else None
@@ -179,7 +181,11 @@ def solve_shared(
     for layer in shared.values():
         tensor = layer.weight.tensor
         if tensor not in found:
-            found[tensor] = _solved(network, plan, before, state, layer, sums[tensor], may_reselect)
+            users = [x.name for x in shared.values() if x.weight.tensor == tensor]
+            moments = [measured.moments[n] for n in users] if repair.weighted else []
+            found[tensor] = _solved(
+                network, plan, before, state, layer, sums[tensor], may_reselect, moments
+            )
         if repair.shifts:
             original = matrix(layer, network.original)
             shifts[layer.name] = mean_shift(means[layer.name], original, found[tensor].weight)
@@ -246,24 +252,28 @@ def _solved(
     layer: Layer,
     seen: Gram,
     may_reselect: Collection[str],
+    moments: Sequence[Moments],
 ) -> Solved:
     """What the plan's compensation makes of one layer, or of all that share its weight."""
     repair, tensor = plan.method.repair, layer.weight.tensor
     assert repair.solve is not None, "the caller has looked"
     block, order = _block_of(plan, tensor)
-    return repair.solve(
-        LayerProblem(
-            weight=matrix(layer, before),
-            original=matrix(layer, network.original),
-            present=before.keep[tensor],
-            keep=state.keep[tensor],
-            may_reselect=tensor in may_reselect,
-            gram=seen,
-            damping=plan.damping or repair.damping,
-            block=block,
-            order=order,
-        )
+    problem = LayerProblem(
+        weight=matrix(layer, before),
+        original=matrix(layer, network.original),
+        present=before.keep[tensor],
+        keep=state.keep[tensor],
+        may_reselect=tensor in may_reselect and plan.method.may_reselect,
+        gram=seen,
+        damping=plan.damping or repair.damping,
+        block=block,
+        order=order,
+        sensitivity=sum((x.bb / x.count for x in moments), np.zeros(layer.shape[0])),
+        candidates=network.original.keep[tensor],
     )
+    if tensor in may_reselect and plan.method.support == "admm":
+        problem = replace(problem, keep=admm.chosen(problem))
+    return repair.solve(problem)
 
 
 def _block_of(plan: Plan, tensor: str) -> tuple[int, np.ndarray | None]:

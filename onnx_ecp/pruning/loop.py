@@ -240,7 +240,7 @@ def stage(
         replace(state, keep=keep),
         measured,
         progress,
-        may_reselect=free if plan.method.may_reselect else (),
+        may_reselect=free,
     )
     removed = {
         layer.name: before.removed.get(layer.name, 0.0)

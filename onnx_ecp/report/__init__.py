@@ -102,6 +102,9 @@ class Recipe:
     stages: int
     metric_reason: str = ""
     damping: float | None = None
+    support: str = "ranking"
+    effort: str = ""
+    budget: str = ""
 
 
 @dataclass(frozen=True)

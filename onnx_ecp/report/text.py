@@ -478,6 +478,10 @@ def _why(recipe: Recipe) -> str:
     return f" ({recipe.metric_reason})" if recipe.metric_reason else ""
 
 
+def _support(recipe: Recipe) -> str:
+    return "" if recipe.support == "ranking" else f"weights within a layer {recipe.support}, "
+
+
 def _facts(report: Report) -> Table:
     recipe, data = report.recipe, report.calibration
     errors = {"predicted": report.predicted_error}
@@ -488,9 +492,11 @@ def _facts(report: Report) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_row(
         "method",
-        f"{recipe.method}: importance {recipe.importance}, compensation {recipe.compensation}, "
-        f"metric {recipe.metric}{_why(recipe)}, {stages}",
+        f"{recipe.method}: importance {recipe.importance}, {_support(recipe)}compensation "
+        f"{recipe.compensation}, metric {recipe.metric}{_why(recipe)}, {stages}",
     )
+    if recipe.effort:
+        table.add_row("effort", f"{recipe.effort}{': ' * bool(recipe.budget)}{recipe.budget}")
     table.add_row("calibration", f"{origin}: {data}")
     table.add_row("output error", ", ".join(known) or "not measured")
     table.add_row("speed", report.speed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,3 +90,18 @@ def free_memory() -> int:
     if not found and hasattr(os, "sysconf"):  # what is free, macOS does not tell
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return max(min(found, default=2**32), 2**20)
+
+
+def parse_duration(value: float | str) -> float:
+    """Seconds: a number, or one with s, m or h behind it.
+
+    >>> parse_duration("1.5m"), parse_duration(90)
+    (90.0, 90.0)
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(value).strip().lower())
+    if match is None:
+        raise ValueError(f"{value!r} is no time")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]

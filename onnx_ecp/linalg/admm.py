@@ -1,0 +1,79 @@
+"""Which weights of a layer stay, for a given number: least squares with a cardinality constraint.
+
+With the quadratic of a refit, H and r, rows of W that share it, and a factor s_i per row,
+
+    min over W with k nonzeros of  sum_i s_i (w_i H w_i^T / 2 - r_i w_i^T)
+
+is solved about by ADMM (ALPS, Meng et al. 2024, arXiv:2406.07831): a copy Y of W has the zeros, and
+V holds the two together,
+
+    U <- (R - V + rho Y) (H + rho I)^-1    Y <- the k largest of U + V / rho    V <- V + rho (U - Y)
+
+with rho raised as the support of Y settles. One eigendecomposition of H serves every rho. Columns
+are scaled to a unit diagonal of H first, as in the paper, and rows by s_i^(1/2), which makes H that
+of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from onnx_ecp.runtime.limits import check_deadline
+
+# From a Z (rows, in) to the mask of what stays of it.
+Projection = Callable[[np.ndarray], np.ndarray]
+
+
+# The first penalty, in units of the diagonal of H. It leaves within 5 % of what a third of it does,
+# in two thirds of the iterations (some 40), on training digits with five layers of 25 to 784 inputs
+# at .9 to .98; three times as large a one leaves a fifth more.
+RHO = 0.1
+# Iterations between two looks at the support, and the factors by which the penalty is then raised,
+# where at least that share of the support is new: the paper's but for the last one.
+EVERY = 3
+FACTORS = ((0.1, 1.3), (0.005, 1.2), (1e-12, 1.1), (0.0, 1.5))
+MOST = 300
+
+
+def support(
+    system: np.ndarray,
+    right: np.ndarray,
+    start: np.ndarray,
+    scale: np.ndarray,
+    project: Projection,
+) -> np.ndarray:
+    """Keep mask (rows, in) of the weights with which the quadratic becomes about the smallest.
+
+    Args:
+        system: H, (in, in), symmetric positive definite.
+        right: r, (rows, in).
+        start: (rows, in), where the iteration begins.
+        scale: s, (rows,) >= 0.
+        project: chooses what stays.
+    """
+    unit = np.sqrt(np.diagonal(system))
+    values, vectors = np.linalg.eigh(system / unit / unit[:, None])
+    values, vectors = values.astype(np.float32), vectors.astype(np.float32)
+    root = np.sqrt(scale / (scale.mean() or 1.0))[:, None]
+    wanted = (root * right / unit).astype(np.float32)
+    y = (root * start * unit).astype(np.float32)
+    v, rho = np.zeros_like(y), np.float32(RHO)
+    keep = project(y)
+    number, before = max(int(np.count_nonzero(keep)), 1), keep
+    for step in range(1, MOST + 1):
+        check_deadline()
+        u = ((wanted - v + rho * y) @ vectors / (values + rho)) @ vectors.T
+        z = u + v / rho
+        keep = project(z)
+        y = np.where(keep, z, np.float32(0))
+        v += rho * (u - y)
+        if step % EVERY == 0:
+            new = np.count_nonzero(keep & ~before) / number
+            # With a penalty below the diagonal of H what left may still come back by itself.
+            if not new and rho >= 1:
+                break
+            rho *= np.float32(next(f for share, f in FACTORS if new >= share))
+            before = keep
+    return keep
