@@ -14,8 +14,8 @@ from onnx_ecp.api import preparation
 from onnx_ecp.api.options import Options
 from onnx_ecp.errors import CalibrationError, ModelError, TargetError, UsageError
 from onnx_ecp.gradients.cotangents import SeedPlan
-from onnx_ecp.gradients.numeric import PIECEWISE
 from onnx_ecp.graph import load as load_model
+from onnx_ecp.graph.operators import find
 from onnx_ecp.pruning import loop as pruning
 from onnx_ecp.runtime.limits import threads_of, workers
 from onnx_ecp.statistics.layerwise import LayerwiseForward
@@ -250,7 +250,7 @@ def test_operators_with_kinks_get_small_steps(op):
     y = net.run(None, {"x": grid})[0].reshape(-1)
     bend = np.abs(y[2:] - 2 * y[1:-1] + y[:-2]).max() / h
     assert len(y) == len(grid)
-    assert (bend > 0.01) == (op in PIECEWISE) or op == "Elu"  # kinked for an alpha other than 1
+    assert (bend > 0.01) == find("", op).kinked({})
 
 
 def test_shapes_chosen_for_real_samples_must_be_theirs(rng):

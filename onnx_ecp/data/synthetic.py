@@ -17,15 +17,13 @@ import onnx
 from onnx_ecp.data.untrusted import memory_budget
 from onnx_ecp.errors import CalibrationError, UsageError, did_you_mean
 from onnx_ecp.graph import InputSpec
+from onnx_ecp.graph.operators import Moves, moving
 
 # By part of the name of a free axis; what is none of these has DEFAULT_SIZE.
 SIZES = {"seq": 16, "len": 16, "time": 16, "token": 16, "height": 64, "width": 64}
 DEFAULT_SIZE = 8
 # Operators behind which an index is still the same index.
-_PASSES_IDS = {
-    *("Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Transpose"),
-    *("Slice", "Split", "Concat", "Tile"),
-}
+_PASSES_IDS = moving(*Moves) - {"Gather", "GatherElements", "GatherND"}
 # Operators whose result has the shape of their first input.
 _SAME_SHAPE = {"Identity", "Cast", "DequantizeLinear"}
 # (position of the table, position of the index) among the inputs, for every look-up of an operator.

@@ -9,42 +9,23 @@ the oracle of the reverse graph and the way out for operators that have no rule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
+import onnx
 
+from onnx_ecp.graph.operators import attributes_of, find
 from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.session import Session
 
-# Where these occur, a small step crosses few kinks (h = 1e-3); a smooth network takes h = 1e-2.
-PIECEWISE = frozenset(
-    [
-        "Relu",
-        "LeakyRelu",
-        "PRelu",
-        "Clip",
-        "Abs",
-        "Max",
-        "Min",
-        "MaxPool",
-        "GlobalMaxPool",
-        "MaxRoiPool",
-        "HardSwish",
-        "HardSigmoid",
-        "ThresholdedRelu",
-        "ReduceMax",
-        "ReduceMin",
-        "ReduceL1",
-        "Where",
-        "Selu",
-        "Shrink",
-        "TopK",
-        "Sign",
-        "Floor",
-        "Ceil",
-        "Round",
-    ]
-)
+# In units of max(|z|, 1): a small step crosses few kinks; a smooth network takes a larger one.
+_AMONG_KINKS, _SMOOTH = 1e-3, 1e-2
+
+
+def step_for(nodes: Iterable[onnx.NodeProto]) -> float:
+    """The step h that suits a network of these operators."""
+    kinked = (find(n.domain, n.op_type).kinked(attributes_of(n)) for n in nodes)
+    return _AMONG_KINKS if any(kinked) else _SMOOTH
 
 
 def numeric_adjoint(

@@ -18,6 +18,7 @@ from onnx import TensorProto
 
 from onnx_ecp.errors import ModelError
 from onnx_ecp.graph.external import is_external
+from onnx_ecp.graph.operators import Moves, moving
 from onnx_ecp.graph.printable import printable
 from onnx_ecp.graph.proto import Body, bodies, nested, sparse_tensors, subgraphs, tensors
 from onnx_ecp.graph.sparse import check_sparse
@@ -45,7 +46,7 @@ _RUNTIME_OPS = frozenset(
 )
 _RUNTIME_DOMAIN = "com.microsoft"
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-_CARRIERS = ("Identity", "Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Flatten")
+_CARRIERS = moving(Moves.IN_ORDER, Moves.REORDERED)
 _WEIGHTED = frozenset(
     {
         "Gemm",

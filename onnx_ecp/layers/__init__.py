@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnx_ecp.graph.operators import MICROSOFT
 from onnx_ecp.layers import attention, conv, fused, gemm, matmul, opaque
-from onnx_ecp.layers.bias import MICROSOFT
 from onnx_ecp.layers.conv import Conv
 from onnx_ecp.layers.dense import Dense
 from onnx_ecp.layers.fused import preactivation

@@ -9,12 +9,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnx_ecp.graph.operators import MICROSOFT
 from onnx_ecp.graph.proto import UNSHIFTED
 from onnx_ecp.layers import edit
 from onnx_ecp.layers.trace import Scope, Traced
 from onnx_ecp.layers.views import operator
-
-MICROSOFT = "com.microsoft"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.layers.bias import MICROSOFT
+from onnx_ecp.graph.operators import MICROSOFT
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.layers.trace import Scope
 from onnx_ecp.layers.views import operator

@@ -21,12 +21,13 @@ from onnx_ecp.errors import CalibrationError, ModelError, UsageError, did_you_me
 from onnx_ecp.gradients.builder import Fact
 from onnx_ecp.gradients.cotangents import SQUARED, plan
 from onnx_ecp.gradients.links import LINKS, Link
-from onnx_ecp.gradients.numeric import PIECEWISE, numeric_adjoint
+from onnx_ecp.gradients.numeric import numeric_adjoint, step_for
 from onnx_ecp.gradients.prepare import MINIMUM_OPSET, add_reverse, facts_of, opset_of, prepare
 from onnx_ecp.gradients.reverse import NO_OUTPUT
 from onnx_ecp.gradients.selections import Selection, parts_of_outputs, selections
 from onnx_ecp.graph import Model, constants, is_external, printable, read_tensor
 from onnx_ecp.graph.columns import column_axes
+from onnx_ecp.graph.operators import OPERATORS, Moves, moving
 from onnx_ecp.layers import Layer
 from onnx_ecp.layers.dense import Dense
 from onnx_ecp.runtime.lazy import LazyArrays
@@ -42,9 +43,9 @@ STATISTICS = ("auto", "graph", "host")
 SAME = 0.05
 # Operators that leave the elements of their first input as they are, and in their order; that
 # pick some, or take another order; and whose values are no logits, where they are outputs.
-MOVES = ("Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Dropout")
-PICKS = ("Gather", "Slice", "Split", "Transpose")
-SQUASHES = ("HardSigmoid", "Sigmoid", "Softmax")
+MOVES = moving(Moves.IN_ORDER)
+PICKS = moving(Moves.REORDERED, Moves.PICKED, Moves.REPEATED)
+SQUASHES = {op for (_, op), row in OPERATORS.items() if row.image == (0.0, 1.0)}
 # Element types that weights are observed in; half precision is widened.
 _AS_THEY_ARE = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
 
@@ -524,8 +525,7 @@ class Observer:
     def _differences(
         self, layer: Layer, feeds: dict[str, Value], seeds: Mapping[str, np.ndarray], n: int
     ) -> np.ndarray:
-        kinds = {node.op_type for node in self._prepared.proto.graph.node}
-        step = 1e-3 if kinds & PIECEWISE else 1e-2
+        step = step_for(self._prepared.proto.graph.node)
         shift = self._prepared.shifts[layer.name]
         return numeric_adjoint(
             self._forward, feeds, shift, layer.output, seeds, samples=n, step=step
@@ -820,7 +820,7 @@ def _link_behind(
 
 def _is_squashed(name: str, producers: Mapping[str, onnx.NodeProto]) -> bool:
     """Whether a tensor holds values of a sigmoid or a softmax, all or some of them."""
-    while name in producers and producers[name].op_type in (*MOVES, *PICKS):
+    while name in producers and producers[name].op_type in MOVES | PICKS:
         name = producers[name].input[0]
     return name in producers and producers[name].op_type in SQUASHES
 

@@ -8,17 +8,17 @@ times anything is zero. Which number it is, ONNX Runtime says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnx_ecp.graph.operators import Moves, find, is_padded
 from onnx_ecp.layers import Layer
 from onnx_ecp.layers.trace import Scope
 from onnx_ecp.layers.views import operator
 from onnx_ecp.units.groups import Structure, is_conv, with_layers
-from onnx_ecp.units.rules import RULES, elementwise
 from onnx_ecp.units.union_find import Axis
 
 
@@ -78,7 +78,7 @@ def steady_columns(
     for node, layer in with_layers(scope, layers):
         if layer is not None:
             data = next(x for x in node.inputs if x.name == layer.input)
-            seen = state.zero(data) if is_padded(node) else state.of(data)
+            seen = state.zero(data) if is_padded(node.attrs) else state.of(data)
             if seen is not None and layer.shape[1] % len(seen) == 0:
                 columns[layer.name] = np.repeat(seen, layer.shape[1] // len(seen))
         for output in (y for y in node.outputs if y.name in structure.axes):
@@ -90,18 +90,12 @@ def steady_columns(
     return columns
 
 
-def is_padded(node: gs.Node) -> bool:
-    """Whether a window of an operator reaches beyond the border, where another value is."""
-    free = node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID", b"NOTSET", b"VALID")
-    return not free or any(node.attrs.get("pads", ()))
-
-
 def _of_layer(state: Steady, node: gs.Node, layer: Layer, dead: np.ndarray) -> np.ndarray:
     """A row is its bias where it has no weights, or where a depthwise Conv reads one number."""
     output, data = node.outputs[0], state.of(node.inputs[0])
     steady = dead.copy()
     if data is not None and layer.groups == len(data) > 1:
-        seen = state.zero(node.inputs[0]) if is_padded(node) else data
+        seen = state.zero(node.inputs[0]) if is_padded(node.attrs) else data
         assert seen is not None, "its input has units"
         steady |= np.repeat(seen, len(dead) // len(data))
     place = state.axes[output.name].index - state.values[output.name].ndim
@@ -121,22 +115,19 @@ def _as_operand(state: Steady, tensor: gs.Tensor, place: int, length: int) -> np
 
 def _behind(state: Steady, node: gs.Node, output: gs.Tensor) -> np.ndarray:
     """(length,) bool: the entries of an output that are one number."""
-    axis, (domain, op) = state.axes[output.name], operator(node)
+    axis, known = state.axes[output.name], find(*operator(node))
     steady = np.zeros(len(axis.marks), np.bool_)
-    if RULES.get((domain, op)) is elementwise:
+    if known.moves is Moves.JOINED:
+        return _side_by_side(state, node, axis.index)
+    if known.elementwise:
         place = axis.index - state.values[output.name].ndim
         operands = [_as_operand(state, x, place, len(steady)) for x in node.inputs if x.name]
         steady = np.logical_and.reduce(operands)
-    if domain:
-        return steady
-    if op == "Concat":
-        return _side_by_side(state, node, axis.index)
-    if op in _KEEPS and _KEEPS[op](node):
-        return _moved(state, node, output)
-    if op in _KEEPS_ZEROS:
-        for zero in map(state.zero, node.inputs):
-            if zero is not None and len(zero) == len(steady):
-                steady = steady | zero
+    elif known.averages(node.attrs):
+        steady = _moved(state, node, output)
+    for zero in (state.zero(node.inputs[i]) for i in known.zeros):
+        if known.moves is None and zero is not None and len(zero) == len(steady):
+            steady = steady | zero
     return steady
 
 
@@ -166,42 +157,18 @@ def _moved(state: Steady, node: gs.Node, output: gs.Tensor) -> np.ndarray:
         along[before.index] = len(entries)
         whole = np.broadcast_to(entries.reshape(along), old).reshape(new)
         return np.asarray(np.moveaxis(whole, after.index, 0).reshape(len(after.marks), -1).all(1))
+    if len(after.marks) != len(entries) or _picks_along(state, node, before.index):
+        return np.zeros(len(after.marks), np.bool_)
     return entries
 
 
-def _always(node: gs.Node) -> bool:
-    return True
-
-
-def _averages_what_is_there(node: gs.Node) -> bool:
-    """An AveragePool that counts no border: the mean of one number is that number."""
-    counts = is_padded(node) and node.attrs.get("count_include_pad", 0)
-    return not counts and not node.attrs.get("ceil_mode", 0)
-
-
-def _interpolates(node: gs.Node) -> bool:
-    """A Resize that takes means of neighbours and nothing from beyond the border."""
-    crops = node.attrs.get("coordinate_transformation_mode", "") == "tf_crop_and_resize"
-    return not crops and node.attrs.get("mode", "nearest") in ("nearest", "linear")
-
-
-_MOVES = ("Flatten", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
-_MEANS = (
-    "GlobalAveragePool",
-    "GlobalMaxPool",
-    "MaxPool",
-    "ReduceMax",
-    "ReduceMean",
-    "ReduceMin",
-)
-# What makes of one number at all positions one number, however many there are, and when it does.
-_KEEPS: dict[str, Callable[[gs.Node], bool]] = {
-    **dict.fromkeys((*_MOVES, *_MEANS, "BatchNormalization"), _always),
-    "AveragePool": _averages_what_is_there,
-    "Resize": _interpolates,
-    "Upsample": _interpolates,
-}
-# What makes zeros of zeros; a product, of a single one.
-_KEEPS_ZEROS: Collection[str] = frozenset(
-    ("Mul", "MatMul", "AveragePool", "LpPool", "GlobalLpPool", "ReduceSum", "ReduceL1", "ReduceL2")
-)
+def _picks_along(state: Steady, node: gs.Node, index: int) -> bool:
+    """Whether the operator may take entries of this axis in another order."""
+    if node.op == "Gather":
+        rank = state.values[node.inputs[0].name].ndim
+        return int(node.attrs.get("axis", 0)) % rank == index
+    if node.op == "Slice":
+        steps = node.inputs[4] if len(node.inputs) > 4 and node.inputs[4].name else None
+        stored = None if steps is None else state.scope.stored(steps)
+        return steps is not None and (stored is None or bool((np.asarray(stored.values) < 0).any()))
+    return find(*operator(node)).moves is Moves.REPEATED and node.op not in ("Expand", "Tile")

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.layers.bias import MICROSOFT
+from onnx_ecp.graph.operators import MICROSOFT, OPERATORS, Moves, find, moving
 from onnx_ecp.layers.views import operator
 from onnx_ecp.units.propagation import Count, NotFollowed, Walk
 from onnx_ecp.units.shape_values import entries_of, of_shape
@@ -49,17 +49,16 @@ def _data(walk: Walk, node: gs.Node) -> Axis:
     return followed[0][1]
 
 
-@rule("Gelu", "QuickGelu", "FastGelu", "BiasGelu", domain=MICROSOFT)
+@rule(*(op for (domain, op), row in OPERATORS.items() if row.elementwise and not domain))
 @rule(
-    *("Abs", "Cast", "Ceil", "Celu", "Clip", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu"),
-    *("HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "Mish", "Neg", "Reciprocal"),
-    *("Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Softplus", "Softsign", "Sqrt"),
-    *("Swish", "Tanh", "ThresholdedRelu", "Sin", "Cos", "Add", "Div", "Max", "Mean", "Min", "Mul"),
-    *("Pow", "PRelu", "Sub", "Sum", "Where"),
+    *(op for (domain, op), row in OPERATORS.items() if row.elementwise and domain),
+    domain=MICROSOFT,
 )
 def elementwise(walk: Walk, node: gs.Node) -> Outputs:
     """Entry by entry, with broadcasting: units that meet are joined."""
-    out = node.outputs[0]
+    out, entrywise = node.outputs[0], find(*operator(node)).elementwise
+    if any(walk.axis(x) is not None for x in node.inputs[entrywise:]):
+        raise NotFollowed("its parameters are computed from units")
     places = {axis.index - len(walk.shape(x)) for x, axis in _followed(walk, node)}
     if len(places) != 1:
         raise NotFollowed("it combines units of different axes")
@@ -67,7 +66,7 @@ def elementwise(walk: Walk, node: gs.Node) -> Outputs:
     marks = max((axis.marks for _, axis in _followed(walk, node)), key=len)
     if walk.shape(out)[place] != len(marks):
         raise NotFollowed("it repeats its units")
-    for index, tensor in enumerate(node.inputs):
+    for index, tensor in enumerate(node.inputs[:entrywise]):
         if tensor.name:
             walk.meet(node, index, place, marks)
     return {out.name: Axis(rank + place, marks)}
@@ -100,25 +99,20 @@ def spatial(walk: Walk, node: gs.Node) -> Outputs:
 
 @rule("Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization")
 def normalises_the_rest(walk: Walk, node: gs.Node) -> Outputs:
-    """Reads all entries from ``axis`` on together; units in front of it do not meet."""
+    """Reads all entries of some axes together; units on another one do not meet."""
     axis = _data(walk, node)
-    if axis.index >= _normalised_from(walk, node):
+    if axis.index in _together(walk, node):
         raise NotFollowed("it normalises over units, so that each one acts on all")
     return {node.outputs[0].name: axis}
 
 
-# Softmax is one of the last axis alone, by default, from this opset on; before, of axis 1 and all
-# axes behind it.
-_SOFTMAX_OF_LAST = 13
-
-
-def _normalised_from(walk: Walk, node: gs.Node) -> int:
-    """The first axis that a normalising operator takes together with all behind it."""
+def _together(walk: Walk, node: gs.Node) -> frozenset[int]:
+    """The axes that a normalising operator takes together."""
     imports = walk.scope.proto.opset_import
     opset = next(o.version for o in imports if o.domain in ("", "ai.onnx"))
-    early = node.op.endswith("Softmax") and opset < _SOFTMAX_OF_LAST
-    first, rank = int(node.attrs.get("axis", 1 if early else -1)), len(walk.shape(node.inputs[0]))
-    return first % rank
+    axes = find(*operator(node)).together
+    assert axes is not None, "the table says so of all that normalise"
+    return axes(node.attrs, len(walk.shape(node.inputs[0])), opset)
 
 
 @rule(*(f"Reduce{kind}" for kind in ("Max", "Mean", "Min", "Prod", "Sum", "SumSquare", "L1", "L2")))
@@ -388,7 +382,7 @@ def _is_softmax(walk: Walk, node: gs.Node, logits: gs.Tensor) -> bool:
     if domain:
         return False
     if op == "Softmax":
-        return _normalised_from(walk, node) == len(walk.shape(logits)) - 1
+        return _together(walk, node) == {len(walk.shape(logits)) - 1}
     if op in ("Mul", "Div"):
         # A scale that is computed from shapes would follow the size of heads.
         scales = node.inputs[0] is logits or op == "Mul"
@@ -400,7 +394,7 @@ def _is_softmax(walk: Walk, node: gs.Node, logits: gs.Tensor) -> bool:
     return _softmax_follows(walk, node.outputs[0])
 
 
-_MOVES = {"Cast", "Identity", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+_MOVES = moving(Moves.IN_ORDER, Moves.REORDERED, Moves.PICKED)
 
 
 def _is_steady(walk: Walk, tensor: gs.Tensor) -> bool:

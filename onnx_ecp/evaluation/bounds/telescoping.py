@@ -29,6 +29,7 @@ import onnx
 from onnx_ecp.errors import OnnxEcpError
 from onnx_ecp.evaluation.bounds.norms import Kernel, convolution_norm, matrix_norm
 from onnx_ecp.evaluation.bounds.pair import LayerStep, Pair
+from onnx_ecp.graph.operators import OPERATORS, Moves, attributes_of, find, moving
 
 EXACT = "exact arithmetic: rounding, about 1e-6 of the outputs in float32, is not included"
 
@@ -117,7 +118,11 @@ def telescope(pair: Pair, inputs: Mapping[str, Reach]) -> np.ndarray:
 def check_known(proto: onnx.ModelProto) -> None:
     """CannotFollow for the first operator that has no rule, Constant nodes aside."""
     for node in proto.graph.node:
-        if node.op_type not in RULES and node.op_type != "Constant":
+        rule = RULES.get(node.op_type)
+        if node.op_type == "Constant" or (rule is not None and not isinstance(rule, Activation)):
+            continue
+        slope = find(node.domain, node.op_type).lipschitz(attributes_of(node))
+        if rule is None or (rule.lipschitz is None and slope is None):
             raise _refused(LayerStep(node, {}, {}, []), "it has no known Lipschitz constant")
 
 
@@ -302,58 +307,52 @@ def _averaged(step: LayerStep, inputs: Inputs) -> Reach:
     return replace(found, error=x.error * math.sqrt(found.centre.size / x.centre.size))
 
 
+Lipschitz = Callable[[LayerStep, tuple[int, ...]], float]
+
+
 @dataclass(frozen=True)
 class Activation:
-    """A function that is no linear one.
+    """A function that is no linear one; what is known of it stands in ``graph.operators``.
 
     Args:
-        lipschitz: from a step and the input's shape to a Lipschitz constant in the L2 norm.
-        monotone: whether it maps the ends of intervals to the ends of intervals.
-        image: (low, high) of all its values where it is not monotone but bounded.
+        lipschitz: from a step and the input's shape to a Lipschitz constant in the L2 norm, where
+            that depends on more than attributes.
     """
 
-    lipschitz: Callable[[LayerStep, tuple[int, ...]], float]
-    monotone: bool = True
-    image: tuple[float, float] | None = None
+    lipschitz: Lipschitz | None = None
 
     def __call__(self, step: LayerStep, inputs: Inputs) -> Reach:
         """The rule of this function."""
         x = _only(step, inputs)
         _check_same(step)
-        error = self.lipschitz(step, x.centre.shape) * x.gap
+        known = find(step.node.domain, step.node.op_type)
+        if self.lipschitz is None:
+            slope = known.lipschitz(step.attributes)
+        else:
+            slope = self.lipschitz(step, x.centre.shape)
+        if slope is None:
+            raise _refused(step, "its slope has no bound")
 
         def run(a: np.ndarray) -> np.ndarray:
             return step.run({0: a, **step.a})
 
         if x.is_point:
             centre, radius = run(x.centre), None
-        elif self.monotone:
-            low, high = run(x.centre - x.radius), run(x.centre + x.radius)
-            centre, radius = (low + high) / 2, (high - low) / 2
-        elif self.image is not None:
-            low, high = (np.full_like(x.centre, end) for end in self.image)
+        elif known.monotone(step.attributes):
+            ends = run(x.centre - x.radius), run(x.centre + x.radius)
+            centre, radius = (ends[0] + ends[1]) / 2, np.abs(ends[1] - ends[0]) / 2
+        elif known.image is not None:
+            low, high = (np.full_like(x.centre, end) for end in known.image)
             centre, radius = (low + high) / 2, (high - low) / 2
         else:
             raise _refused(step, "it is not monotone; only given inputs can be followed")
         zero = np.zeros_like(centre)
-        return Reach(centre, zero if radius is None else radius, zero, zero, error)
+        return Reach(centre, zero if radius is None else radius, zero, zero, slope * x.gap)
 
 
 def _check_same(step: LayerStep) -> None:
     if not step.same:
         raise _refused(step, "its constants differ between the models")
-
-
-Lipschitz = Callable[[LayerStep, tuple[int, ...]], float]
-
-
-def _constant(value: float) -> Lipschitz:
-    return lambda step, shape: value
-
-
-def _at_least_one(attribute: str, default: float) -> Lipschitz:
-    """Slope 1 on one side, that of the attribute on the other."""
-    return lambda step, shape: max(1.0, abs(step.attributes.get(attribute, default)))
 
 
 def _pooling(step: LayerStep, shape: tuple[int, ...]) -> float:
@@ -378,29 +377,21 @@ def _check_axis(step: LayerStep, shape: tuple[int, ...]) -> int:
     return axis
 
 
-_MOVES = ("Identity", "Dropout", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Cast")
+# Functions of one input, entry by entry.
+_FUNCTIONS = tuple(
+    op
+    for (domain, op), row in OPERATORS.items()
+    if not domain and row.elementwise == 1 and row.moves is None and not row.flat
+)
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("Gemm", "MatMul", "Conv"), _weighted),
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _elementwise),
-    **dict.fromkeys(_MOVES, _moved),
+    **dict.fromkeys(moving(Moves.IN_ORDER) - {"CastLike"} | {"Transpose"}, _moved),
     **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean"), _averaged),
     "BatchNormalization": _normalised,
     "Concat": _joined,
-    "Relu": Activation(_constant(1.0)),
-    "LeakyRelu": Activation(_at_least_one("alpha", 0.01)),
-    "Elu": Activation(_at_least_one("alpha", 1.0)),
-    "Tanh": Activation(_constant(1.0)),
-    "Sigmoid": Activation(_constant(0.25)),
-    "HardSigmoid": Activation(lambda step, shape: abs(step.attributes.get("alpha", 0.2))),
-    "Softplus": Activation(_constant(1.0)),
-    "Softsign": Activation(_constant(1.0)),
-    "Clip": Activation(_constant(1.0)),
-    "Abs": Activation(_constant(1.0), monotone=False),
-    "Erf": Activation(_constant(2 / math.sqrt(math.pi))),
-    "Gelu": Activation(_constant(1.13), monotone=False),  # largest slope 1.1289
-    "HardSwish": Activation(_constant(1.5), monotone=False),
-    "Softmax": Activation(_softmax, monotone=False, image=(0.0, 1.0)),
-    "LogSoftmax": Activation(_log_softmax, monotone=False),
+    **dict.fromkeys((*_FUNCTIONS, "GlobalMaxPool"), Activation()),
+    "Softmax": Activation(_softmax),
+    "LogSoftmax": Activation(_log_softmax),
     "MaxPool": Activation(_pooling),
-    "GlobalMaxPool": Activation(_constant(1.0)),
 }

@@ -2,8 +2,9 @@
 
     f'(x)  ~  (f(x + h) - f(x - h)) / ((x + h) - (x - h))
 
-In double precision where ONNX Runtime has the kernel. Whether an operator works element by element
-is tried out: what happens to an element must not depend on where it is, nor on the others.
+In double precision where ONNX Runtime has the kernel. Whether an operator that the table of
+operators does not list works element by element is tried out: what happens to an element must not
+depend on where it is, nor on the others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import onnx_graphsurgeon as gs
 from onnx_ecp.errors import ProviderError
 from onnx_ecp.gradients.builder import Builder
 from onnx_ecp.gradients.rules.registry import Unsupported, only
+from onnx_ecp.graph.operators import find
 from onnx_ecp.graph.surgery import export_graph
 from onnx_ecp.runtime.session import Session
 
@@ -38,7 +40,8 @@ def by_differences(
     own, shape = op.dtype(x), op.shape(x)
     if shape != op.shape(node.outputs[0]) or own not in STEPS or op.dtype(node.outputs[0]) != own:
         raise Unsupported("another shape or type")
-    if not _is_elementwise(op, node, shape, own):
+    listed = find(node.domain, node.op).elementwise
+    if not listed and not _is_elementwise(op, node, shape, own):
         raise Unsupported("elements that depend on each other")
     wide = next(t for t in STEPS if t == own or _session(op, node, shape, t) is not None)
     x = x if wide == own else op.cast(x, wide)

@@ -22,13 +22,13 @@ from onnx_ecp.gradients.rules.registry import (
     optional_input,
     rule,
 )
+from onnx_ecp.graph.operators import OPERATORS, SELU_ALPHA, SELU_GAMMA
 
 Derivative = Callable[..., gs.Tensor]
 
 SQRT_2 = math.sqrt(2.0)
 SQRT_PI = math.sqrt(math.pi)
-# The constants that ONNX fixes for Selu and for the tanh form of Gelu.
-SELU_ALPHA, SELU_GAMMA = 1.67326319217681884765625, 1.05070102214813232421875
+# The constants that ONNX fixes for the tanh form of Gelu.
 GELU_SCALE, GELU_CUBIC = math.sqrt(2.0 / math.pi), 0.044715
 
 
@@ -189,7 +189,7 @@ for _name, _derivatives in BINARY.items():
     rule(_name)(_binary(_derivatives))
 
 
-@rule("Ceil", "EyeLike", "Floor", "Hardmax", "Sign")
+@rule(*(op for (domain, op), row in OPERATORS.items() if row.flat and not domain and op != "Round"))
 def _step(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Tensor | None:
     return None
 
