@@ -325,6 +325,184 @@ NETWORKS = {
         {"W": (6, 5), "V": (6, 4)},
         [6],
     ),
+    "gated unit by Slices": (
+        "float[N, 5] x",
+        """h = Gemm(x, W, b)
+        zero = Constant<value = int64[1] {0}>()
+        half = Constant<value = int64[1] {6}>()
+        most = Constant<value = int64[1] {9223372036854775807}>()
+        one = Constant<value = int64[1] {1}>()
+        u = Slice(h, zero, half, one)
+        g = Slice(h, half, most, one)
+        s = Sigmoid(g)
+        m = Mul(u, s)
+        y = MatMul(m, V)""",
+        {"W": (5, 12), "b": (12,), "V": (6, 3)},
+        [6],
+    ),
+    "gated unit by a Slice from the end": (
+        "float[N, 5] x",
+        """h = Gemm(x, W, b)
+        zero = Constant<value = int64[1] {0}>()
+        half = Constant<value = int64[1] {-6}>()
+        most = Constant<value = int64[1] {12}>()
+        one = Constant<value = int64[1] {-1}>()
+        u = Slice(h, zero, half, one)
+        g = Slice(h, half, most, one)
+        s = Tanh(g)
+        m = Mul(u, s)
+        y = MatMul(m, V)""",
+        {"W": (5, 12), "b": (12,), "V": (6, 3)},
+        [6],
+    ),
+    "chunk by shape arithmetic, halves read apart": (
+        "float[N, 5] x",
+        """h = Gemm(x, W, b)
+        sh = Shape(h)
+        i = Constant<value = int64 {1}>()
+        n = Gather(sh, i)
+        two = Constant<value = int64 {2}>()
+        n1 = Add(n, i)
+        k = Div(n1, two)
+        one = Constant<value = int64[1] {1}>()
+        twice = Constant<value = int64[1] {2}>()
+        zero = Constant<value = int64[1] {0}>()
+        k1 = Mul(k, one)
+        k2 = Mul(k, twice)
+        u = Slice(h, zero, k1, one)
+        v = Slice(h, k1, k2, one)
+        p = Gemm(u, V, c)
+        q = Gemm(v, U, d)
+        t = Add(p, q)
+        r = Relu(t)
+        y = MatMul(r, Q)""",
+        {"W": (5, 12), "b": (12,), "V": (6, 4), "c": (4,), "U": (6, 4), "d": (4,), "Q": (4, 3)},
+        [6, 6, 4],
+    ),
+    "softmax over branches": (
+        "float[N, 5] x",
+        """h = Gemm(x, W, b)
+        shape = Constant<value = int64[3] {0, 2, 6}>()
+        r = Reshape(h, shape)
+        s = Softmax<axis = 1>(r)
+        m = Mul(r, s)
+        axes = Constant<value = int64[1] {1}>()
+        q = ReduceSum<keepdims = 0>(m, axes)
+        y = MatMul(q, V)""",
+        {"W": (5, 12), "b": (12,), "V": (6, 3)},
+        [6],
+    ),
+    "queries, keys and values in one tensor, unbound": (
+        "float[N, 4, 6] x",
+        """h = MatMul(x, W)
+        shape = Constant<value = int64[5] {0, 4, 3, 3, 2}>()
+        r = Reshape(h, shape)
+        t = Transpose<perm = [2, 0, 3, 1, 4]>(r)
+        i = Constant<value = int64 {0}>()
+        j = Constant<value = int64 {1}>()
+        k = Constant<value = int64 {2}>()
+        q = Gather(t, i)
+        k1 = Gather(t, j)
+        v = Gather(t, k)
+        kt = Transpose<perm = [0, 1, 3, 2]>(k1)
+        l = MatMul(q, kt)
+        s = Softmax<axis = -1>(l)
+        o = MatMul(s, v)
+        ot = Transpose<perm = [0, 2, 1, 3]>(o)
+        flat = Constant<value = int64[3] {0, 4, -1}>()
+        f = Reshape(ot, flat)
+        y = MatMul(f, V)""",
+        {"W": (6, 18), "V": (6, 4)},
+        [3],
+    ),
+    "channel shuffle": (
+        "float[N, 3, 4, 4] x",
+        """h = Conv(x, W)
+        r = Relu(h)
+        shape = Constant<value = int64[5] {0, 2, 4, 4, 4}>()
+        s = Reshape(r, shape)
+        t = Transpose<perm = [0, 2, 1, 3, 4]>(s)
+        back = Constant<value = int64[4] {0, 8, 4, 4}>()
+        u = Reshape(t, back)
+        y = Conv(u, V)""",
+        {"W": (8, 3, 1, 1), "V": (3, 8, 1, 1)},
+        [4],
+    ),
+    "a gate expanded to the shape of its channels": (
+        "float[N, 3, 4, 4] x",
+        """h = Conv(x, W)
+        r = Relu(h)
+        p = GlobalAveragePool(r)
+        q = Conv(p, G)
+        g = Sigmoid(q)
+        sh = Shape(r)
+        e = Expand(g, sh)
+        m = Mul(r, e)
+        y = Conv(m, V)""",
+        {"W": (6, 3, 1, 1), "G": (6, 6, 1, 1), "V": (3, 6, 1, 1)},
+        [6],
+    ),
+    "Resize to sizes of another map": (
+        "float[N, 3, 4, 4] x",
+        """h = Conv(x, W)
+        r = Relu(h)
+        sh = Shape<end = 2>(r)
+        hw = Constant<value = int64[2] {8, 8}>()
+        sizes = Concat<axis = 0>(sh, hw)
+        u = Resize<mode = "nearest">(r, , , sizes)
+        y = Conv(u, V)""",
+        {"W": (6, 3, 1, 1), "V": (3, 6, 1, 1)},
+        [6],
+    ),
+    "Resize to sizes that name the channels": (
+        "float[N, 3, 4, 4] x",
+        """h = Conv(x, W)
+        r = Relu(h)
+        n = Shape<end = 1>(x)
+        rest = Constant<value = int64[3] {6, 8, 8}>()
+        sizes = Concat<axis = 0>(n, rest)
+        u = Resize<mode = "nearest">(r, , , sizes)
+        y = Conv(u, V)""",
+        {"W": (6, 3, 1, 1), "V": (3, 6, 1, 1)},
+        [6],
+    ),
+    "pixel shuffle, CRD": (
+        "float[N, 3, 4, 4] x",
+        """h = Conv(x, W)
+        d = DepthToSpace<blocksize = 2, mode = "CRD">(h)
+        r = Relu(d)
+        y = Conv(r, V)""",
+        {"W": (20, 3, 1, 1), "V": (3, 5, 1, 1)},
+        [5],
+    ),
+    "pixel shuffle, DCR": (
+        "float[N, 3, 4, 4] x",
+        """h = Conv(x, W)
+        d = DepthToSpace<blocksize = 2>(h)
+        r = Relu(d)
+        y = Conv(r, V)""",
+        {"W": (20, 3, 1, 1), "V": (3, 5, 1, 1)},
+        [5],
+    ),
+    "space to depth": (
+        "float[N, 3, 4, 4] x",
+        """h = Conv(x, W)
+        d = SpaceToDepth<blocksize = 2>(h)
+        r = Relu(d)
+        y = Conv(r, V)""",
+        {"W": (5, 3, 1, 1), "V": (3, 20, 1, 1)},
+        [5],
+    ),
+    "a sum over time": (
+        "float[N, 4, 5] x",
+        """h = MatMul(x, W)
+        axis = Constant<value = int64 {1}>()
+        s = CumSum(h, axis)
+        t = Tanh(s)
+        y = MatMul(t, V)""",
+        {"W": (5, 6), "V": (6, 3)},
+        [6],
+    ),
 }
 each_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 
@@ -538,9 +716,25 @@ REFUSED = {
         "ReduceMean 'm': it reduces over units",
     ),
     "an operator without a rule": (
+        "h = MatMul(x, W)\n c = LpNormalization(h)\n y = MatMul(c, V)\n",
+        "h",
+        "LpNormalization 'c': units are not followed through this operator",
+    ),
+    "a sum over units": (
         "h = MatMul(x, W)\n c = CumSum(h, one)\n y = MatMul(c, V)\n",
         "h",
-        "CumSum 'c': units are not followed through this operator",
+        "CumSum 'c': it sums over units",
+    ),
+    "units taken in steps": (
+        """h = MatMul(x, W)
+        z = Constant<value = int64[1] {0}>()
+        e = Constant<value = int64[1] {6}>()
+        a = Constant<value = int64[1] {1}>()
+        t = Constant<value = int64[1] {2}>()
+        c = Slice(h, z, e, a, t)
+        y = Tanh(c)""",
+        "h",
+        "Slice 'c': it takes units in steps",
     ),
     "a number of units that enters the arithmetic": (
         """h = MatMul(x, W)

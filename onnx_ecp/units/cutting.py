@@ -215,14 +215,17 @@ def _recount(model: onnx.ModelProto, node: str, kind: str, counts: list[tuple[Co
         _retarget(model, node, _entries(counts), len(counts[0][0].sizes))
         return
     proto = model.graph.node[edit.node_index(model, node)]
+    if kind in ("starts", "ends"):
+        _rebound(model, node, kind, counts)
+        return
     before = list(counts[0][0].sizes)
     sizes = before.copy()
     for count, number in counts:
-        if kind == "group":
-            _set_attribute(proto, "group", number)
+        if kind in ("group", "num_groups"):
+            _set_attribute(proto, kind, number)
         else:
             sizes[count.entry] = number
-    if kind == "group" or sizes == before:
+    if kind in ("group", "num_groups") or sizes == before:
         return
     attribute = {"shape": "shape", "split": "split"}[kind]
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
@@ -237,6 +240,26 @@ def _recount(model: onnx.ModelProto, node: str, kind: str, counts: list[tuple[Co
     edit.set_input(model, node, 1, name)
 
 
+def _rebound(model: onnx.ModelProto, node: str, kind: str, counts: list[tuple[Count, int]]) -> None:
+    """Let a Slice begin, or end, behind the units that stay in front of where it did."""
+    values = list(counts[0][0].sizes)
+    for count, number in counts:
+        if count.entry >= 0:
+            values[count.entry] = number
+    proto = model.graph.node[edit.node_index(model, node)]
+    if any(a.name == kind for a in proto.attribute):
+        _set_attribute(proto, kind, values)
+        return
+    index = 1 if kind == "starts" else 2
+    dtype = next(
+        (t.data_type for t in model.graph.initializer if t.name == proto.input[index]),
+        onnx.TensorProto.INT64,
+    )
+    numbers = np.array(values, onnx.helper.tensor_dtype_to_np_dtype(dtype))
+    name = edit.add_constant(model, f"{node}/ecp_{kind}", numbers, dtype, before=node)
+    edit.set_input(model, node, index, name)
+
+
 def _entries(counts: list[tuple[Count, int]]) -> dict[int, int]:
     """The entries of a computed target that are other numbers now."""
     stay = {count.entry: number for count, number in counts if count.kind == "stay"}
@@ -248,8 +271,10 @@ def _entries(counts: list[tuple[Count, int]]) -> dict[int, int]:
 
 
 def _retarget(model: onnx.ModelProto, node: str, entries: Mapping[int, int], length: int) -> None:
-    """Give a Reshape a target of its own, in which some of its entries are other numbers."""
-    target = model.graph.node[edit.node_index(model, node)].input[1]
+    """Give a Reshape sizes of its own, in which some entries are other numbers; so of others."""
+    proto = model.graph.node[edit.node_index(model, node)]
+    index = _SIZES.get(proto.op_type, 1)
+    target = proto.input[index]
     made_by = next((n for n in model.graph.node if target in n.output), None)
     concat = onnx.helper.make_node("Concat", [], [edit.fresh_name(model, f"{node}/ecp_target")])
     concat.name = concat.output[0]
@@ -262,7 +287,11 @@ def _retarget(model: onnx.ModelProto, node: str, entries: Mapping[int, int], len
     for entry, number in entries.items():
         concat.input[entry] = _integer(model, f"{node}/ecp_part", number, before=node)
     model.graph.node.insert(edit.node_index(model, node), concat)
-    edit.set_input(model, node, 1, concat.output[0])
+    edit.set_input(model, node, index, concat.output[0])
+
+
+# Which input holds the sizes of the result, where it is not the second one.
+_SIZES = {"Resize": 3}
 
 
 def _entry(model: onnx.ModelProto, node: str, target: str, index: int) -> str:

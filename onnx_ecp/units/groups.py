@@ -27,7 +27,7 @@ from onnx_ecp.layers.trace import Scope, Traced, main_scope
 from onnx_ecp.layers.views import operator
 from onnx_ecp.units.propagation import Count, NotFollowed, Slot, Walk
 from onnx_ecp.units.rules import RULES
-from onnx_ecp.units.shape_values import follow_sizes
+from onnx_ecp.units.shape_values import computes_integers, follow_sizes
 from onnx_ecp.units.union_find import Axis
 
 Key = TypeVar("Key", bound=Hashable)
@@ -223,7 +223,7 @@ def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
         if layer is not None:
             walk.axes |= _follow_layer(found, node, layer)
         elif _reads_sizes(walk, node):
-            walk.sizes |= follow_sizes(walk, node)
+            _follow_numbers(walk, node)
         elif any(walk.axis(x) for x in node.inputs):
             follow = RULES.get(operator(node))
             if follow is None:
@@ -235,10 +235,31 @@ def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
             walk.marks.pin(marks, reason)
 
 
+# Operators whose further inputs are sizes or bounds of what their first input has units in.
+_SIZED = ("Expand", "Reshape", "Resize", "Slice")
+
+
 def _reads_sizes(walk: Walk, node: gs.Node) -> bool:
-    """Whether a node computes with numbers of units; as a target they are the Reshape's own."""
-    target = node.op == "Reshape" and walk.axis(node.inputs[0]) is not None
-    return not target and any(x.name in walk.sizes for x in node.inputs)
+    """Whether a node computes with numbers of units; sizes of its result are its rule's to see."""
+    sized = node.op in _SIZED and walk.axis(node.inputs[0]) is not None
+    return not sized and any(x.name in walk.sizes or x.name in walk.computed for x in node.inputs)
+
+
+def _follow_numbers(walk: Walk, node: gs.Node) -> None:
+    """Numbers of units, or in proportion to them, in the output; else what it is computed from.
+
+    Raises:
+        NotFollowed: what is made of the numbers is no integer any more.
+    """
+    try:
+        if any(x.name in walk.computed for x in node.inputs):
+            raise NotFollowed("it computes with the number of units")
+        walk.sizes |= follow_sizes(walk, node)
+    except NotFollowed:
+        if not computes_integers(node) or any(walk.axis(x) for x in node.inputs):
+            raise
+        read = tuple(marks for x in node.inputs for marks in walk.marks_of(x.name))
+        walk.computed[node.outputs[0].name] = read
 
 
 def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]:

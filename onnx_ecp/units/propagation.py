@@ -46,8 +46,10 @@ class Count:
         node: first output of the operator that holds it.
         kind: "shape" (target of a Reshape), "part" (of a target that is computed), "rest" (the
             same, but of what is merged with axes of any size), "stay" (the same, but it must not
-            follow), "split" (sizes of a Split) or "group" (of a Conv).
-        entry: which of several numbers.
+            follow), "split" (sizes of a Split), "starts" or "ends" (of a Slice), "group" (of a
+            Conv) or "num_groups" (of a GroupNormalization).
+        entry: which of several numbers; -1 where all of them have to be written again because they
+            are computed from the number that is counted.
         marks: what is counted, as in a ``Slot``.
         sizes: all of the numbers, as the operator has or implies them.
     """
@@ -69,6 +71,8 @@ class Walk:
         inside: whether units are the dimensions of heads instead of the heads.
         heads: marks of dimensions of heads, where ``inside``.
         products: marks of queries and of keys that meet in a product, pair by pair.
+        computed: by name of an integer tensor, the marks that its values are computed from in some
+            other way than in proportion.
     """
 
     scope: Scope
@@ -79,6 +83,7 @@ class Walk:
     marks: Marks = field(default_factory=Marks)
     axes: dict[str, Axis] = field(default_factory=dict)
     sizes: dict[str, Sizes] = field(default_factory=dict)
+    computed: dict[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
     slots: list[Slot] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
 
@@ -91,6 +96,7 @@ class Walk:
         if name in self.axes:
             yield self.axes[name].marks
         yield from (marks for marks in self.sizes.get(name, ()) if marks is not None)
+        yield from self.computed.get(name, ())
 
     def shape(self, tensor: gs.Tensor) -> tuple[int, ...]:
         """Shape of a tensor.

@@ -8,6 +8,7 @@ that share their fate, or raises ``NotFollowed``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise, takewhile
 from typing import TypeAlias
 
 import numpy as np
@@ -16,7 +17,7 @@ import onnx_graphsurgeon as gs
 from onnx_ecp.graph.operators import MICROSOFT, OPERATORS, Moves, find, moving
 from onnx_ecp.layers.views import operator
 from onnx_ecp.units.propagation import Count, NotFollowed, Walk
-from onnx_ecp.units.shape_values import entries_of, of_shape
+from onnx_ecp.units.shape_values import entries_of, known_values, of_shape
 from onnx_ecp.units.union_find import Axis
 
 Outputs = dict[str, Axis]
@@ -90,11 +91,90 @@ def per_channel(walk: Walk, node: gs.Node) -> Outputs:
 def spatial(walk: Walk, node: gs.Node) -> Outputs:
     """Every channel on its own."""
     axis = _data(walk, node)
-    sizes = node.op == "Resize" and len(node.inputs) > 3 and bool(node.inputs[3].name)
     shape = walk.shape(node.outputs[0])
-    if axis.index != 1 or len(node.outputs) > 1 or sizes or shape[1] != len(axis.marks):
-        raise NotFollowed("it moves over the axis of the units, or names its size")
+    if axis.index != 1 or len(node.outputs) > 1 or shape[1] != len(axis.marks):
+        raise NotFollowed("it moves over the axis of the units")
+    if node.op == "Resize" and len(node.inputs) > 3 and node.inputs[3].name:
+        named = [int(a) % len(shape) for a in node.attrs.get("axes", range(len(shape)))]
+        if 1 in named:
+            _note_size(walk, node, 3, named.index(1), axis.marks)
     return {node.outputs[0].name: axis}
+
+
+def _note_size(walk: Walk, node: gs.Node, index: int, entry: int, marks: np.ndarray) -> None:
+    """Remember that an input names sizes of the result, and one of them the number of units.
+
+    Raises:
+        NotFollowed: it names another size by a number of units.
+    """
+    sizes = node.inputs[index]
+    counted = entries_of(walk, sizes)
+    if sizes.name in walk.computed or any(
+        x is not None for i, x in enumerate(counted) if i != entry
+    ):
+        raise NotFollowed("it computes a size from the number of units")
+    follows = counted[entry]
+    if follows is None or not _in_proportion(walk, follows, marks):
+        numbers = (0,) * len(counted)
+        walk.counts.append(Count(node.outputs[0].name, "part", entry, marks, numbers))
+
+
+@rule("Expand")
+def expand(walk: Walk, node: gs.Node) -> Outputs:
+    """Repeats entries along other axes than the units'."""
+    axis, out = _data(walk, node), walk.shape(node.outputs[0])
+    place = axis.index - len(walk.shape(node.inputs[0]))
+    if out[place] != len(axis.marks):
+        raise NotFollowed("it repeats a unit")
+    entries = int(np.prod(walk.shape(node.inputs[1])))
+    if entries >= -place:
+        numbers = walk.integers(node.inputs[1])
+        if numbers is None or numbers[place] != 1:
+            _note_size(walk, node, 1, entries + place, axis.marks)
+    elif any(x is not None for x in entries_of(walk, node.inputs[1])):
+        raise NotFollowed("it computes a size from the number of units")
+    return {node.outputs[0].name: Axis(len(out) + place, axis.marks)}
+
+
+@rule("GroupNormalization")
+def normalises_groups(walk: Walk, node: gs.Node) -> Outputs:
+    """Reads the channels of a group together: whole groups go."""
+    axis, groups = _data(walk, node), int(node.attrs["num_groups"])
+    if axis.index != 1:
+        raise NotFollowed("its channels are not the units")
+    members = axis.marks.reshape(groups, -1).T
+    for other in members[1:]:
+        walk.marks.join(members[0], other)
+    for index in (1, 2):
+        of_channels = walk.shape(node.inputs[index])[0] == len(axis.marks)
+        walk.slot(node, index, 0, axis.marks if of_channels else members[0])
+    walk.counts.append(Count(node.outputs[0].name, "num_groups", 0, members[0]))
+    return {node.outputs[0].name: axis}
+
+
+@rule("CumSum")
+def sums_along(walk: Walk, node: gs.Node) -> Outputs:
+    """Sums along an axis that is not the units'."""
+    axis, along = _data(walk, node), walk.integers(node.inputs[1])
+    if along is None or along[0] % len(walk.shape(node.inputs[0])) == axis.index:
+        raise NotFollowed("it sums over units, or over an axis that is not a constant")
+    return {node.outputs[0].name: axis}
+
+
+@rule("DepthToSpace", "SpaceToDepth")
+def depth_and_space(walk: Walk, node: gs.Node) -> Outputs:
+    """Channels become blocks of pixels, which share a fate, or blocks channels."""
+    axis, square = _data(walk, node), int(node.attrs["blocksize"]) ** 2
+    if axis.index != 1:
+        raise NotFollowed("its channels are not the units")
+    if node.op == "SpaceToDepth":
+        return {node.outputs[0].name: Axis(1, np.tile(axis.marks, square))}
+    crd = node.attrs.get("mode", "DCR") in ("CRD", b"CRD")
+    blocks = axis.marks.reshape((-1, square) if crd else (square, -1))
+    first, *others = blocks.T if crd else blocks
+    for other in others:
+        walk.marks.join(first, other)
+    return {node.outputs[0].name: Axis(1, first)}
 
 
 @rule("Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization")
@@ -142,7 +222,8 @@ def transpose(walk: Walk, node: gs.Node) -> Outputs:
 def reshape(walk: Walk, node: gs.Node) -> Outputs:
     """Units repeat where their axis is merged, and are joined where it is split.
 
-    Of a split axis the first part counts: (heads * size) to (heads, size) makes each head a unit.
+    Of a split axis the first part counts: (heads * size) to (heads, size) makes each head a unit;
+    but not where it is set apart, as in (3, heads, size) and in a channel shuffle: then the next.
     Inside heads it is the last one: a unit is a dimension of all heads.
     """
     axis = _data(walk, node)
@@ -153,7 +234,10 @@ def reshape(walk: Walk, node: gs.Node) -> Outputs:
     varying = [i for i in range(len(new)) if np.any(marks != marks.take([0], axis=i))]
     if not varying:
         raise NotFollowed("it hides the axis of a single unit")
-    index = varying[-1 if walk.inside else 0]
+    apart = [_is_set_apart(walk, node.outputs[0], *pair) for pair in pairwise(varying)]
+    if walk.inside and any(apart):
+        raise NotFollowed("it puts parts side by side that are read one by one")
+    index = varying[-1] if walk.inside else varying[sum(takewhile(bool, apart))]
     if index == 0:
         raise NotFollowed("it merges units with the axis of samples")
     marks = marks[tuple(slice(None) if i in varying else slice(1) for i in range(len(new)))]
@@ -165,6 +249,51 @@ def reshape(walk: Walk, node: gs.Node) -> Outputs:
     if node.op == "Reshape":
         _note_target(walk, node, index, first, [i for i in varying if i != index])
     return {node.outputs[0].name: Axis(index, first)}
+
+
+# How many operators behind a Reshape are looked at.
+_AHEAD = 12
+
+
+def _is_set_apart(walk: Walk, tensor: gs.Tensor, axis: int, beside: int) -> bool:
+    """Whether entries of an axis are read one by one, or normalised, summed or shuffled.
+
+    Such an axis holds parts (queries, keys and values; branches; groups of a shuffle), of which
+    each loses the same units, and not units.
+
+    Args:
+        walk: the walk.
+        tensor: what a Reshape makes.
+        axis: of it, the part of a split axis that is in front.
+        beside: the next part.
+    """
+    waiting, seen = [(tensor, axis, beside)], 0
+    while waiting and seen < _AHEAD:
+        tensor, axis, beside = waiting.pop()
+        for node in tensor.outputs:
+            seen += 1
+            rank, op = len(walk.shape(tensor)), node.op
+            if node.domain or not node.outputs:
+                continue
+            if op == "Transpose":
+                perm = list(node.attrs.get("perm", range(rank)[::-1]))
+                waiting.append((node.outputs[0], perm.index(axis), perm.index(beside)))
+            elif op in ("Softmax", "LogSoftmax"):
+                if axis in _together(walk, node):
+                    return True
+                waiting.append((node.outputs[0], axis, beside))
+            elif op in ("Gather", "Split") and int(node.attrs.get("axis", 0)) % rank == axis:
+                return True
+            elif op in ("Slice", "ReduceSum", "ReduceMean", "ReduceMax"):
+                axes = walk.numbers(node, "axes", 3 if op == "Slice" else 1)
+                return axes is not None and axis in {a % rank for a in axes}
+            elif op == "Reshape":
+                merged = len(walk.shape(node.outputs[0])) < rank
+                if merged and beside == axis - 1:
+                    return True
+            elif find("", op).elementwise and len(walk.shape(node.outputs[0])) == rank:
+                waiting.append((node.outputs[0], axis, beside))
+    return False
 
 
 def _note_target(
@@ -188,6 +317,8 @@ def _note_target(
         if numbers[index] > 0:
             walk.counts.append(Count(name, "shape", index, marks, tuple(numbers)))
         return
+    if node.inputs[1].name in walk.computed:
+        raise NotFollowed("its target shape is computed in a way that is not followed")
     target, counted = _target(walk, node.inputs[1], len(shape)), entries_of(walk, node.inputs[1])
     number, axis, follows = target[index], walk.axis(node.inputs[0]), counted[index]
     assert axis is not None, "a Reshape of units"
@@ -289,12 +420,43 @@ def split(walk: Walk, node: gs.Node) -> Outputs:
 
 @rule("Slice")
 def slices(walk: Walk, node: gs.Node) -> Outputs:
-    """Cuts along other axes than the units'."""
+    """Cuts along other axes than the units', or takes consecutive units."""
     axis, rank = _data(walk, node), len(walk.shape(node.inputs[0]))
+    starts, ends = (_bounds(walk, node, name, i) for i, name in ((1, "starts"), (2, "ends")))
     axes = walk.numbers(node, "axes", 3)
-    if axes is None or axis.index in {a % rank for a in axes}:
+    if axes is None and len(node.inputs) > 3 and node.inputs[3].name:
         raise NotFollowed("it cuts along units")
-    return {node.outputs[0].name: axis}
+    along = [a % rank for a in (range(len(starts)) if axes is None else axes)]
+    counted = [any(True for _ in walk.marks_of(x.name)) for x in node.inputs[1:3]]
+    if axis.index not in along:
+        if any(counted):
+            raise NotFollowed("it cuts another axis at a number of units")
+        return {node.outputs[0].name: axis}
+    entry, steps = along.index(axis.index), walk.numbers(node, "steps", 4)
+    stepped = len(node.inputs) > 4 and bool(node.inputs[4].name)
+    if stepped and (steps is None or steps[entry] != 1):
+        raise NotFollowed("it takes units in steps")
+    if None in starts or None in ends:
+        raise NotFollowed("it cuts units at a number that is not known")
+    name, length = node.outputs[0].name, len(axis.marks)
+    first, last, _ = slice(starts[entry], ends[entry]).indices(length)
+    if last <= first:
+        raise NotFollowed("it cuts out nothing")
+    for kind, bound, values, computed in zip(
+        ("starts", "ends"), (first, last), (starts, ends), counted, strict=True
+    ):
+        sizes = tuple(int(x) for x in values if x is not None)
+        if 0 < bound < length:
+            walk.counts.append(Count(name, kind, entry, axis.marks[:bound], sizes))
+        if computed:
+            walk.counts.append(Count(name, kind, -1, axis.marks, sizes))
+    return {name: Axis(axis.index, axis.marks[first:last])}
+
+
+def _bounds(walk: Walk, node: gs.Node, name: str, index: int) -> list[int | None]:
+    """Where a Slice begins or ends, by axis."""
+    numbers = walk.numbers(node, name, index)
+    return list(numbers) if numbers is not None else known_values(walk, node.inputs[index])
 
 
 @rule("Gather")

@@ -28,6 +28,64 @@ def of_shape(walk: Walk, node: gs.Node) -> Sizes:
     return tuple(entries[node.attrs.get("start", 0) : node.attrs.get("end", rank)])
 
 
+# What may compute with integers; where its result goes is followed as far as bounds of a Slice.
+_COMPUTES = frozenset(
+    (
+        *("Add", "Cast", "Concat", "Div", "Floor", "Gather", "Identity", "Max", "Min", "Mod"),
+        *("Mul", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze"),
+    )
+)
+
+
+def computes_integers(node: gs.Node) -> bool:
+    """Whether a node makes integers of integers."""
+    if node.domain or node.op not in _COMPUTES or len(node.outputs) != 1:
+        return False
+    return node.op != "Cast" or int(node.attrs["to"]) in _INTEGERS
+
+
+def known_values(walk: Walk, tensor: gs.Tensor) -> list[int | None]:
+    """The integers of a tensor that is computed from shapes; None for those of unknown value.
+
+    Sizes of the first axis are unknown: they count samples, of which a run has any number.
+    """
+    numbers = walk.integers(tensor)
+    if numbers is not None:
+        return list(numbers)
+    length = int(np.prod(walk.shape(tensor)))
+    unknown: list[int | None] = [None] * length
+    if not tensor.inputs or tensor.inputs[0].domain or length > _MOST_ENTRIES:
+        return unknown
+    node = tensor.inputs[0]
+    if node.op == "Shape":
+        shape: list[int | None] = [None, *walk.shape(node.inputs[0])[1:]]
+        return shape[node.attrs.get("start", 0) : node.attrs.get("end", len(shape))]
+    if node.op in ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"):
+        return known_values(walk, node.inputs[0])
+    if node.op == "Concat":
+        return [x for part in node.inputs for x in known_values(walk, part)]
+    if node.op == "Gather":
+        chosen, values = walk.integers(node.inputs[1]), known_values(walk, node.inputs[0])
+        return unknown if chosen is None else [values[i] for i in chosen]
+    if node.op in _ARITHMETIC and len(node.inputs) == 2:
+        a, b = (known_values(walk, x) for x in node.inputs)
+        size = max(len(a), len(b))
+        pairs = zip(a * (size // len(a)), b * (size // len(b)), strict=True)
+        return [None if None in pair else _ARITHMETIC[node.op](*pair) for pair in pairs]
+    return unknown
+
+
+_MOST_ENTRIES = 16
+_ARITHMETIC: dict[str, Callable[..., int | None]] = {
+    "Add": lambda a, b: a + b,
+    "Sub": lambda a, b: a - b,
+    "Mul": lambda a, b: a * b,
+    "Div": lambda a, b: int(a / b) if b else None,
+    "Min": min,
+    "Max": max,
+}
+
+
 def follow_sizes(walk: Walk, node: gs.Node) -> dict[str, Sizes]:
     """Numbers of units in the output of a node that reads some.
 
