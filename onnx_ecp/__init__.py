@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime's packages for Linux send usage data, and keep a database of it in the home folder,
+# unless this is set before they are imported; its own function comes too late. Who sets it decides.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from onnx_ecp.api.inspect import inspect
