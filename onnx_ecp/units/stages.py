@@ -141,10 +141,12 @@ class UnitStep:
     def _left(self, keep: np.ndarray) -> float:
         """What is left of the goal's cost; of weights, those that were zero before count as gone.
 
-        So a share of zeros is counted as it is with single weights, and as the report counts it.
+        So a share of zeros is counted as it is with single weights, and as the report counts it. A
+        search for a limit counts none: units without weights are to go first.
         """
         network = self._network
-        if self.goal.target != "params" or all(x.all() for x in network.original.keep.values()):
+        counted = self.goal.required and self.goal.target == "params"
+        if not counted or all(x.all() for x in network.original.keep.values()):
             return self.costs.total(keep)
         left = masks(self.structure, network, keep)
         return float(sum(np.count_nonzero(left[x.weight.tensor]) for x in network.layers))
