@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime's Linux wheels look up a host of their maker and keep a database of model and node
+# names under the home folder; only this, before it is loaded, stops both. Who wants them sets 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from onnx_ecp.api.inspect import inspect
