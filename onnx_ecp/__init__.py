@@ -6,8 +6,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-# ONNX Runtime's packages for Linux send usage data, and keep a database of it in the home folder,
-# unless this is set before they are imported; its own function comes too late. Who sets it decides.
+# ONNX Runtime's Linux wheels look up a host of their maker and keep a database of model and node
+# names under the home folder; only this, before it is loaded, stops both. Who wants them sets 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:

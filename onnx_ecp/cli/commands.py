@@ -137,6 +137,11 @@ CALIBRATION = click.option(
     "MODEL.npz beside the model, else made-up inputs]",
 )  # fmt: skip
 
+INPUT_SHAPES = click.option(
+    "--input-shapes", type=Pair(":", _sizes, "x:1,3,224,224"), metavar="NAME:D1,D2,...",
+    multiple=True, help="Shape of an input with free dimensions (repeatable).",
+)  # fmt: skip
+
 OUTPUT_WEIGHTS = click.option(
     "--output-weights", type=Pair("=", float, "y=2 or y:0=2"), metavar="NAME[:COLUMN]=W",
     multiple=True,
@@ -226,10 +231,7 @@ RUNNING = (
     ),
     THREADS,
     click.option("--timeout", type=float, metavar="S", help="Give up after S seconds."),
-    click.option(
-        "--input-shapes", type=Pair(":", _sizes, "x:1,3,224,224"), metavar="NAME:D1,D2,...",
-        multiple=True, help="Shape of an input with free dimensions (repeatable).",
-    ),
+    INPUT_SHAPES,
 )  # fmt: skip
 
 # One row per option of `optimize`; its name is the keyword of `pipeline.optimize`.
@@ -503,12 +505,19 @@ def optimize(
 
 @main.command()
 @click.argument("model")
-@_with(JSON, VERBOSE, TRACEBACK)
-def inspect(model: str, as_json: bool, verbose: bool, traceback: bool) -> None:
+@_with(CALIBRATION, INPUT_SHAPES, JSON, VERBOSE, TRACEBACK)
+def inspect(
+    model: str,
+    calibration: str | None,
+    input_shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    as_json: bool,
+    verbose: bool,
+    traceback: bool,
+) -> None:
     """Show what of MODEL is prunable, what is not, and why."""
     from onnx_ecp.api import inspect as inspection
 
-    found = inspection.inspect(model)
+    found = inspection.inspect(model, calibration, input_shapes=dict(input_shapes))
     if as_json:
         _print_json(found)
         return
