@@ -638,6 +638,26 @@ def test_the_reference_implementation_agrees(network, rng):
     )
 
 
+@pytest.mark.parametrize("method", ["ecp-refit", "ecp", "magnitude"])
+@pytest.mark.parametrize("share", [0.2, 0.3, 0.4, 0.5])
+def test_zeros_that_are_there_already_count_towards_the_target(share, method, rng):
+    model = build(NETWORKS["Gemm chain"], rng)
+    for weight in model.proto.graph.initializer:
+        values = onnx.numpy_helper.to_array(weight).copy()
+        if values.ndim == 2:
+            values.flat[::4] = 0
+        weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    report = onnx_ecp.optimize(
+        model.proto, inputs(model, rng, 60), method=method, granularity="unit", sparsity=share
+    ).report
+    dense = report.weights
+    assert report.sparsity >= share
+    # No more goes than one unit, the largest of which has ten weights.
+    assert report.zeros_after <= max(share * dense + 10, report.zeros_before)
+    gone = any(row.after < row.before for row in report.units)
+    assert gone == (report.zeros_before < share * dense)
+
+
 @each_network
 @pytest.mark.parametrize("method", ["ecp-refit", "ecp", "magnitude"])
 def test_optimize_reaches_the_share_of_weights_and_what_it_writes_checks(
