@@ -1510,3 +1510,23 @@ def test_a_search_that_can_remove_nothing_says_so(rng):
             max_error=0.9,
             unit_multiple=512,
         )
+
+
+@pytest.mark.parametrize("method", ["ecp-refit", "ecp", "magnitude"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5])
+def test_zeros_that_are_there_already_count_in_the_target_as_in_the_report(method, sparsity, rng):
+    model = build(NETWORKS["Gemm chain"], rng).proto
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor).copy()
+        if values.ndim == 2 and tensor.name in ("W", "V", "U"):
+            values[rng.random(values.shape) < 0.25] = 0
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    data = inputs(Model(model, None, None), rng, 60)
+    found = onnx_ecp.optimize(
+        model, data, method=method, granularity="unit", sparsity=sparsity, stages=2
+    ).report
+    before = sum(layer.zeros_before for layer in found.layers)
+    assert before > 0
+    assert found.sparsity >= sparsity
+    largest = max(5 + 4, 6 + 3) + 1  # the weights of one unit of any group
+    assert found.zeros_after - largest < sparsity * found.weights

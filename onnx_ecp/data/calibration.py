@@ -634,8 +634,10 @@ def _from_reader(source: Any, inputs: Inputs) -> Iterator[Calibration]:
 
 
 def _from_iterable(source: Any, inputs: Inputs, origin: str = "") -> Iterator[Calibration]:
+    """What is yielded is copied: a reader may fill one buffer again and again."""
     for i, feed in enumerate(source):
-        yield _fit_feed(feed, inputs, f"{origin or _origin(source)}: feed {i}")
+        part = _fit_feed(feed, inputs, f"{origin or _origin(source)}: feed {i}")
+        yield replace(part, arrays={name: np.array(x) for name, x in part.arrays.items()})
 
 
 def _from_dict(source: Any, inputs: Inputs) -> Iterator[Calibration]:

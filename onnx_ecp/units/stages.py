@@ -103,14 +103,6 @@ class UnitStep:
         by_clock = goal.cost == "latency" and goal.multiple == 1
         self._stops = liked if by_clock else partial(multiples, of=goal.multiple)
         self._planned: list[int] = []  # how many units of every group stay in the end
-        whole = np.ones(structure.units, np.bool_)
-        self._total = self.costs.total(whole)
-        # Weights that are zero already are part of the share of weights that is to go. A search
-        # is for units alone: its steps must tell apart models that differ in units of zeros.
-        self._spent = self.costs.total
-        if goal.required and goal.target == "params" and zeros_of(network):
-            self._spent = Nonzeros(structure, network).total
-        self._start = self._spent(whole)
 
     def __call__(
         self,
@@ -125,10 +117,8 @@ class UnitStep:
         """Observe, score, select and compensate once; see ``pruning.stage``."""
         whole = np.ones(self.structure.units, np.bool_)
         keep = before.keep if isinstance(before, PrunedUnits) else whole
-        end = min((1 - self.goal.share) * self._total, self._start)
-        target = (1 - share) * self._start + share * end
-        left = target / self._total
-        going = max(1 - target / max(self._spent(keep), 1.0), 0.0)
+        left = 1 - share * self.goal.share
+        going = max(1 - left * self.costs.total(whole) / self.costs.total(keep), 0.0)
         measured, scores = _scores(
             network, plan, self.structure, before.state, keep, going, progress
         )
@@ -136,8 +126,8 @@ class UnitStep:
             self._planned = self._planned or self._by_clock(plan, scores, keep)
             rest = self._on_the_way(scores, keep, share)
         else:
-            floor = plan.method.floor * left
-            rest = self._chosen(scores, keep, lambda x: self._spent(x) <= target, floor)
+            target, floor = left * self.costs.total(whole), plan.method.floor * left
+            rest = self._chosen(scores, keep, lambda x: self._left(x) <= target, floor)
         state, notes = _without(
             network, plan, self.structure, before.state, rest, measured, progress
         )
@@ -147,6 +137,19 @@ class UnitStep:
             first, units = group.producers[0], group.units[(keep & ~rest)[group.units]]
             removed[first] = removed.get(first, 0.0) + float(scores[units].sum())
         return PrunedUnits(state, removed, ess, notes, before.warnings, keep=rest)
+
+    def _left(self, keep: np.ndarray) -> float:
+        """What is left of the goal's cost; of weights, those that were zero before count as gone.
+
+        So a share of zeros is counted as it is with single weights, and as the report counts it. A
+        search for a limit counts none: units without weights are to go first.
+        """
+        network = self._network
+        counted = self.goal.required and self.goal.target == "params"
+        if not counted or all(x.all() for x in network.original.keep.values()):
+            return self.costs.total(keep)
+        left = masks(self.structure, network, keep)
+        return float(sum(np.count_nonzero(left[x.weight.tensor]) for x in network.layers))
 
     def _chosen(
         self,
@@ -196,7 +199,7 @@ class UnitStep:
         """TargetError where the floors kept more than a required goal allows, but of time."""
         if not self.goal.required:
             return
-        whole, left = self._total, self._spent(keep)
+        whole, left = self.costs.total(np.ones_like(keep)), self._left(keep)
         if self.goal.target != "latency" and left > (1 - self.goal.share) * whole:
             what = {"params": "weights", "flops": "multiplications"}[self.goal.target]
             raise TargetError(
@@ -204,43 +207,6 @@ class UnitStep:
                 f"{100 * (1 - left / whole):.4g} % is the most, since something stays everywhere.",
                 hint="Ask for less, or use --granularity weight.",
             )
-
-
-class Nonzeros:
-    """Counts the weights that are not zero in the given model and lie in what stays.
-
-    Args:
-        structure: the units.
-        network: the layers, and which of their weights are zero.
-    """
-
-    def __init__(self, structure: Structure, network: Network) -> None:
-        self._structure = structure
-        self._there = {
-            layer.name: network.original.keep[layer.weight.tensor]
-            for layer in {layer.weight.tensor: layer for layer in network.layers}.values()
-        }
-        self._last: dict[str, tuple[bytes, float]] = {}
-
-    def total(self, keep: np.ndarray) -> float:
-        """How many there are with the units ``keep`` (units,) bool."""
-        return sum(self._of(name, keep) for name in self._there)
-
-    def _of(self, name: str, keep: np.ndarray) -> float:
-        """Of one layer; counted again only where it changed, since few do between two questions."""
-        rows = self._structure.rows_kept(name, keep)
-        columns = self._structure.columns_kept(name, keep)
-        key = rows.tobytes() + columns.tobytes()
-        if name not in self._last or self._last[name][0] != key:
-            count = np.count_nonzero(self._there[name][np.ix_(rows, columns)])
-            self._last[name] = key, float(count)
-        return self._last[name][1]
-
-
-def zeros_of(network: Network) -> int:
-    """How many weights are zero in the given model."""
-    there = network.original.keep.values()
-    return sum(mask.size - int(np.count_nonzero(mask)) for mask in there)
 
 
 def too_slow(asked: float, ratio: float) -> TargetError:
