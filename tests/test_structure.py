@@ -940,6 +940,19 @@ def test_fine_tuning_goes_on_without_the_units_that_went(rng):
     assert tuned.gap.relative_error < 0.9 * plain.gap.relative_error
 
 
+def test_who_reads_pooling_indices_is_the_reason_why_channels_stay(rng):
+    body = """h = Conv(x, W)
+        p, i = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(h)
+        u = MaxUnpool<kernel_shape = [2, 2], strides = [2, 2]>(p, i)
+        y = Conv(u, V)"""
+    shapes = {"W": (6, 2, 1, 1), "V": (3, 6, 1, 1)}
+    model = build(("float[N, 2, 4, 4] x", body, shapes, []), rng)
+    structure = structure_of(model, inputs(model, rng))
+    assert structure.units == 0
+    reasons = {row.name: row.reason for row in structure.refusals}
+    assert "MaxPool 'p': its indices, read by MaxUnpool 'u', count all channels" in reasons["h"]
+
+
 def everything_inferred(proto):
     """Whether shape inference tells all shapes."""
     known = inferred_shapes(proto)

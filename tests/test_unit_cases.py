@@ -30,7 +30,7 @@ UNITS = {
 REASONS = {
     "if_reads_units": ("h", "they are read inside If"),
     "bn_training": ("h", "training mode"),
-    "segnet": ("q", "MaxUnpool"),
+    "segnet": ("h", "MaxUnpool"),
 }
 
 
