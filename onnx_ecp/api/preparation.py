@@ -20,6 +20,7 @@ from onnx_ecp.errors import ModelError, TargetError, UsageError, did_you_mean
 from onnx_ecp.evaluation import compare as evaluate
 from onnx_ecp.evaluation.facts import model_of
 from onnx_ecp.graph import Model
+from onnx_ecp.graph.free_batch import PROBED, free_batch
 from onnx_ecp.layers import Layer, Skip, find_layers
 from onnx_ecp.methods import FORWARD
 from onnx_ecp.pruning.loop import importances, observe
@@ -348,6 +349,7 @@ def observe_network(
         TargetError: no layer is left.
     """
     dense = replace(source, proto=modelling.decode_sparse(source.proto))
+    dense, data = with_free_batch(dense, data, options)
 
     def observing(chosen: Sequence[Layer]) -> Observer:
         return Observer(
@@ -380,6 +382,22 @@ def observe_network(
     observer.normalise_outputs(original, data.fit.batches(size))
     memory = options.max_memory or free_memory() // 2
     return Network(observer, original, data.fit, data.guard, size, memory), skips
+
+
+def with_free_batch(dense: Model, data: Data, options: Options) -> tuple[Model, Data]:
+    """A copy of a model of batch one that takes many samples a run, and the samples put together.
+
+    Both are as they were where the batch is free, or where no such copy computes the same.
+    """
+    names, few = data.fit.of_one, list(data.fit.take(np.arange(len(data.fit))[:PROBED]).batches(1))
+    if len(few) < 2 or names != data.fit.arrays.keys():
+        return dense, data
+    copy = free_batch(dense, [batch.feeds for batch in few], names, **options.session)
+    if copy is None:
+        return dense, data
+    fit = data.fit.together()
+    guard = fit if data.guard is data.fit else data.guard.together()
+    return replace(dense, proto=copy), replace(data, fit=fit, guard=guard)
 
 
 def make_plan(layers: Sequence[Layer], options: Options) -> Plan:
