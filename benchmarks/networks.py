@@ -1,8 +1,8 @@
 """The networks and data that the benchmarks measure on.
 
 They lie in a folder ``shared`` beside the checkout, or where ONNX_ECP_SHARED says; see
-docs/benchmarks.md for what they are and where they come from. Calibration always uses training
-digits; the official test digits are for final numbers only.
+docs/benchmarks/README.md for what they are and where they come from. Calibration always uses
+training digits; the official test digits are for final numbers only.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from unittest import mock
 
 import numpy as np
 from observation_speed import BATCH, Case, cases, disagreement
-from observation_speed import Sums as SumsByLayer
+from observation_speed import GraphSums as SumsByLayer
 from outcome import Claim, finish, publish, table
 
 from onnx_ecp.data.calibration import Calibration
@@ -33,7 +33,7 @@ from onnx_ecp.graph import decode_sparse, load
 from onnx_ecp.layers import find_layers
 from onnx_ecp.runtime.session import Session
 from onnx_ecp.statistics.collection import measure
-from onnx_ecp.statistics.observer import Observer, Sums, original_state
+from onnx_ecp.statistics.observer import GraphSums, Observer, original_state
 
 ROUNDS = 5
 WAYS = ("host", "graph")
@@ -107,7 +107,12 @@ def megabytes_crossing(run: Callable[[], Any]) -> float:
         nonlocal crossed
         crossed += sum(x.nbytes for x in arrays.values() if isinstance(x, np.ndarray))
 
-    bound, plain, placed, fetched = Session.run_bound, Session.run, Session.placed, Sums.moments
+    bound, plain, placed, fetched = (
+        Session.run_bound,
+        Session.run,
+        Session.placed,
+        GraphSums.moments,
+    )
 
     def run_bound(session: Session, feeds: Any, *rest: Any) -> Any:
         found = bound(session, feeds, *rest)
@@ -126,14 +131,14 @@ def megabytes_crossing(run: Callable[[], Any]) -> float:
         count(dict(arrays))
         return placed(session, arrays)
 
-    def fetch(sums: Sums) -> Any:
+    def fetch(sums: GraphSums) -> Any:
         found = fetched(sums)
         for moments in found.values():
             count(vars(moments))
         return found
 
     patched = {"run_bound": run_bound, "run": run_plain, "placed": place, "remote": True}
-    with mock.patch.multiple(Session, **patched), mock.patch.object(Sums, "moments", fetch):
+    with mock.patch.multiple(Session, **patched), mock.patch.object(GraphSums, "moments", fetch):
         run()
     return crossed / 1e6
 

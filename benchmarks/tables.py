@@ -1,4 +1,4 @@
-"""Write the tables of docs/benchmarks.md anew from the CSV files in ``results``.
+"""Write the tables of docs/benchmarks/ anew from the CSV files in ``results``.
 
 A comment ``<!-- FILE index, column, value -->`` stands above the pivot of a CSV file,
 ``<!-- FILE -->`` or ``<!-- FILE: column, ... -->`` above the rows themselves.
@@ -12,13 +12,14 @@ from pathlib import Path
 
 from outcome import RESULTS, Row, pivot, table
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 # The comment, and the table that may follow it.
 PLACE = re.compile(r"(<!-- ([\w-]+)(:?)([^>]*) -->\n)(?:\|.*\n)*")
 
 
 def main() -> None:
-    DOCS.write_text(PLACE.sub(filled, DOCS.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in sorted(DOCS.glob("*.md")):
+        page.write_text(PLACE.sub(filled, page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def filled(place: re.Match[str]) -> str:

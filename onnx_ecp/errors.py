@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextvars
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+_FROM_COMMAND_LINE: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "from_command_line", default=False
+)
+_OPTION = re.compile(r"(?<![\w-])--(no-)?([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")
 
 
 class OnnxEcpError(Exception):
     """Base of all errors of this library.
+
+    Write options as the command line has them (``--max-error``). Raised from Python, the text
+    names the arguments instead (```max_error```).
 
     Args:
         message: what was found and what was expected, with the values.
@@ -17,6 +28,8 @@ class OnnxEcpError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
+        if not _FROM_COMMAND_LINE.get():
+            message, hint = named_as_arguments(message), named_as_arguments(hint)
         super().__init__(message)
         self.message = message
         self.hint = hint
@@ -74,6 +87,33 @@ class Interrupted(OnnxEcpError):
     def __init__(self, signal_number: int) -> None:
         super().__init__("interrupted.", hint="Nothing was written.")
         self.exit_code = 128 + signal_number
+
+
+@contextmanager
+def named_as_options() -> Iterator[None]:
+    """Let errors name options as the command line has them."""
+    token = _FROM_COMMAND_LINE.set(True)
+    try:
+        yield
+    finally:
+        _FROM_COMMAND_LINE.reset(token)
+
+
+def named_as_arguments(text: str) -> str:
+    """Replace the options of the command line by the arguments of the Python calls.
+
+    What stands between backticks is a command and stays.
+
+    >>> named_as_arguments("--max-error is -1; see `onnx-ecp --help`. Use --no-cleanup.")
+    '`max_error` is -1; see `onnx-ecp --help`. Use `cleanup=False`.'
+    """
+    parts = text.split("`")
+    return "`".join(_OPTION.sub(_argument, x) if i % 2 == 0 else x for i, x in enumerate(parts))
+
+
+def _argument(option: re.Match[str]) -> str:
+    name = option[2].replace("-", "_")
+    return f"`{name}=False`" if option[1] else f"`{name}`"
 
 
 # So many known names fit into a hint.

@@ -60,13 +60,15 @@ def test_moments_in_the_graph_are_those_on_the_host(net):
     found, expected = (network(net, where, batch_size=7) for where in ("graph", "host"))
     for wanted in ({}, {"with_gradient": True}, {"with_squares": False}):
         assert_same(*(
-            measure(n.observer, n.original, n.fit, size=n.size, **wanted) for n in (found, expected)
+            measure(n.observer, n.original, n.train, size=n.size, **wanted)
+            for n in (found, expected)
         ))  # fmt: skip
     assert_same(*(
-        measure_activations(n.observer, n.original, n.fit, size=n.size) for n in (found, expected)
+        measure_activations(n.observer, n.original, n.train, size=n.size) for n in (found, expected)
     ))  # fmt: skip
     left, right = (
-        row_sensitivities(n.observer, n.original, n.guard, size=n.size) for n in (found, expected)
+        row_sensitivities(n.observer, n.original, n.validation, size=n.size)
+        for n in (found, expected)
     )
     for name, rows in right.items():
         np.testing.assert_allclose(left[name], rows, rtol=1e-10, atol=1e-10 * rows.max())
@@ -135,7 +137,7 @@ def test_optimize_makes_the_same_of_either(net, method):
 
 def test_groups_of_layers_and_halved_batches_add_up_to_the_same(monkeypatch):
     n = network("attention", "graph", batch_size=8)
-    whole = measure(n.observer, n.original, n.fit, size=8)
+    whole = measure(n.observer, n.original, n.train, size=8)
     run = Session.run_bound
 
     def starved(session, feeds, *rest):
@@ -144,7 +146,7 @@ def test_groups_of_layers_and_halved_batches_add_up_to_the_same(monkeypatch):
         return run(session, feeds, *rest)
 
     monkeypatch.setattr(Session, "run_bound", starved)
-    assert_same(measure(n.observer, n.original, n.fit, size=8, memory=1), whole)
+    assert_same(measure(n.observer, n.original, n.train, size=8, memory=1), whole)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_groups_of_layers_and_halved_batches_add_up_to_the_same(monkeypatch):
     ],
 )
 def test_what_needs_every_row_cannot_be_in_the_graph(choices):
-    with pytest.raises(UsageError, match="--statistics graph does not go with"):
+    with pytest.raises(UsageError, match="`statistics` graph does not go with"):
         onnx_ecp.optimize(original("attention"), inputs("attention"), statistics="graph", **choices)
 
 
@@ -221,11 +223,11 @@ def test_a_device_takes_the_weights_once_for_each_state(device):
     n = network("gemm", "auto", batch_size=4)
     device.clear()
     for _ in range(2):
-        measure(n.observer, n.original, n.fit, size=4)
+        measure(n.observer, n.original, n.train, size=4)
     assert n.observer.sums_in_graph
     # They are there since the batch size was tried; what is new are accumulators.
     assert not set(device) & {"W", "W2"}
     changed = n.original.with_layer(n.layers[0], n.original.weights["W"] * 2, np.zeros(16))
-    measure(n.observer, changed, n.fit, size=4)
+    measure(n.observer, changed, n.train, size=4)
     assert sorted(set(device) & {"W", "W2"}) == ["W", "W2"]
     assert device.count("W") == device.count("W2") == 1

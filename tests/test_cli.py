@@ -327,7 +327,7 @@ def test_the_package_runs_as_the_command(folder):
 def test_force_replaces_files_that_are_there(folder):
     data = ["-c", "data.npz", "--force"]
     assert command(*RUN, *data, "--report", "old.json").exit_code == 0
-    assert json.loads((folder / "old.json").read_text())["schema"] == 1
+    assert json.loads((folder / "old.json").read_text())["schema"] == 2
     grid = ["--methods", "magnitude", "--sparsities", "0.5"]
     assert command("sweep", "in.onnx", "-o", "old.json", *grid, *data).exit_code == 0
     assert "points" in json.loads((folder / "old.json").read_text())
@@ -565,7 +565,7 @@ RUNTIMES = {
 
 @pytest.mark.parametrize(("installed", "ok", "advice"), RUNTIMES.values(), ids=RUNTIMES)
 def test_doctor_judges_the_installed_runtimes(installed, ok, advice, monkeypatch):
-    monkeypatch.setattr("onnx_ecp.runtime.versions.runtimes", lambda: installed)
+    monkeypatch.setattr("onnx_ecp.api.doctor.runtimes", lambda: installed)
     check = next(check for check in diagnose().checks if check.name == "ONNX Runtime")
     assert check.ok == ok
     assert advice in check.advice

@@ -18,7 +18,7 @@ from onnx_ecp.gradients.numeric import PIECEWISE
 from onnx_ecp.graph import load as load_model
 from onnx_ecp.pruning import loop as pruning
 from onnx_ecp.runtime.limits import threads_of, workers
-from onnx_ecp.statistics.layerwise import Run
+from onnx_ecp.statistics.layerwise import LayerwiseForward
 
 HEADER = '<ir_version: 8, opset_import: ["": 17]> net '
 NET = "(float[n,6] x) => (float[n,3] y) { h = Gemm(x, W, b) r = Relu(h) y = MatMul(r, V) }"
@@ -95,7 +95,7 @@ def test_an_endless_source_without_a_limit_ends_before_memory_does(net, rng, mon
     endless = ({"x": drawn(rng, 1, 6)} for _ in itertools.count())
     with pytest.raises(CalibrationError, match="there are more") as error:
         onnx_ecp.optimize(net, endless)
-    assert "--samples" in error.value.hint
+    assert "`samples`" in error.value.hint
 
 
 def test_reduced_positions_weigh_their_own_rows_wherever_the_batch_axis_is(rng):
@@ -113,13 +113,13 @@ def test_reduced_positions_weigh_their_own_rows_wherever_the_batch_axis_is(rng):
     weights = pruning.observe(network_, plan, network_.original).weights["h"][0]
     # One sample at a time, its four positions are next to each other.
     expected = []
-    for batch in data.fit.batches(1):
+    for batch in data.train.batches(1):
         g = network_.observer.observe(network_.original, batch).adjoints["h"]
         expected.append(np.square(g.astype(np.float64)).sum(axis=0).mean(axis=2)[0])
     np.testing.assert_allclose(weights, np.concatenate(expected), rtol=1e-6)
-    walked = Run(network_, data.fit)
+    walked = LayerwiseForward(network_, data.train)
     rows = list(walked._now.advance(network_.segments[0], network_.original))
-    assert [a.shape[1] for a in rows] == [4] * len(data.fit)
+    assert [a.shape[1] for a in rows] == [4] * len(data.train)
 
 
 def test_gradients_of_many_outputs_do_not_cancel(rng):
@@ -127,9 +127,11 @@ def test_gradients_of_many_outputs_do_not_cancel(rng):
     text = "(float[n,5] x) => (float[n,30] y) { h = MatMul(x, W) r = Tanh(h) y = MatMul(r, V) }"
     net = network(text, {"W": (5, 10), "V": (10, 30)}, rng)
     x = drawn(rng, 400, 5) + 1.0
-    found = onnx_ecp.importance(net, x, method="gradient-magnitude", probes=64)["y"]
+    found = onnx_ecp.importance(net, x, method="gradient-magnitude", probes=64, metric="l2-raw")[
+        "y"
+    ]
     # dy_k/dV_jk = r_j for output k alone: the exact mean gradient is E[r_j].
-    fit = preparation.gather(load_model(net), x, Options()).fit.arrays["x"]
+    fit = preparation.gather(load_model(net), x, Options()).train.arrays["x"]
     w, v = (numpy_helper.to_array(t) for t in net.graph.initializer)
     exact = np.abs(v * np.tanh(fit @ w).mean(axis=0)[:, None]).T
     assert np.linalg.norm(found - exact) < 0.01 * np.linalg.norm(exact)
@@ -202,7 +204,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_values_of_another_type_are_usage_errors(name):
     for value in WRONG[name]:
-        with pytest.raises(UsageError, match=f"sparsity|--{name.replace('_', '-')}"):
+        with pytest.raises(UsageError, match=f"sparsity|`{name}`"):
             Options.of(**{name: value})
 
 
@@ -329,7 +331,7 @@ def test_progress_tells_the_stages(net, rng):
 
 WORDS = {
     "text": (["a"] * 40, "holds text, not numbers", ""),
-    "targets": (np.zeros(40), "y.npy: an accuracy drop needs class scores", "--max-error"),
+    "targets": (np.zeros(40), "y.npy: an accuracy drop needs class scores", "`max_error`"),
     "classes that are none": (np.full(40, 7), "y.npy: labels go from 7 to 7", "count from 0"),
 }
 

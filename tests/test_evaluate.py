@@ -15,6 +15,7 @@ from onnx_ecp.evaluation.compare import compare, deviation_sums, measure_gap
 from onnx_ecp.evaluation.facts import model_facts
 from onnx_ecp.graph import Model, load
 from onnx_ecp.runtime.session import OutOfMemory, Session
+from onnx_ecp.statistics.columns import Measure, Spread
 
 SAMPLES = 23
 
@@ -64,9 +65,12 @@ each_pair = pytest.mark.parametrize(("a", "b"), PAIRS.values(), ids=PAIRS)
 
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:
-    """The formula of the module on whole arrays."""
-    error, energy = (np.square(v.astype(np.float64)).sum() for v in (b - a, a))
-    return 0.0 if error == 0 else np.sqrt(error / energy) if energy else math.inf
+    """The formula of the module on whole arrays (samples, columns)."""
+    error = np.square((b - a).astype(np.float64)).mean(axis=0)
+    there = (variance := a.astype(np.float64).var(axis=0)) > 0
+    if not there.any():
+        return math.inf if error.any() else 0.0
+    return math.sqrt((error[there] / variance[there]).mean())
 
 
 def data(x: np.ndarray) -> Calibration:
@@ -144,8 +148,8 @@ NOT_FINITE = {
 @pytest.mark.parametrize(("a", "b", "error", "counts"), NOT_FINITE.values(), ids=NOT_FINITE)
 def test_values_that_are_not_finite_are_told(a, b, error, counts):
     sums = deviation_sums(np.float32([a]), np.float32([b]), 0, 1)
-    assert sums.relative_error == error
-    found = sums.deviation("y")
+    assert sums.raw_error == error
+    found = sums.deviation("y", Measure.of({"y": Spread.of(np.float32([a]), None, 1)}))
     assert (found.not_finite_a, found.not_finite_b) == counts
     warning = evaluate.Gap(1, 0.0, (found,)).warnings
     assert "output 'y'" in warning[0]
@@ -165,7 +169,7 @@ KINDS = {
 def test_any_kind_of_output_equals_itself(a):
     a = np.asarray(a)
     sums = deviation_sums(a, a.copy(), 5, 2)
-    assert (sums.relative_error, sums.largest, sums.not_finite_b) == (0.0, 0.0, 0)
+    assert (sums.raw_error, sums.largest, sums.not_finite_b) == (0.0, 0.0, 0)
     assert sums.largest_at == 5
 
 

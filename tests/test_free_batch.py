@@ -166,7 +166,7 @@ def test_a_run_takes_many_samples(rng):
     layers, _ = preparation.choose_layers(model, Options())
     data = preparation.gather(model, {"x": x}, Options())
     network_, _ = preparation.observe_network(model, layers, data, Options())
-    assert [batch.samples for batch in network_.fit.batches(network_.size)] == [len(data.fit)]
-    assert [batch.feeds["x"].shape for batch in network_.fit.as_given.batches(8)] == [
-        (1, *shape) for _ in range(len(data.fit))
+    assert [batch.samples for batch in network_.train.batches(network_.size)] == [len(data.train)]
+    assert [batch.feeds["x"].shape for batch in network_.train.as_given.batches(8)] == [
+        (1, *shape) for _ in range(len(data.train))
     ]

@@ -103,7 +103,12 @@ def test_on_a_linear_network_the_steps_end_at_the_ridge_regression(rng):
     gap = 2 * x @ (state.weights["W"] - objective.original.weights["W"])
     np.testing.assert_allclose(diagonal, (flat**2).sum(axis=0) / 50, rtol=1e-9)
     of_weights, of_shifts = diagonal[: len(kept)], diagonal[len(kept) :]
-    ridge = damping * np.repeat([of_weights.mean(), of_shifts.mean()], [len(kept), 4])
+    # In units of the norms of the columns of W, which are the rows of the layer.
+    norms = np.square(np.linalg.norm(objective.original.weights["W"], axis=0))
+    size = norms[kept[:, 1]]
+    ridge = damping * np.concatenate(
+        [(of_weights * size).mean() / size, (of_shifts * norms).mean() / norms]
+    )
     matrix = flat.T @ flat / 50 + np.diag(ridge)
     expected = np.linalg.solve(matrix, -flat.T @ gap.reshape(-1) / 50)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)

@@ -48,10 +48,10 @@ def layer(request, rng):
 
 def problem_of(a, weight, keep, **choices):
     gram = Gram.of(a, a, np.ones(a.shape[:2]), a.mean(axis=1))
-    there = choices.pop("there", np.ones_like(keep))
-    weight = np.where(there, weight, 0.0)
-    given = {"free": True, "gram": gram, "damping": DAMPING} | choices
-    return LayerProblem(weight=weight, original=weight, there=there, keep=keep, **given)
+    present = choices.pop("present", np.ones_like(keep))
+    weight = np.where(present, weight, 0.0)
+    given = {"may_reselect": True, "gram": gram, "damping": DAMPING} | choices
+    return LayerProblem(weight=weight, original=weight, present=present, keep=keep, **given)
 
 
 def mask(rng, shape, sparsity):
@@ -117,7 +117,7 @@ def test_sparsegpt_is_the_plain_sweep_with_blocks(layer, rng, monkeypatch):
 def test_sparsegpt_under_n_of_m_is_the_plain_sweep_run_by_run(layer):
     a, weight = layer
     keep = np.tile([True, True, False, False], (len(weight), INPUTS // 4))
-    solved = sparsegpt.solve(problem_of(a, weight, keep, run=4))
+    solved = sparsegpt.solve(problem_of(a, weight, keep, block=4))
     for x, rows in zip(a, np.split(np.arange(len(weight)), len(a)), strict=True):
         expected, kept = plain_sparsegpt(x, weight[rows], block=4, pattern=(2, 4))
         np.testing.assert_array_equal(solved.keep[rows], kept)
@@ -127,7 +127,7 @@ def test_sparsegpt_under_n_of_m_is_the_plain_sweep_run_by_run(layer):
 def test_sparsegpt_with_a_given_mask_keeps_it(layer, rng):
     a, weight = layer
     keep = mask(rng, weight.shape, 0.5)
-    solved = sparsegpt.solve(problem_of(a, weight, keep, free=False))
+    solved = sparsegpt.solve(problem_of(a, weight, keep, may_reselect=False))
     for x, rows in zip(a, np.split(np.arange(len(weight)), len(a)), strict=True):
         expected, kept = plain_sparsegpt(x, weight[rows], block=4, gone=~keep[rows])
         np.testing.assert_array_equal(solved.keep[rows], kept)
@@ -139,10 +139,12 @@ def test_sparsegpt_follows_the_order_of_n_of_m(layer, rng):
     order = rng.permutation(INPUTS)
     keep = np.empty(weight.shape, bool)
     keep[:, order] = np.tile([True, True, False, False], (len(weight), INPUTS // 4))
-    solved = sparsegpt.solve(problem_of(a, weight, keep, run=4, order=order))
+    solved = sparsegpt.solve(problem_of(a, weight, keep, block=4, order=order))
     runs = solved.keep[:, order].reshape(len(weight), -1, 4)
     assert np.all(runs.sum(axis=2) == 2)
-    straight = sparsegpt.solve(problem_of(a[:, :, order], weight[:, order], keep[:, order], run=4))
+    straight = sparsegpt.solve(
+        problem_of(a[:, :, order], weight[:, order], keep[:, order], block=4)
+    )
     np.testing.assert_allclose(solved.weight[:, order], straight.weight, rtol=1e-9, atol=1e-12)
 
 
@@ -156,7 +158,7 @@ def least_squares(weight, hessian, on):
     return best, float((best - weight) @ hessian @ (best - weight))
 
 
-def plain_obc(x, weight, victims, pattern):
+def plain_obc(x, weight, newly_removed, pattern):
     """All candidates of every step solved for anew; the cheapest step of any row is taken."""
     hessian = damped(x.T @ x / len(x), DAMPING)
     keep = np.ones(weight.shape, bool)
@@ -178,7 +180,7 @@ def plain_obc(x, weight, victims, pattern):
         for i in range(len(weight)):
             for _ in range((pattern[1] - pattern[0]) * INPUTS // pattern[1]):
                 keep[i, best_step(i)[1]] = False
-    for _ in range(victims):
+    for _ in range(newly_removed):
         steps = [best_step(i) for i in range(len(weight))]
         i = min(range(len(weight)), key=lambda i: steps[i][0])
         keep[i, steps[i][1]] = False
@@ -194,10 +196,10 @@ def test_obc_is_the_greedy_choice_among_all_that_could_go(layer, pattern):
         keep[:, :6] = False
     else:
         keep = np.tile([True, True, False, False], (len(weight), INPUTS // 4))
-    solved = obc.solve(problem_of(a, weight, keep, run=0 if pattern is None else 4))
+    solved = obc.solve(problem_of(a, weight, keep, block=0 if pattern is None else 4))
     for x, rows in zip(a, np.split(np.arange(len(weight)), len(a)), strict=True):
-        victims = 6 * OUT if pattern is None else 0
-        expected, kept = plain_obc(x, weight[rows], victims, pattern)
+        newly_removed = 6 * OUT if pattern is None else 0
+        expected, kept = plain_obc(x, weight[rows], newly_removed, pattern)
         np.testing.assert_array_equal(solved.keep[rows], kept)
         np.testing.assert_allclose(solved.weight[rows], expected, rtol=1e-8, atol=1e-10)
 
@@ -205,7 +207,7 @@ def test_obc_is_the_greedy_choice_among_all_that_could_go(layer, pattern):
 def test_obc_with_a_given_mask_is_the_least_squares_solution(layer, rng):
     a, weight = layer
     keep = mask(rng, weight.shape, 0.5)
-    solved = obc.solve(problem_of(a, weight, keep, free=False))
+    solved = obc.solve(problem_of(a, weight, keep, may_reselect=False))
     for x, rows in zip(a, np.split(np.arange(len(weight)), len(a)), strict=True):
         hessian = damped(x.T @ x / len(x), DAMPING)
         expected = [
@@ -238,16 +240,16 @@ each_solver = pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
 
 
 @each_solver
-@pytest.mark.parametrize("run", [0, 4])
-def test_counts_are_kept_and_what_was_gone_stays_gone(layer, rng, solve, run):
+@pytest.mark.parametrize("block", [0, 4])
+def test_counts_are_kept_and_what_was_gone_stays_gone(layer, rng, solve, block):
     a, weight = layer
-    there = mask(rng, weight.shape, 0.3)
-    keep = there & mask(rng, weight.shape, 0.5)
-    solved = solve(problem_of(a, weight, keep, there=there, run=run))
-    assert not solved.keep[~there].any()
+    present = mask(rng, weight.shape, 0.3)
+    keep = present & mask(rng, weight.shape, 0.5)
+    solved = solve(problem_of(a, weight, keep, present=present, block=block))
+    assert not solved.keep[~present].any()
     assert not solved.weight[~solved.keep].any()
-    if run:
-        runs = (len(weight), -1, run)
+    if block:
+        runs = (len(weight), -1, block)
         np.testing.assert_array_equal(
             solved.keep.reshape(runs).sum(axis=2), keep.reshape(runs).sum(axis=2)
         )
@@ -266,7 +268,7 @@ def test_nothing_to_remove_changes_nothing(layer, solve):
 def test_solutions_are_together_closer_than_zeros_alone(layer, rng, solve):
     a, weight = layer
     keep = mask(rng, weight.shape, 0.5)
-    solved = solve(problem_of(a, weight, keep, free=False))
+    solved = solve(problem_of(a, weight, keep, may_reselect=False))
     masked = np.where(keep, weight, 0.0)
     assert error(a, weight, solved.weight).sum() < error(a, weight, masked).sum()
 
@@ -291,7 +293,7 @@ class Net:
 
     shapes: ClassVar = {"U": (4, 6), "V": (3, 4)}
 
-    def __init__(self, rng, rows=40, full=False, there=None):
+    def __init__(self, rng, rows=40, full=False, present=None):
         self.rng, self.samples = rng, rows
         parts = {
             n: Outer(rng.normal(size=(out, rows)), rng.normal(size=(width, rows)))
@@ -300,10 +302,10 @@ class Net:
         if full:
             parts = {n: Full(p.g.T[:, :, None] * p.a.T[:, None, :]) for n, p in parts.items()}
         self.weight = {n: rng.normal(size=shape) for n, shape in self.shapes.items()}
-        self.there = there or {n: rng.random(shape) > 0.2 for n, shape in self.shapes.items()}
-        self.weight = {n: np.where(self.there[n], w, 0) for n, w in self.weight.items()}
-        self.curvature = Curvature(parts, self.there, rows)
-        on = self.flat(self.there)
+        self.present = present or {n: rng.random(shape) > 0.2 for n, shape in self.shapes.items()}
+        self.weight = {n: np.where(self.present[n], w, 0) for n, w in self.weight.items()}
+        self.curvature = Curvature(parts, self.present, rows)
+        on = self.flat(self.present)
         every = [np.indices(shape).reshape(2, -1) for shape in self.shapes.values()]
         g = np.concatenate([p.columns(*i) for p, i in zip(parts.values(), every, strict=True)])
         self.matrix = (g @ g.T / rows) * np.outer(on, on)
@@ -317,14 +319,14 @@ class Net:
 
     def start(self, zeros=12):
         """A mask: the smallest weights of those that are there go."""
-        size = np.where(self.flat(self.there), np.abs(self.flat(self.weight)), np.inf)
-        keep = self.flat(self.there).copy()
+        size = np.where(self.flat(self.present), np.abs(self.flat(self.weight)), np.inf)
+        keep = self.flat(self.present).copy()
         keep[np.argsort(size)[:zeros]] = False
         return self.split(keep)
 
     def inverse(self, damping):
         """On what is there, 0 elsewhere."""
-        on = np.flatnonzero(self.flat(self.there))
+        on = np.flatnonzero(self.flat(self.present))
         whole = np.zeros_like(self.matrix)
         part = self.matrix[np.ix_(on, on)] + damping * np.eye(len(on))
         whole[np.ix_(on, on)] = np.linalg.inv(part)
@@ -338,7 +340,7 @@ class Net:
     def problem(self, **choices):
         given = {
             "weight": self.weight,
-            "there": self.there,
+            "present": self.present,
             "start": self.start(),
             "blocks": (self.curvature,),
             "elsewhere": {},
@@ -374,10 +376,10 @@ def test_triangular_systems_are_solved_block_by_block(rng, monkeypatch):
 
 
 def test_the_kernel_of_factors_is_that_of_their_products(rng):
-    net = Net(rng, there={n: np.ones(shape, bool) for n, shape in Net.shapes.items()})
+    net = Net(rng, present={n: np.ones(shape, bool) for n, shape in Net.shapes.items()})
     rows = {n: Full(p.g.T[:, :, None] * p.a.T[:, None, :]) for n, p in net.curvature.rows.items()}
-    expected = Curvature(rows, net.there, net.samples).kernel(net.there)
-    np.testing.assert_allclose(net.curvature.kernel(net.there), expected, rtol=1e-9, atol=1e-9)
+    expected = Curvature(rows, net.present, net.samples).kernel(net.present)
+    np.testing.assert_allclose(net.curvature.kernel(net.present), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_woodburys_inverse_is_the_inverse(net):
@@ -398,10 +400,10 @@ def test_woodfisher_is_the_sum_of_single_surgeries(net):
         )
         scores = woodfisher.importance(view) * 2
         own = {n: np.zeros(shape) for n, shape in net.shapes.items()} | {name: scores}
-        at = np.flatnonzero(net.flat({n: net.there[n] & (n == name) for n in net.shapes}))
+        at = np.flatnonzero(net.flat({n: net.present[n] & (n == name) for n in net.shapes}))
         np.testing.assert_allclose(net.flat(own)[at], w[at] ** 2 / np.diagonal(expected)[at])
     updated = w.copy()
-    for q in np.flatnonzero(net.flat(net.there) & ~keep):
+    for q in np.flatnonzero(net.flat(net.present) & ~keep):
         updated -= expected[:, q] * w[q] / expected[q, q]
     found = woodfisher.update(BlockProblem(net.weight, net.start(), net.curvature, 0.03))
     np.testing.assert_allclose(net.flat(found), np.where(keep, updated, 0), rtol=1e-7, atol=1e-9)
@@ -409,7 +411,7 @@ def test_woodfisher_is_the_sum_of_single_surgeries(net):
 
 def test_cbs_updates_all_weights_together(net):
     keep, w = net.flat(net.start()), net.flat(net.weight)
-    k, p = np.flatnonzero(keep), np.flatnonzero(net.flat(net.there) & ~keep)
+    k, p = np.flatnonzero(keep), np.flatnonzero(net.flat(net.present) & ~keep)
     system = net.matrix[np.ix_(k, k)] + 0.03 * np.eye(len(k))
     expected = np.where(keep, w, 0.0)
     expected[k] += np.linalg.solve(system, net.matrix[np.ix_(k, p)] @ w[p])
@@ -438,18 +440,18 @@ def test_cbs_swaps_lower_the_objective_and_know_it(net):
             break
     assert net.objective(keep) < net.objective(problem.start)
     assert np.count_nonzero(net.flat(keep)) == np.count_nonzero(net.flat(problem.start))
-    assert not (net.flat(keep) & ~net.flat(net.there)).any()
+    assert not (net.flat(keep) & ~net.flat(net.present)).any()
 
 
 def test_cbs_ends_near_the_best_mask_of_all(rng):
-    there = {n: np.zeros(shape, bool) for n, shape in Net.shapes.items()}
-    there["U"][:2, :5] = True
-    net = Net(rng, there=there)
+    present = {n: np.zeros(shape, bool) for n, shape in Net.shapes.items()}
+    present["U"][:2, :5] = True
+    net = Net(rng, present=present)
     found = cbs.search(net.problem(start=net.start(4)))
-    on = np.flatnonzero(net.flat(net.there))
+    on = np.flatnonzero(net.flat(net.present))
     every = []
     for gone in itertools.combinations(on, 4):
-        keep = net.flat(net.there).copy()
+        keep = net.flat(net.present).copy()
         keep[list(gone)] = False
         every.append(net.objective(net.split(keep)))
     assert net.objective(found) <= sorted(every)[len(every) // 50]
@@ -467,25 +469,25 @@ def test_cbs_remembers_the_lowest_true_error_not_the_lowest_objective(net):
 
 def test_cbs_starts_keep_large_negative_weights(net):
     net.weight = {n: -np.abs(w) for n, w in net.weight.items()}
-    net.weight["U"][net.there["U"]] *= 100
+    net.weight["U"][net.present["U"]] *= 100
     largest = np.argsort(net.flat(net.weight))[:3]
     for _ in range(20):
         start = cbs.shuffled_start(net.problem(start=net.start(6)))
         keep = net.flat(start)
-        assert np.count_nonzero(net.flat(net.there) & ~keep) == 6
+        assert np.count_nonzero(net.flat(net.present) & ~keep) == 6
         assert keep[largest].all()
 
 
 @pytest.mark.parametrize("order", [None, np.array([5, 0, 3, 1, 4, 2])])
 def test_cbs_swaps_within_runs(rng, order):
-    net = Net(rng, there={n: np.ones(shape, bool) for n, shape in Net.shapes.items()})
+    net = Net(rng, present={n: np.ones(shape, bool) for n, shape in Net.shapes.items()})
     place = np.arange(6) if order is None else order
     start = np.zeros((4, 6), bool)
     start[:, place[::2]] = True
     problem = net.problem(
-        weight={"U": net.weight["U"]}, there={"U": net.there["U"]}, start={"U": start},
-        elsewhere={"V": np.zeros((3, 4))}, run=2, orders={"U": order},
-        error=lambda keep: net.objective({"U": keep["U"], "V": net.there["V"]}),
+        weight={"U": net.weight["U"]}, present={"U": net.present["U"]}, start={"U": start},
+        elsewhere={"V": np.zeros((3, 4))}, block=2, orders={"U": order},
+        error=lambda keep: net.objective({"U": keep["U"], "V": net.present["V"]}),
     )  # fmt: skip
     found = cbs.search(problem)["U"]
     assert (found != start).any()
@@ -586,7 +588,7 @@ def test_rows_are_gradients_of_the_cross_entropy(rng, tmp_path):
     network, plan = network_of(CLASSES, rng, tmp_path, labels=tmp_path / "y.npy")
     assert network.observer.metric == "loss"
     (curvature,) = pruning.observe(network, plan, network.original).curvature
-    batch = next(network.fit.batches(100))
+    batch = next(network.train.batches(100))
     probes = [("U", 0, 0), ("U", 3, 4), ("V", 2, 1), ("V", 0, 3)]
     for name, unit, column in probes:
         found = curvature.rows[name].columns(np.array([unit]), np.array([column]))[0]
@@ -600,23 +602,23 @@ def test_rows_are_gradients_of_the_cross_entropy(rng, tmp_path):
 
 def test_the_loss_of_cbs_is_the_cross_entropy_of_the_labels(rng, tmp_path):
     network, _ = network_of(CLASSES, rng, tmp_path, labels=tmp_path / "y.npy")
-    batch = next(network.fit.batches(100))
+    batch = next(network.train.batches(100))
     y = network.observer.predict(network.original, batch)["y"]
     expected = -np.log(y[np.arange(len(y)), batch.labels]).mean()
-    found = network.objective.loss(network.original, network.fit, 7)
+    found = network.objective.loss(network.original, network.train, 7)
     assert found == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("text", [TIED, TOKENS], ids=["tied", "tokens"])
 def test_rows_of_shared_weights_and_positions_are_summed(rng, tmp_path, text):
-    network, plan = network_of(text, rng, tmp_path)
+    network, plan = network_of(text, rng, tmp_path, metric="l2-raw")
     (curvature,) = pruning.observe(network, plan, network.original).curvature
     rows = curvature.rows["U"].columns(np.array([0, 2]), np.array([1, 3]))
     for row, (unit, column) in zip(rows, [(0, 1), (2, 3)], strict=True):
         outputs = []
         for step in (1e-5, -1e-5):
             state = with_weight(network, "U", unit, column, step)
-            parts = [network.observer.predict(state, b)["y"] for b in network.fit.batches(100)]
+            parts = [network.observer.predict(state, b)["y"] for b in network.train.batches(100)]
             outputs.append(np.concatenate(parts))
         jacobian = (outputs[0] - outputs[1]) / 2e-5
         # A probe is a sum of rows of the Jacobian with signs: one of all such sums.
@@ -691,13 +693,16 @@ def test_a_sweep_takes_labels_of_the_calibration_beside_those_of_the_evaluation(
 
 def test_labels_of_the_calibration_are_the_labels_where_nothing_else_is_evaluated(rng, tmp_path):
     model, x = stored_net(rng)
-    with pytest.raises(UsageError, match="--labels are those of the calibration"):
+    with pytest.raises(UsageError, match="`labels` are those of the calibration"):
         sweep(model, x, methods="cbs", calibration_labels=tmp_path / "y.npy")
 
 
 REFUSED = {
-    "switches of another method": ({"method": "ecp", "cbs_update": False}, "need --method cbs"),
-    "loss without labels": ({"metric": "loss"}, "needs --labels"),
+    "switches of another method": (
+        {"method": "ecp", "cbs_update": False},
+        "`cbs_update=False` needs `method` cbs",
+    ),
+    "loss without labels": ({"metric": "loss"}, "needs `labels`"),
     "gradients and curvature": (
         {"method": "gradient-magnitude", "compensation": "cbs"},
         "does not go with ranking by gradients",

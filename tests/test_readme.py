@@ -34,7 +34,7 @@ def printed() -> str:
 
 def words(text: str) -> list[str]:
     """Its words without numbers: those depend on the last bits, so on the machine."""
-    text = re.sub(r"sha256.*|^time.*|.*last refit.* not kept.*", "", text, flags=re.M)
+    text = re.sub(r"sha256.*|^time.*|.*last refit.* rejected.*", "", text, flags=re.M)
     return re.sub(r"[-+]?[0-9][0-9,.e+-]*|─+", "#", text).split()
 
 

@@ -162,7 +162,7 @@ def test_json_schema_is_this_one():
         ],
         "skips": ["name", "op", "reason"],
         "predicted_error": None,
-        "gap": ["samples", "relative_error", "outputs", "scores"],
+        "gap": ["samples", "relative_error", "outputs", "scores", "centred"],
         "seconds": None,
         "warnings": None,
         "speed": None,
@@ -185,7 +185,7 @@ def _keys(value):
 
 
 BROKEN = {
-    "another schema": lambda v: v | {"schema": 2},
+    "another schema": lambda v: v | {"schema": 1},
     "no schema": lambda v: {k: x for k, x in v.items() if k != "schema"},
     "a field missing": lambda v: {k: x for k, x in v.items() if k != "seed"},
     "no layers": lambda v: {k: x for k, x in v.items() if k != "layers"},
@@ -221,10 +221,10 @@ GOLDEN = """\
 
 Layers
 
-                            zeros               imp.   bias     eff.
- layer     op    out x in   after  sparsity  removed  shift  samples
- ───────────────────────────────────────────────────────────────────
- fc1       Gemm  40 x 784  25,088   80.00 %   0.0123   0.25      812
+                            zeros               imp.   bias  effective
+ layer     op    out x in   after  sparsity  removed  shift    samples
+ ─────────────────────────────────────────────────────────────────────
+ fc1       Gemm  40 x 784  25,088   80.00 %   0.0123   0.25        812
  fc2       Gemm   10 x 40     100   25.00 %   0.0123   0.25
 
  2 layers          31,760  25,188   79.31 %
@@ -237,9 +237,9 @@ Not pruned
 
 Outputs on 200 samples
 
- output  relative error  mean squared error  largest deviation  same largest
- ───────────────────────────────────────────────────────────────────────────
- logits          0.0456              0.0001   0.31 (sample 17)       98.50 %
+ output  relative error  mean squared error  largest deviation  top-1 agreement
+ ──────────────────────────────────────────────────────────────────────────────
+ logits          0.0456              0.0001   0.31 (sample 17)          98.50 %
 
 method        ecp: importance ecp, compensation bias, metric l2, stages 1
 calibration   in.npz: 1,800 samples, 200 held out
@@ -435,7 +435,7 @@ def test_the_way_to_the_target_is_shown_and_explained(show):
 def test_weights_that_went_with_units_are_not_called_zeros(show):
     work = {"work_before": Work(1000, 2000), "work_after": Work(500, 900)}
     shown = show(report(units=UNITS, **work))
-    assert "gone" in shown
+    assert "removed" in shown
     assert "multiplications of the layers" in shown
     assert "zeros in prunable" not in shown
     assert "zeros after" not in " ".join(shown.split())
@@ -444,5 +444,5 @@ def test_weights_that_went_with_units_are_not_called_zeros(show):
 @pytest.mark.parametrize("show", [lambda r: text.plain(text.report_tables(r)), html.page])
 def test_outputs_without_classes_have_no_column_for_agreement(show):
     plain = gap(outputs=(Deviation("y", 0.1, 0.1, 0.1, 3, None, 0, 0),))
-    assert "same largest" in show(report())
-    assert "same largest" not in show(report(gap=plain))
+    assert "top-1 agreement" in show(report())
+    assert "top-1 agreement" not in show(report(gap=plain))

@@ -5,7 +5,7 @@ import pytest
 
 from onnx_ecp.errors import UsageError
 from onnx_ecp.pruning import selection
-from onnx_ecp.pruning.selection import NM, Group, parse_sparsity, select, zeros_wanted
+from onnx_ecp.pruning.selection import NM, RankingGroup, parse_sparsity, select, zeros_wanted
 
 SHAPES = {"first": (6, 8), "second": (4, 12)}
 SIZE = 6 * 8 + 4 * 12
@@ -26,7 +26,7 @@ def zeros(masks):
 
 
 def group(sparsity):
-    return Group(tuple(SHAPES), sparsity, dict.fromkeys(SHAPES))
+    return RankingGroup(tuple(SHAPES), sparsity, dict.fromkeys(SHAPES))
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.333, 0.98, 1.0])
@@ -121,7 +121,7 @@ def test_a_floor_counts_what_is_still_there(rng):
     scores = {"low": rng.random((10, 10)), "high": 2 + rng.random((10, 10))}
     keep = {"low": np.zeros((10, 10), np.bool_), "high": np.ones((10, 10), np.bool_)}
     keep["low"][:3] = True
-    group = Group(("low", "high"), 0.8, {"low": None, "high": None})
+    group = RankingGroup(("low", "high"), 0.8, {"low": None, "high": None})
     whole = {name: np.ones_like(k) for name, k in keep.items()}
     found = select(group, scores, keep, whole, floor=0.5)
     assert np.count_nonzero(found["low"]) == 10
@@ -144,7 +144,7 @@ def test_n_of_m_holds_in_every_group_at_the_end_and_nothing_else_goes_before(
 def test_n_of_m_follows_the_order_it_is_given(rng):
     order = rng.permutation(8)
     scores, keep = {"w": rng.random((3, 8))}, {"w": np.ones((3, 8), bool)}
-    masks = select(Group(("w",), NM(2, 4), {"w": order}), scores, keep, keep)
+    masks = select(RankingGroup(("w",), NM(2, 4), {"w": order}), scores, keep, keep)
     assert np.all(masks["w"][:, order].reshape(3, 2, 4).sum(axis=2) == 2)
 
 

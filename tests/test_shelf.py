@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from onnx_ecp.errors import ProviderError
-from onnx_ecp.runtime.lazy import Computed, Shelf
+from onnx_ecp.runtime.lazy import LazyArrays, Spill
 
 
 @pytest.mark.parametrize("limit", [0, 100, None])
 def test_what_was_put_on_a_shelf_comes_back(rng, limit):
-    shelf, kept = Shelf(limit), {}
+    shelf, kept = Spill(limit), {}
     for turn in range(60):
         key = int(rng.integers(0, 12))
         if turn % 3 == 2 and key in kept:
@@ -29,7 +29,7 @@ def test_what_was_put_on_a_shelf_comes_back(rng, limit):
 
 
 def test_the_file_is_as_large_as_what_it_holds_at_once():
-    shelf = Shelf(8 * 10)
+    shelf = Spill(8 * 10)
     for turn in range(50):
         shelf[turn] = np.zeros(10)
         shelf.pop(turn - 2, None)
@@ -42,7 +42,7 @@ def test_a_full_disk_is_told(monkeypatch):
 
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     with pytest.raises(ProviderError, match="No space left") as caught:
-        Shelf(0)["x"] = np.zeros(3)
+        Spill(0)["x"] = np.zeros(3)
     assert "TMPDIR" in caught.value.hint
 
 
@@ -53,7 +53,7 @@ def test_computed_arrays_are_computed_on_demand_unless_they_are_known():
         asked.append(name)
         return np.full(2, len(name))
 
-    arrays = Computed(["a", "bb"], compute).replaced("a", np.zeros(2))
+    arrays = LazyArrays(["a", "bb"], compute).replaced("a", np.zeros(2))
     assert list(arrays) == ["a", "bb"]
     assert arrays["a"].sum() == 0
     assert arrays["bb"].sum() == 4

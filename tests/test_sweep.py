@@ -26,7 +26,7 @@ from onnx_ecp.evaluation.facts import ModelFacts
 from onnx_ecp.methods import METHODS
 from onnx_ecp.pruning import loop as pruning
 from onnx_ecp.report import CalibrationFacts, Versions, curves, sweeps, text
-from onnx_ecp.report.sweep import EvaluationFacts, Point, Sweep
+from onnx_ecp.report.sweep import EvaluationFacts, Sweep, SweepPoint
 from onnx_ecp.statistics.observer import Observer
 
 NET = """
@@ -252,7 +252,7 @@ REFUSED = {
     "no sparsity": ({"sparsities": []}, UsageError, "commas"),
     "an option of one run": ({"masks": "m.npz"}, UsageError, "Known: batch_size"),
     "a misspelt option": ({"stage": 3}, UsageError, "Did you mean 'stages'?"),
-    "N:M that does not fit": ({"sparsities": "0.5,2:5"}, UsageError, "--exclude"),
+    "N:M that does not fit": ({"sparsities": "0.5,2:5"}, UsageError, "`exclude`"),
     "no layer left": ({"exclude": ".*"}, TargetError, ""),
     "blocks of nothing": ({"methods": "ecp", "blocks": "layer"}, UsageError, "woodfisher"),
     "labels without a file": ({"labels": "missing.npz"}, CalibrationError, ""),
@@ -275,7 +275,7 @@ def test_what_cannot_be_done_is_said_before_any_point_is_made(
 def swept(count: int = 12, **changes: object) -> Sweep:
     """A made-up sweep of four methods; errors grow with the sparsity, the last one to infinity."""
     made = [
-        Point(
+        SweepPoint(
             method=["ecp-refit", "ecp", "wanda", "magnitude"][k % 4],
             target=str((k // 4) / count),
             sparsity=(k // 4) / count,
@@ -351,7 +351,7 @@ def test_csv_has_one_header_row_and_full_precision():
 def test_json_holds_the_fields_and_the_schema():
     values = json.loads(sweeps.as_json(swept()))
     assert list(values) == ["schema", *(f.name for f in dataclasses.fields(Sweep))]
-    assert values["schema"] == 1
+    assert values["schema"] == 2
     assert values["points"][-1]["relative_error"] == "Infinity"
     assert values["evaluation"]["held_out"] is False
 

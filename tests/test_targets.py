@@ -166,7 +166,7 @@ def test_a_speedup_with_a_target_is_a_gate_too(model, data, tmp_path):
     choices = {"granularity": "unit", "speedup": 2.0, "output": output}
     with pytest.raises(QualityError, match="misses the target") as error:
         onnx_ecp.optimize(model, data, max_error=1e-6, **choices)
-    assert "--speedup" in error.value.hint
+    assert "`speedup`" in error.value.hint
     assert not output.exists()
     report = onnx_ecp.optimize(model, data, max_error=10.0, **choices).report
     assert report.work_after.flops <= report.work_before.flops / 2
@@ -179,8 +179,8 @@ def test_a_speedup_with_a_target_is_a_gate_too(model, data, tmp_path):
         ({"max_error": float("inf")}, "finite"),
         ({"max_accuracy_drop": 200.0, "labels": "y.npy"}, "from 0 to 100"),
         ({"granularity": "unit", "speedup": float("inf")}, "finite"),
-        *(({"damping": x}, "--damping") for x in (0.0, float("inf"), float("nan"), 1e300)),
-        ({"blocks": "layer"}, "--blocks"),
+        *(({"damping": x}, "`damping`") for x in (0.0, float("inf"), float("nan"), 1e300)),
+        ({"blocks": "layer"}, "`blocks`"),
         ({"unread_inputs": "smaller", "cleanup": False}, "there is none"),
         ({"unread_inputs": "smaller", "sparsity": "2:4"}, "there is none"),
         ({"max_accuracy_drop": 1.0}, "needs labels"),

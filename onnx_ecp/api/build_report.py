@@ -10,11 +10,12 @@ import numpy as np
 from onnx_ecp import graph as modelling
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.output_paths import same_file
-from onnx_ecp.api.preparation import NO_FIT, Data, Prepared
+from onnx_ecp.api.preparation import NO_FIT, Data, Job
 from onnx_ecp.data.untrusted import npz_names
 from onnx_ecp.evaluation.bounds import Bounds
 from onnx_ecp.evaluation.compare import Comparison, Gap
 from onnx_ecp.evaluation.tensorrt import sparse_kernels
+from onnx_ecp.gradients.cotangents import SQUARED
 from onnx_ecp.graph import Model
 from onnx_ecp.layers import Skip
 from onnx_ecp.pruning.loop import Pruned
@@ -36,7 +37,7 @@ from onnx_ecp.units.rows import Speedup
 from onnx_ecp.units.shrink import Smaller
 from onnx_ecp.units.stages import UnitStep
 
-# From this relative error on little of the network is left: outputs of zeros have 1.
+# From this relative error on little of the network is left: constant outputs have 1.
 DESTROYED = 0.9
 # An error beyond so many times the predicted one is told, if it is no trifle.
 FAR_BEYOND, TRIFLE = 2.0, 0.01
@@ -44,9 +45,9 @@ FAR_BEYOND, TRIFLE = 2.0, 0.01
 FEW_SAMPLES = 32
 
 
-def told(
+def build_report(
     given: Model,
-    ready: Prepared,
+    ready: Job,
     skips: Sequence[Skip],
     data: Data,
     pruned: Pruned,
@@ -166,9 +167,10 @@ def predicted_error(network: Network, plan: Plan, pruned: Pruned) -> float | Non
 
     The sum leaves out how removals act together, so it is the method's own, linearised expectation.
     """
-    if not plan.method.in_output_units or plan.method.stages > 1 or network.observer.metric != "l2":
+    summable = plan.method.in_output_units and plan.method.stages == 1
+    if not summable or network.observer.metric not in SQUARED:
         return None
-    energy = network.observer.output_energy(network.original, network.guard.batches(network.size))
+    energy = network.observer.output_energy
     return float(np.sqrt(sum(pruned.removed.values()) / energy)) if energy else None
 
 
@@ -195,7 +197,7 @@ def speed_of(
 
 def warnings(data: Data, network: Network, pruned: Pruned, comparison: Comparison) -> Iterator[str]:
     """What the user must know, one sentence each."""
-    if data.fit.synthetic:
+    if data.train.synthetic:
         yield SYNTHETIC_WARNING
     if data.warning:
         yield data.warning
@@ -217,9 +219,9 @@ def warnings(data: Data, network: Network, pruned: Pruned, comparison: Compariso
         yield "no weight is left in any of these layers: the outputs no longer depend on them."
     elif comparison.gap.relative_error >= DESTROYED:
         yield (
-            "the outputs are hardly nearer to the original's than zeros would be, or further away "
-            f"(a relative error of {DESTROYED:g} or more; zeros have 1): ask for a lower sparsity, "
-            "or name a limit with --max-error."
+            "the outputs are hardly nearer to the original's than constants would be, or further "
+            f"away (a relative error of {DESTROYED:g} or more; constants have 1): ask for a lower "
+            "sparsity, or name a limit with --max-error."
         )
     yield from pruned.warnings
     yield from comparison.gap.warnings
@@ -269,7 +271,7 @@ def mask_warnings(network: Network, step: UnitStep | None, options: Options) -> 
 def target_warnings(data: Data, options: Options, curve: Sequence[Point]) -> Iterator[str]:
     """What the user must know about the target that was asked for, one sentence each."""
     if options.max_accuracy_drop is not None:
-        known = [part.row_labels for part in (data.guard, data.held_out)]
+        known = [part.row_labels for part in (data.validation, data.test)]
         samples = min(len(labels) for labels in known if labels is not None)
         if 100 / samples > (options.max_accuracy_drop or 1.0):
             yield (

@@ -8,17 +8,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import onnx
 
-from onnx_ecp.api.build_report import predicted_error, told
+from onnx_ecp.api.build_report import build_report, predicted_error
+from onnx_ecp.api.choices import Choices
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.output import check_outputs, finished, held, save, save_masks, stored_masks
 from onnx_ecp.api.preparation import (
     Data,
-    Prepared,
+    Job,
     choose_layers,
     gather,
     load,
@@ -40,6 +41,7 @@ from onnx_ecp.pruning.search import Judge, Point, seek
 from onnx_ecp.report import Report
 from onnx_ecp.runtime.limits import deadline, threads_of
 from onnx_ecp.runtime.progress import Progress, silent
+from onnx_ecp.statistics.columns import Measure
 from onnx_ecp.statistics.layerwise import Network
 from onnx_ecp.units.rows import Speedup
 from onnx_ecp.units.shrink import Smaller
@@ -75,7 +77,7 @@ def optimize(
     output: str | Path | None = None,
     report: str | Path | Sequence[str | Path] = (),
     progress: Progress = silent,
-    **choices: Any,
+    **choices: Unpack[Choices],
 ) -> Result:
     """Prune a model, let what stays make good for what went, verify, and write the result.
 
@@ -86,7 +88,7 @@ def optimize(
         output: where to write; None writes nothing.
         report: where to write the report, .json or .html; one path or several.
         progress: called with (what, done, of) as work goes on.
-        choices: fields of ``Options``, such as ``method="ecp", sparsity=0.8``.
+        choices: see ``Choices``, such as ``method="ecp", sparsity=0.8``.
 
     Raises:
         OnnxEcpError: one subclass per exit code of the command line; nothing was written.
@@ -121,14 +123,15 @@ def optimize(
         # The weights are in the result; what is told of the state are its masks and shifts.
         made = replace(made, model=result)
         pruned = replace(pruned, state=replace(pruned.state, weights=network.original.weights))
-        comparison = compare(given, result, data, options, original)
+        measure = network.observer.measure
+        comparison = compare(given, result, data, options, original, measure)
         bounded = bound(given, result, data, options) if options.bound else None
         masks = stored_masks(network.layers, pruned.state)
         if options.masks is not None:
             save_masks(masks, options.masks)
         if output is None or options.dry_run:
             result = held(result)
-    account = told(
+    account = build_report(
         given,
         ready,
         skips,
@@ -150,14 +153,14 @@ def optimize(
 
 
 def importance(
-    model: str | Path | onnx.ModelProto, calibration: Any = None, **choices: Any
+    model: str | Path | onnx.ModelProto, calibration: Any = None, **choices: Unpack[Choices]
 ) -> dict[str, np.ndarray]:
     """Importance of every weight of the prunable layers, by layer name, (out, in), float64 >= 0.
 
     Args:
         model: path or proto.
         calibration: as for ``optimize``.
-        choices: fields of ``Options``, such as ``method="ecp"``.
+        choices: see ``Choices``, such as ``method="ecp"``.
 
     Raises:
         OnnxEcpError: as ``optimize`` does.
@@ -174,7 +177,7 @@ def importance(
 
 
 def prune_within(
-    ready: Prepared, judge: Judge | None, options: Options, progress: Progress
+    ready: Job, judge: Judge | None, options: Options, progress: Progress
 ) -> tuple[Pruned, tuple[Point, ...]]:
     """Prune to what was asked for, or as far as the limit allows; and the points of that search.
 
@@ -198,7 +201,7 @@ def judge_of(network: Network, data: Data, options: Options) -> Judge | None:
     """
     if options.limit is None:
         return None
-    parts = (data.guard, data.held_out)
+    parts = (data.validation, data.test)
     try:
         return Judge(network.observer, network.original, parts, network.size)
     except CalibrationError as error:
@@ -227,7 +230,7 @@ def gate(pruned: Pruned, judge: Judge | None, options: Options) -> tuple[Point, 
 
 
 def fast_enough(
-    ready: Prepared,
+    ready: Job,
     pruned: Pruned,
     made: Smaller,
     data: Data,
@@ -262,17 +265,23 @@ def fast_enough(
 
 
 def compare(
-    source: Model, result: Model, data: Data, options: Options, original: ModelFacts
+    source: Model,
+    result: Model,
+    data: Data,
+    options: Options,
+    original: ModelFacts,
+    measure: Measure,
 ) -> Comparison:
     """Original against result, through ONNX Runtime, on samples that nothing else has seen."""
     gap = evaluate.measure_gap(
         source,
         result,
-        data.held_out,
-        data.held_out.row_labels,
+        data.test,
+        data.test.row_labels,
         provider=options.provider,
         threads=options.threads,
         batch_size=options.batch_size,
+        measure=measure,
     )
     latency = None
     if options.measure:
@@ -285,7 +294,7 @@ def bound(source: Model, result: Model, data: Data, options: Options) -> bounds.
     return bounds.bound(
         source,
         result,
-        data.held_out,
+        data.test,
         provider=options.provider,
         threads=options.threads,
         batch_size=options.batch_size,

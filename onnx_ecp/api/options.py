@@ -52,11 +52,12 @@ class Options:
     compensation: str | None = None
     stages: int | None = None
     metric: str | None = None
+    output_weights: Mapping[str, float] = field(default_factory=dict)
     probes: int | None = None
     gradients: str = "vjp"
     positions: str = "expand"
     scope: str | None = None
-    granularity: str = "weight"
+    granularity: str | None = None
     speedup: float | None = None
     cost: str = "params"
     unit_multiple: int = 1
@@ -109,6 +110,11 @@ class Options:
         one_of("metric", self.resolved_metric, METRICS)
         if self.metric == "loss" and self.labels is None:
             raise UsageError("--metric loss needs --labels.")
+        for name, weight in self.output_weights.items():
+            if not 0 <= weight < math.inf:
+                raise UsageError(
+                    f"--output-weights {name}={weight}: a weight must be 0 or more, and finite."
+                )
         one_of("gradients", self.gradients, ENGINES)
         one_of("positions", self.positions, POSITIONS)
         one_of("statistics", self.statistics, STATISTICS)
@@ -120,7 +126,7 @@ class Options:
             )
         one_of("blocks", self.blocks, BLOCKS)
         one_of("scope", self.resolved_scope, SCOPES)
-        one_of("granularity", self.granularity, GRANULARITIES)
+        one_of("granularity", self.resolved_granularity, GRANULARITIES)
         one_of("cost", self.cost, COSTS)
         one_of("unread-inputs", self.unread_inputs, UNREAD)
         one_of("format", self.format, ENCODINGS)
@@ -139,8 +145,7 @@ class Options:
             raise UsageError(f"--timeout is {self.timeout}; it must be greater than 0.")
         if self.finetune_steps < 0:
             raise UsageError(f"--finetune-steps is {self.finetune_steps}; it cannot be negative.")
-        if self.method != "cbs" and not (self.cbs_select and self.cbs_update):
-            raise UsageError("--no-cbs-select and --no-cbs-update need --method cbs.")
+        self._check_own()
         self._check_masks()
         self._check_limits()
         self._check_units()
@@ -155,6 +160,17 @@ class Options:
                 f"--method {self.method} does not look at it.",
                 hint="It goes with woodfisher and cbs.",
             )
+
+    def _check_own(self) -> None:
+        """Refuse the options of other methods."""
+        for name, method in METHODS.items():
+            for option in method.options if name != self.method else ():
+                if not getattr(self, option):
+                    flag = option.replace("_", "-")
+                    raise UsageError(
+                        f"--no-{flag} needs --method {name}.",
+                        hint=f"--method {self.method} has no such switch.",
+                    )
 
     def _check_masks(self) -> None:
         if self.masks is not None and Path(self.masks).suffix != ".npz":
@@ -211,10 +227,10 @@ class Options:
         if self.cleanup and self.patterns:
             raise UsageError("--cleanup does not go with N:M: it would break the pattern.")
         if self.permute and not self.patterns:
-            raise UsageError("--permute is for N:M sparsity: nothing else asks who neighbours are.")
+            raise UsageError("--permute needs an N:M sparsity.")
         if self.permute and (self.masks is not None or self.apply_masks is not None):
             raise UsageError("--permute does not go with masks, which are of the order given.")
-        if self.granularity == "weight":
+        if not self.by_units:
             for name, default in (("speedup", None), ("cost", "params"), ("unit_multiple", 1)):
                 if getattr(self, name) != default:
                     raise UsageError(f"--{name.replace('_', '-')} needs --granularity unit.")
@@ -236,6 +252,16 @@ class Options:
             raise UsageError("--speedup and --sparsity are two targets; give one of them.")
 
     @property
+    def resolved_granularity(self) -> str:
+        """The granularity given, else the one that the targets ask for."""
+        return self.granularity or ("weight" if self.speedup is None else "unit")
+
+    @property
+    def by_units(self) -> bool:
+        """Whether whole units are removed."""
+        return self.resolved_granularity == "unit"
+
+    @property
     def session(self) -> dict[str, Any]:
         """The settings of every ONNX Runtime session."""
         return {"provider": self.provider, "threads": self.threads}
@@ -248,7 +274,7 @@ class Options:
     @property
     def cleans(self) -> bool:
         """Whether dead units leave the model: a pattern or given masks are what a file is for."""
-        if self.granularity == "unit":
+        if self.by_units:
             return False  # dead units are the first to go as it is
         default = not self.patterns and self.apply_masks is None
         return default if self.cleanup is None else self.cleanup
@@ -276,9 +302,9 @@ class Options:
     def resolved_metric(self) -> str:
         """The metric asked for, or the default.
 
-        l2 wants nothing of the outputs; kl takes them as logits, which no file tells. Over the
-        networks of docs/benchmarks.md it was l2 that never lost much. The methods that work with
-        the curvature are defined by the loss where there are labels.
+        l2 wants nothing of the outputs, whatever their units; kl takes them as logits, which no
+        file tells. Over the networks of docs/benchmarks it was l2 that never lost much. The
+        methods that work with the curvature are defined by the loss where there are labels.
         """
         curved = self.recipe.measures == "curvature" and self.labels is not None
         return self.metric or ("loss" if curved else "l2")
@@ -290,7 +316,7 @@ class Options:
             return "asked for"
         if self.resolved_metric == "loss":
             return "the method's own where there are labels"
-        return "the default: it suits outputs of any kind, logits or not"
+        return "the default: every output column in units of its own spread"
 
     @property
     def resolved_probes(self) -> int | None:
@@ -386,6 +412,10 @@ def _sparsities(value: Any) -> dict[str, Sparsity]:
     return {_text(name): parse_sparsity(item) for name, item in dict(value).items()}
 
 
+def _weights(value: Any) -> dict[str, float]:
+    return {_text(name): _number(weight) for name, weight in dict(value).items()}
+
+
 def _shapes(value: Any) -> dict[str, tuple[int, ...]]:
     return {_text(k): tuple(_integer(size) for size in v) for k, v in dict(value).items()}
 
@@ -406,6 +436,7 @@ _OWN: dict[str, Convert] = {
     "include": (_texts, "one or several regular expressions"),
     "exclude": (_texts, "one or several regular expressions"),
     "layer_sparsity": (_sparsities, "sparsities by regular expression"),
+    "output_weights": (_weights, "numbers by the name of an output, or OUTPUT:COLUMN"),
     "max_memory": (parse_size, "a size such as 500M or 8G"),
     "labels": (_labels, "a path or an array"),
     "input_shapes": (_shapes, "shapes by the name of the input"),

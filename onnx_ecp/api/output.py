@@ -13,14 +13,14 @@ import onnx
 
 from onnx_ecp import graph as modelling
 from onnx_ecp.api.options import Options
-from onnx_ecp.api.output_paths import Named, check_destinations, same_file
-from onnx_ecp.api.preparation import Prepared
+from onnx_ecp.api.output_paths import Named, check_output_paths, same_file
+from onnx_ecp.api.preparation import Job
 from onnx_ecp.data import calibration as calibrating
 from onnx_ecp.graph import Model
 from onnx_ecp.layers import Layer, find_layers
 from onnx_ecp.pruning.loop import Pruned
 from onnx_ecp.report import check_target
-from onnx_ecp.runtime.lazy import Computed
+from onnx_ecp.runtime.lazy import LazyArrays
 from onnx_ecp.statistics.layerwise import Network
 from onnx_ecp.statistics.observer import State
 from onnx_ecp.units.shrink import Smaller, cleaned, smaller
@@ -42,7 +42,7 @@ def check_outputs(
     """
     named = (("OUTPUT", output), ("--masks", options.masks), *(("--report", x) for x in reports))
     results = [(what, path) for what, path in named if path is not None]
-    check_destinations(results, sources_of(source, calibration, output, options))
+    check_output_paths(results, sources_of(source, calibration, output, options))
     for path in (output, options.masks):
         if path is not None and not options.dry_run:
             modelling.check_output(path, force=options.force, source=source.path)
@@ -72,7 +72,7 @@ def sources_of(
         yield "the masks to apply", options.apply_masks
 
 
-def finished(ready: Prepared, pruned: Pruned, options: Options) -> Smaller:
+def finished(ready: Job, pruned: Pruned, options: Options) -> Smaller:
     """The model that the pruned network makes: cut where units went, cleaned up where they died.
 
     Raises:
@@ -126,7 +126,7 @@ def stored(
             renewed.append(tensor)
         if layer.store(proto, weight, state.shifts[layer.name], source.base):
             created.add(layer.name)
-    values = Computed(renewed, state.weights.__getitem__)
+    values = LazyArrays(renewed, state.weights.__getitem__)
     return Model(proto, None, source.base, values), frozenset(created)
 
 

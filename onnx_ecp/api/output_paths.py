@@ -16,7 +16,7 @@ Named = tuple[str, str | Path]
 _ARRAYS = (".npz", ".npy", ".pb")
 
 
-def check_destinations(results: Sequence[Named], sources: Iterable[Named]) -> None:
+def check_output_paths(results: Sequence[Named], sources: Iterable[Named]) -> None:
     """Refuse results that would overwrite each other, or what they are made from.
 
     A name that is not there yet is compared as it is resolved, one that is there by its file, so

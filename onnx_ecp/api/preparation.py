@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from onnx_ecp.layers import Layer, Skip, find_layers
 from onnx_ecp.methods import FORWARD
 from onnx_ecp.pruning.loop import importances, observe
 from onnx_ecp.pruning.plan import Plan
-from onnx_ecp.pruning.selection import NM, Group, Sparsity
+from onnx_ecp.pruning.selection import NM, RankingGroup, Sparsity
 from onnx_ecp.report import CalibrationFacts
 from onnx_ecp.runtime.limits import free_memory, workers
 from onnx_ecp.runtime.progress import Progress
@@ -51,35 +51,41 @@ NO_FIT = "does not fit it"
 class Data:
     """The calibration samples, with their labels if any, and what each part of them is for.
 
-    Of two samples one is ``fit`` and ``guard`` at once, a single one is all three parts.
+    Of two samples one is ``train`` and ``validation`` at once, a single one is all three parts.
 
     Args:
-        fit: importances and compensations are computed on them.
-        guard: they judge whether a refit is kept.
-        held_out: the error that the report states is measured on them.
+        train: importances and compensations are computed on them.
+        validation: they judge whether a refit is kept.
+        test: the error that the report states is measured on them.
     """
 
-    fit: Calibration
-    guard: Calibration
-    held_out: Calibration
+    train: Calibration
+    validation: Calibration
+    test: Calibration
+
+    def seen(self, size: int) -> Iterator[Batch]:
+        """Batches of all samples but those held out."""
+        yield from self.train.batches(size)
+        if self.validation is not self.train:
+            yield from self.validation.batches(size)
 
     @property
     def facts(self) -> CalibrationFacts:
         """What the report says about them."""
-        used = len(self.fit) + (0 if self.guard is self.fit else len(self.guard))
-        held_out = 0 if self.held_out is self.fit else len(self.held_out)
-        rows = evaluate.expected_rows(self.fit) // len(self.fit)
-        return CalibrationFacts(self.fit.source, used, held_out, self.fit.synthetic, rows)
+        used = len(self.train) + (0 if self.validation is self.train else len(self.validation))
+        held_out = 0 if self.test is self.train else len(self.test)
+        rows = evaluate.expected_rows(self.train) // len(self.train)
+        return CalibrationFacts(self.train.source, used, held_out, self.train.synthetic, rows)
 
     @property
     def warning(self) -> str:
         """What the user must know about samples that play several parts; empty where none does."""
-        if self.held_out is self.fit:
+        if self.test is self.train:
             return (
                 "there is one sample only: the error is measured on the very sample that all else "
                 "was computed from and says nothing about others; give more calibration data."
             )
-        if self.guard is self.fit:
+        if self.validation is self.train:
             return (
                 "there are two samples only: all that was not measured on one of them was computed "
                 "from the other, refits and their judgement alike; give more calibration data."
@@ -88,7 +94,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Job:
     """A network that can be observed, and what is to be done with it.
 
     Args:
@@ -116,7 +122,7 @@ class Prepared:
 
 def prepare(
     given: Model, layers: Sequence[Layer], data: Data, options: Options, progress: Progress
-) -> Prepared:
+) -> Job:
     """Build the observation graph of the model that is to be pruned, and the plan.
 
     Args:
@@ -134,17 +140,17 @@ def prepare(
         source, remarks = reordered(given, layers, data, options)
         layers, _ = choose_layers(source, options)
     network, blocked = observe_network(source, layers, data, options)
-    if options.granularity == "unit" and options.masks is None:  # masks are of the bases given
+    if options.by_units and options.masks is None:  # masks are of the bases given
         turned = in_own_bases(source, network, options)
         if turned is not source:
             network.observer.close()
             source, (layers, _) = turned, choose_layers(turned, options)
             network, blocked = observe_network(source, layers, data, options)
     plan, step = make_plan(network.layers, options), None
-    if options.granularity == "unit":
+    if options.by_units:
         step = unit_step(source, network, data, options, progress)
         blocked = [*blocked, *step.structure.refusals]
-    return Prepared(source, network, plan, step, tuple(blocked), remarks)
+    return Job(source, network, plan, step, tuple(blocked), remarks)
 
 
 def load(model: str | Path | onnx.ModelProto) -> Model:
@@ -197,7 +203,7 @@ def wanted_layers(source: Model, options: Options) -> tuple[list[Layer], list[Sk
     layers, skips = [], list(found.skips)
     for layer in found.layers:
         reason = _unwanted_weight(layer, found.layers, options)
-        if reason and options.granularity == "weight":
+        if reason and not options.by_units:
             skips.append(Skip(layer.name, layer.op, reason))
         else:
             layers.append(layer)
@@ -355,7 +361,7 @@ def observe_network(
         return Observer(
             dense,
             chosen,
-            next(data.fit.batches(2)),
+            next(data.train.batches(2)),
             engine=options.gradients,
             metric=options.resolved_metric,
             probes=options.resolved_probes,
@@ -378,10 +384,10 @@ def observe_network(
             raise nothing_to_prune(skips)
         observer = observing(rest)
     original = original_state(dense, observer.layers)
-    size = batch_size(observer, original, data.fit, options.batch_size, options.positions)
-    observer.normalise_outputs(original, data.fit.batches(size))
+    size = batch_size(observer, original, data.train, options.batch_size, options.positions)
+    observer.normalise_outputs(original, data.seen(size), options.output_weights)
     memory = options.max_memory or free_memory() // 2
-    return Network(observer, original, data.fit, data.guard, size, memory), skips
+    return Network(observer, original, data.train, data.validation, size, memory), skips
 
 
 def with_free_batch(dense: Model, data: Data, options: Options) -> tuple[Model, Data]:
@@ -389,15 +395,18 @@ def with_free_batch(dense: Model, data: Data, options: Options) -> tuple[Model, 
 
     Both are as they were where the batch is free, or where no such copy computes the same.
     """
-    names, few = data.fit.of_one, list(data.fit.take(np.arange(len(data.fit))[:PROBED]).batches(1))
-    if len(few) < 2 or names != data.fit.arrays.keys():
+    names, few = (
+        data.train.of_one,
+        list(data.train.take(np.arange(len(data.train))[:PROBED]).batches(1)),
+    )
+    if len(few) < 2 or names != data.train.arrays.keys():
         return dense, data
     copy = free_batch(dense, [batch.feeds for batch in few], names, **options.session)
     if copy is None:
         return dense, data
-    fit = data.fit.together()
-    guard = fit if data.guard is data.fit else data.guard.together()
-    return replace(dense, proto=copy), replace(data, fit=fit, guard=guard)
+    train = data.train.together()
+    validation = train if data.validation is data.train else data.validation.together()
+    return replace(dense, proto=copy), replace(data, train=train, validation=validation)
 
 
 def make_plan(layers: Sequence[Layer], options: Options) -> Plan:
@@ -425,8 +434,10 @@ def make_plan(layers: Sequence[Layer], options: Options) -> Plan:
     )
 
 
-def _group(tensors: tuple[str, ...], layers: Mapping[str, Layer], sparsity: Sparsity) -> Group:
-    return Group(tensors, sparsity, {name: layers[name].nm_order() for name in tensors})
+def _group(
+    tensors: tuple[str, ...], layers: Mapping[str, Layer], sparsity: Sparsity
+) -> RankingGroup:
+    return RankingGroup(tensors, sparsity, {name: layers[name].nm_order() for name in tensors})
 
 
 def load_masks(path: str | Path, layers: Mapping[str, Layer]) -> dict[str, np.ndarray]:
@@ -517,7 +528,7 @@ def unit_step(
             structure,
             network.layers,
             timed_batch(data, options),
-            (next(data.fit.batches(1)), next(data.fit.batches(2))),
+            (next(data.train.batches(1)), next(data.train.batches(2))),
             options.session | {"threads": workers()},  # as the result is measured in the end
             progress=progress,
         )
@@ -526,4 +537,4 @@ def unit_step(
 
 def timed_batch(data: Data, options: Options) -> Batch:
     """What models are fed when their latency is measured."""
-    return next(data.held_out.batches(options.batch_size or evaluate.fitting(data.held_out)))
+    return next(data.test.batches(options.batch_size or evaluate.fitting(data.test)))

@@ -13,18 +13,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import onnx
 
 from onnx_ecp.api.build_report import warnings
+from onnx_ecp.api.choices import CommonChoices
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.output import finished
-from onnx_ecp.api.output_paths import check_destinations
+from onnx_ecp.api.output_paths import check_output_paths
 from onnx_ecp.api.preparation import (
     Data,
-    Prepared,
+    Job,
     gather,
     load,
     make_plan,
@@ -43,7 +44,7 @@ from onnx_ecp.methods import FORWARD, NEEDS
 from onnx_ecp.pruning.loop import observe, prune
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.report import counted
-from onnx_ecp.report.sweep import EvaluationFacts, Point, Sweep
+from onnx_ecp.report.sweep import EvaluationFacts, Sweep, SweepPoint
 from onnx_ecp.runtime.limits import deadline, threads_of
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.runtime.versions import versions
@@ -53,30 +54,7 @@ from onnx_ecp.statistics.layerwise import Network
 METHODS_SWEPT = ("ecp-refit", "ecp", "wanda", "magnitude")
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 # The options of ``optimize`` that hold for all points. The others say what one run is to make.
-COMMON = (
-    "compensation",
-    "stages",
-    "damping",
-    "blocks",
-    "finetune_steps",
-    "metric",
-    "probes",
-    "gradients",
-    "positions",
-    "scope",
-    "include",
-    "exclude",
-    "layer_sparsity",
-    "samples",
-    "batch_size",
-    "max_memory",
-    "statistics",
-    "seed",
-    "provider",
-    "threads",
-    "timeout",
-    "input_shapes",
-)
+COMMON = tuple(CommonChoices.__annotations__)
 
 
 def sweep(
@@ -89,7 +67,7 @@ def sweep(
     labels: str | Path | np.ndarray | None = None,
     calibration_labels: str | Path | np.ndarray | None = None,
     progress: Progress = silent,
-    **choices: Any,
+    **choices: Unpack[CommonChoices],
 ) -> Sweep:
     """Prune a model with several methods to several sparsities and compare what comes out.
 
@@ -105,7 +83,7 @@ def sweep(
         calibration_labels: the same of the calibration samples, for methods that look
             at the loss; without ``evaluation``, ``labels`` are these.
         progress: called with (what, done, of) as work goes on.
-        choices: the options of ``optimize`` named in ``COMMON``; they hold for all points.
+        choices: see ``CommonChoices``; they hold for all points.
 
     Raises:
         UsageError: an unknown method or option, or a sparsity that is none.
@@ -119,7 +97,7 @@ def sweep(
     with deadline(grid[0].timeout), threads_of(grid[0].threads):
         shared = prepare(model, calibration, grid, evaluation, labels, progress)
         prepared = time.monotonic()
-        runs: list[Run] = []
+        runs: list[PointRun] = []
         for options, plan in zip(grid, shared.plans, strict=True):
             progress("points", len(runs), len(grid))
             runs.append(run(shared, options, plan, progress))
@@ -165,7 +143,7 @@ def check_outputs(
         for what, path in {"model": model, **data}.items()
         if path is not None
     ]
-    check_destinations([("--output", path) for path in outputs], sources)
+    check_output_paths([("--output", path) for path in outputs], sources)
 
 
 def grid_of(
@@ -215,7 +193,7 @@ def _listed(what: str, values: str | Sequence[Any]) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Judge:
+class Evaluation:
     """The samples that points are judged on, with their labels."""
 
     samples: Calibration
@@ -240,7 +218,7 @@ class Shared:
     source: Model
     facts: ModelFacts
     data: Data
-    judge: Judge
+    judge: Evaluation
     networks: Mapping[str, Network]
     plans: tuple[Plan, ...]
     measured: Mapping[str, Measured]
@@ -293,7 +271,7 @@ def layers_of(source: Model, grid: Sequence[Options]) -> list[Layer]:
 
 def judge_of(
     source: Model, data: Data, evaluation: Any, labels: str | Path | np.ndarray | None
-) -> Judge:
+) -> Evaluation:
     """The evaluation samples: those given, else the held-out part of the calibration data.
 
     Raises:
@@ -301,12 +279,12 @@ def judge_of(
     """
     named = None if labels is None else calibrating.labels_name(labels)
     if evaluation is None:
-        held_out = data.held_out
+        held_out = data.test
         facts = EvaluationFacts(held_out.source, len(held_out), True, named)
-        return Judge(held_out, held_out.row_labels, facts)
+        return Evaluation(held_out, held_out.row_labels, facts)
     samples = calibrating.load(evaluation, signature(source.proto))
     values = None if labels is None else calibrating.load_labels(labels, expected_rows(samples))
-    return Judge(samples, values, EvaluationFacts(samples.source, len(samples), False, named))
+    return Evaluation(samples, values, EvaluationFacts(samples.source, len(samples), False, named))
 
 
 def networks_of(
@@ -337,22 +315,22 @@ def networks_of(
 
 
 @dataclass(frozen=True)
-class Run:
+class PointRun:
     """A point with what the summary needs besides."""
 
-    point: Point
+    point: SweepPoint
     comparison: Comparison
     warnings: tuple[str, ...]
 
 
-def run(shared: Shared, options: Options, plan: Plan, progress: Progress = silent) -> Run:
+def run(shared: Shared, options: Options, plan: Plan, progress: Progress = silent) -> PointRun:
     """Prune to one point and judge it."""
     began = time.monotonic()
     needs = plan.method.measures
     network = shared.networks[needs]
     pruned = prune(network, plan, progress, measured=shared.measured[needs])
     seconds = time.monotonic() - began
-    result = finished(Prepared(shared.source, network, plan), pruned, options).model
+    result = finished(Job(shared.source, network, plan), pruned, options).model
     gap = measure_gap(
         shared.source,
         result,
@@ -362,13 +340,15 @@ def run(shared: Shared, options: Options, plan: Plan, progress: Progress = silen
         threads=options.threads,
         batch_size=options.batch_size,
         progress=progress,
+        measure=network.observer.measure if shared.judge.facts.held_out else None,
+        output_weights=options.output_weights,
     )
     comparison = Comparison(shared.facts, model_facts(result), gap)
     scores = {score.metric: score.b for score in gap.scores}
     masks = pruned.state.keep.values()
     weights = sum(keep.size for keep in masks)
     zeros = weights - sum(int(np.count_nonzero(keep)) for keep in masks)
-    point = Point(
+    point = SweepPoint(
         method=options.method,
         target=str(options.sparsity),
         sparsity=zeros / weights,
@@ -381,7 +361,7 @@ def run(shared: Shared, options: Options, plan: Plan, progress: Progress = silen
         compressed_bytes=comparison.b.compressed_bytes,
         seconds=seconds,
     )
-    return Run(point, comparison, tuple(warnings(shared.data, network, pruned, comparison)))
+    return PointRun(point, comparison, tuple(warnings(shared.data, network, pruned, comparison)))
 
 
 def uneven(networks: Mapping[str, Network]) -> Iterator[str]:
@@ -397,7 +377,7 @@ def uneven(networks: Mapping[str, Network]) -> Iterator[str]:
         )
 
 
-def merged(runs: Sequence[Run]) -> Iterator[str]:
+def merged(runs: Sequence[PointRun]) -> Iterator[str]:
     """Every warning once, with the points that have it unless all do."""
     where: dict[str, list[str]] = {}
     for run in runs:

@@ -18,7 +18,14 @@ from typing import Any, TypeVar
 import click
 
 from onnx_ecp.cli.progress import bars
-from onnx_ecp.errors import Interrupted, OnnxEcpError, OutputError, UsageError, did_you_mean
+from onnx_ecp.errors import (
+    Interrupted,
+    OnnxEcpError,
+    OutputError,
+    UsageError,
+    did_you_mean,
+    named_as_options,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -130,6 +137,12 @@ CALIBRATION = click.option(
     "MODEL.npz beside the model, else made-up inputs]",
 )  # fmt: skip
 
+OUTPUT_WEIGHTS = click.option(
+    "--output-weights", type=Pair("=", float, "y=2 or y:0=2"), metavar="NAME[:COLUMN]=W",
+    multiple=True,
+    help="Let an output, or a column of one, count W times, 0 for not at all (repeatable).",
+)  # fmt: skip
+
 # What commands that prune have in common: how a network is pruned, and what computes it.
 PRUNING = (
     _choice(
@@ -155,10 +168,12 @@ PRUNING = (
         "Rank over all layers, or within each.  [default: layer for sparsegpt, obc]",
     ),
     _choice(
-        "--metric", "l2|kl|loss", None,
-        "Distance of outputs; kl takes them as logits, loss takes --labels too.  [default: l2; "
-        "loss for woodfisher and cbs with --labels]",
+        "--metric", "l2|l2-raw|kl|loss", None,
+        "Distance of outputs: l2 counts every column in units of its own spread, l2-raw as it is; "
+        "kl takes outputs as logits, loss takes --labels too.  [default: l2; loss for woodfisher "
+        "and cbs with --labels]",
     ),
+    OUTPUT_WEIGHTS,
     click.option(
         "--probes", type=int, metavar="N",
         help="Random output directions per sample.  [default: exact for few outputs, else one]",
@@ -230,14 +245,15 @@ OPTIONS = (
         help="Prune as far as top-1 accuracy on held-out --labels drops P points at most; a gate "
         "as --max-error is.",
     ),
-    _choice(
-        "--granularity", "weight|unit", "weight",
-        "unit: remove whole neurons, channels and heads, which makes a smaller dense model.",
+    click.option(
+        "--granularity", metavar="weight|unit",
+        help="unit: remove whole neurons, channels and heads, which makes a smaller dense model.  "
+        "[default: weight, or unit with --speedup]",
     ),
     click.option(
         "--speedup", type=float, metavar="X",
-        help="Instead of --sparsity, with units: 1/X of the layers' multiplications stay; with "
-        "--cost latency the model is X times as fast on this machine, measured.",
+        help="Instead of --sparsity, by whole units: 1/X of the layers' multiplications stay; "
+        "with --cost latency the model is X times as fast on this machine, measured.",
     ),
     _choice(
         "--cost", "params|flops|latency", "params",
@@ -298,6 +314,9 @@ OPTIONS = (
     click.option("--dry-run", is_flag=True, help="Do everything but write OUTPUT."),
 )  # fmt: skip
 
+# Options that are given as pairs of a name and a value.
+PAIRS = ("layer_sparsity", "output_weights", "input_shapes")
+
 # Options that the library does not know.
 PRESENTATION = (
     CONFIG,
@@ -332,7 +351,7 @@ class Program(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # not every terminal can show every name
                 stream.reconfigure(errors="backslashreplace")
-        with _signals_raise():
+        with named_as_options(), _signals_raise():
             try:
                 code = super().main(args, *rest, **keywords)
             except Exception as error:
@@ -456,7 +475,7 @@ def optimize(
     from onnx_ecp.api import optimize as pipeline
     from onnx_ecp.report import text
 
-    options |= {name: dict(options[name]) for name in ("layer_sparsity", "input_shapes")}
+    options |= {name: dict(options[name]) for name in PAIRS}
     calibration = options.pop("calibration")
     with bars(quiet) as progress:
         result = pipeline.optimize(model, calibration, output=output, progress=progress, **options)
@@ -489,13 +508,14 @@ def inspect(model: str, as_json: bool, verbose: bool, traceback: bool) -> None:
 @click.option("-d", "--data", metavar="PATH", required=True, help="Inputs, as of optimize -c.")
 @click.option("--labels", metavar="PATH", help="Labels of the inputs: .npy, or .npz with y.")
 @click.option("--measure", is_flag=True, help="Measure latency too, the models in turns.")
-@_with(BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
+@_with(OUTPUT_WEIGHTS, BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
 def compare(
     model_a: str, model_b: str, data: str, as_json: bool, traceback: bool, **options: Any
 ) -> None:
     """Compare the outputs of MODEL_B with those of MODEL_A."""
     from onnx_ecp.evaluation import compare as evaluate
 
+    options["output_weights"] = dict(options["output_weights"])
     comparison = evaluate.compare(model_a, model_b, data, **options)
     if as_json:
         _print_json(comparison)
@@ -638,7 +658,7 @@ def sweep(
     sweeping.check_outputs(model, {name: options[name] for name in read}, output)
     for path in output:
         sweeps.check_target(path, force=force)
-    options |= {name: dict(options[name]) for name in ("layer_sparsity", "input_shapes")}
+    options |= {name: dict(options[name]) for name in PAIRS}
     calibration = options.pop("calibration")
     with bars(quiet) as progress:
         swept = sweeping.sweep(model, calibration, progress=progress, **options)

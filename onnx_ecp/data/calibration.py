@@ -237,7 +237,7 @@ def synthetic(
     """
     arrays = draw(proto, inputs, samples=samples, seed=seed, shapes=shapes or {})
     origin = f"{samples} synthetic samples"
-    return replace(_fit(arrays, inputs, origin), synthetic=True, seed=seed)
+    return replace(fit(arrays, inputs, origin), synthetic=True, seed=seed)
 
 
 def check_shapes(given: Calibration, inputs: Inputs, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -349,7 +349,7 @@ def _labels_array(source: str | Path | np.ndarray) -> np.ndarray:
 # From given arrays to arrays that fit.
 
 
-def _fit(arrays: Mapping[Any, Any], inputs: Inputs, origin: str) -> Calibration:
+def fit(arrays: Mapping[Any, Any], inputs: Inputs, origin: str) -> Calibration:
     """Arrays of many samples as a Calibration; every way in ends here."""
     given = _named(arrays, inputs, origin)
     placed = {spec.name: _place(given[spec.name], spec, origin) for spec in inputs}
@@ -381,7 +381,7 @@ def _fit_feed(feed: Any, inputs: Inputs, origin: str) -> Calibration:
         lacks_batch_axis = spec.shape is not None and array.ndim == max(len(spec.shape), 1) - 1
         if whole or lacks_batch_axis:
             given[spec.name] = array[None]
-    return _fit(given, inputs, origin)
+    return fit(given, inputs, origin)
 
 
 def _named(arrays: Mapping[Any, Any], inputs: Inputs, origin: str) -> dict[str, np.ndarray]:
@@ -552,13 +552,13 @@ def _from_npz(source: Any, inputs: Inputs) -> Iterator[Calibration]:
     found = set(npz_names(path))
     # Only what the model takes is unpacked; None stands for names that _fit will object to.
     arrays = read_npz(path, [spec.name for spec in inputs if spec.name in found])
-    yield _fit(dict.fromkeys(sorted(found)) | arrays, inputs, str(path))
+    yield fit(dict.fromkeys(sorted(found)) | arrays, inputs, str(path))
 
 
 def _from_npy(source: Any, inputs: Inputs) -> Iterator[Calibration]:
     path = Path(source)
     array = read_npy(path)
-    yield _fit({_only_input(inputs, str(path), array): array}, inputs, str(path))
+    yield fit({_only_input(inputs, str(path), array): array}, inputs, str(path))
 
 
 def _from_folder(source: Any, inputs: Inputs) -> Iterator[Calibration]:
@@ -572,7 +572,7 @@ def _from_folder(source: Any, inputs: Inputs) -> Iterator[Calibration]:
         )
     if len(inputs) > 1 and all(path.suffix == ".npy" for path in files):
         arrays = {path.stem: read_npy(path) for path in files}
-        yield _fit(arrays, inputs, str(folder))
+        yield fit(arrays, inputs, str(folder))
         return
     for path in files:
         yield from (_from_npy if path.suffix == ".npy" else _from_npz)(path, inputs)
@@ -662,11 +662,11 @@ def _from_iterable(source: Any, inputs: Inputs, origin: str = "") -> Iterator[Ca
 
 
 def _from_dict(source: Any, inputs: Inputs) -> Iterator[Calibration]:
-    yield _fit(source, inputs, _origin(source))
+    yield fit(source, inputs, _origin(source))
 
 
 def _from_array(source: Any, inputs: Inputs) -> Iterator[Calibration]:
-    yield _fit({_only_input(inputs, _origin(source), source): source}, inputs, _origin(source))
+    yield fit({_only_input(inputs, _origin(source), source): source}, inputs, _origin(source))
 
 
 def _only_input(inputs: Inputs, origin: str, value: Any) -> str:

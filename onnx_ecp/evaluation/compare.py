@@ -1,17 +1,18 @@
 """Two models on the same inputs: how far apart their outputs are, how good both are, their sizes.
 
-    relative error of output k    e_k = sqrt(sum ||b - a||^2 / sum ||a||^2)
+    relative error of column c    e_c = sqrt(E (b - a)_c^2 / Var a_c)
+    relative error of output k    e_k = sqrt(mean_c e_c^2)
     relative error overall        e   = sqrt(mean_k e_k^2)
 
-so that every output counts alike, whatever its scale. Sums of batches add up; memory is bounded by
-one batch.
+so that every column of every output counts alike, whatever its unit and offset; see
+``statistics.columns``. Sums of batches add up; memory is bounded by one batch.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,30 @@ from onnx_ecp.graph import (
     printable,
     signature,
 )
+from onnx_ecp.graph.columns import column_axes
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.runtime.session import OutOfMemory, Session
+from onnx_ecp.statistics.columns import Measure, Spread, by_column
 
+# So many of the worst columns of an output are told, with a warning from this error on.
+WORST, HURT = 8, 0.5
 # What the inputs of a batch may take together, unless the user chooses the batch size.
 BATCH_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class ColumnError:
+    """One column of an output.
+
+    Args:
+        column: its index along the axis of the columns.
+        relative_error: e_c.
+        spread: the standard deviation of a that the error is relative to.
+    """
+
+    column: int
+    relative_error: float
+    spread: float
 
 
 @dataclass(frozen=True)
@@ -45,6 +65,11 @@ class Deviation:
     Args:
         output: its name.
         relative_error: e_k; infinite when an element is not finite in one model only.
+        raw_error: sqrt(sum ||b - a||^2 / sum ||a||^2), all columns in one unit.
+        axis: of the columns; None where the output is a single one, or not floating-point.
+        columns: number of columns.
+        worst: columns with the largest errors, the worst first; empty where there is one column.
+        left_out: columns that never vary in a, and count in no error.
         mean_squared_error: mean of (b - a)^2 over elements.
         largest: largest |b - a|; infinite when an element is not finite in one model only.
         largest_at: the sample where that is.
@@ -63,6 +88,16 @@ class Deviation:
     agreement: float | None
     not_finite_a: int
     not_finite_b: int
+    raw_error: float = 0.0
+    axis: int | None = None
+    columns: int = 1
+    worst: tuple[ColumnError, ...] = ()
+    left_out: tuple[int, ...] = ()
+
+    @property
+    def hurt(self) -> tuple[ColumnError, ...]:
+        """Of the worst columns those of which little is left."""
+        return tuple(c for c in self.worst if c.relative_error > HURT)
 
 
 @dataclass(frozen=True)
@@ -91,12 +126,15 @@ class Gap:
         relative_error: overall; over the floating-point outputs, where there are any.
         outputs: one deviation per output.
         scores: on labels; empty without labels.
+        centred: whether errors are in units of standard deviations; where no column of any output
+            varies, root mean squares take their place.
     """
 
     samples: int
     relative_error: float
     outputs: tuple[Deviation, ...]
     scores: tuple[Score, ...] = ()
+    centred: bool = True
 
     @property
     def agreement(self) -> float | None:
@@ -110,13 +148,40 @@ class Gap:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """One sentence for every output that has values that are not finite."""
-        return tuple(
-            f"output {d.output!r} has values that are NaN or infinite: {d.not_finite_a} in the "
-            f"original, {d.not_finite_b} in the result."
-            for d in self.outputs
-            if d.not_finite_a or d.not_finite_b
-        )
+        """One sentence for every output with values that are not finite, or with lost columns."""
+        return (*map(_not_finite, self._with("not_finite_a", "not_finite_b")), *self._lost())
+
+    def _with(self, *fields: str) -> list[Deviation]:
+        return [d for d in self.outputs if any(getattr(d, field) for field in fields)]
+
+    def _lost(self) -> Iterator[str]:
+        if not self.centred:
+            yield (
+                "no column of any output varies on these samples: errors are relative to the "
+                "outputs' size instead of their spread; give more samples."
+            )
+        for d in self._with("hurt"):
+            named = ", ".join(f"{c.column} ({c.relative_error:.2g})" for c in d.hurt)
+            more = " and more" if len(d.hurt) == WORST else ""
+            yield (
+                f"little is left of columns {named}{more} of output {printable(d.output)!r}: their "
+                f"error is more than {HURT:g} of their own standard deviation; a constant in their "
+                "place would have 1."
+            )
+        for d in self._with("left_out"):
+            named = ", ".join(map(str, d.left_out[:WORST]))
+            more = f" and {len(d.left_out) - WORST} more" if len(d.left_out) > WORST else ""
+            yield (
+                f"columns {named}{more} of output {printable(d.output)!r} never vary on these "
+                "samples: no error counts them."
+            )
+
+
+def _not_finite(d: Deviation) -> str:
+    return (
+        f"output {d.output!r} has values that are NaN or infinite: {d.not_finite_a} in the "
+        f"original, {d.not_finite_b} in the result."
+    )
 
 
 @dataclass(frozen=True)
@@ -141,12 +206,12 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Sums:
+class DeviationSums:
     """What a batch says about one output; the sums of two batches add up.
 
     Args:
         elements: number of elements.
-        error: sum of (b - a)^2.
+        errors: (columns,), sum of (b - a)^2.
         energy: sum of a^2.
         largest: largest |b - a|.
         largest_at: its sample.
@@ -159,7 +224,7 @@ class Sums:
     """
 
     elements: int
-    error: float
+    errors: np.ndarray
     energy: float
     largest: float
     largest_at: int
@@ -169,12 +234,12 @@ class Sums:
     not_finite_b: int
     floating: bool
 
-    def __add__(self, other: Sums) -> Sums:
+    def __add__(self, other: DeviationSums) -> DeviationSums:
         # The first of equals, so that the batch size changes nothing.
         top = self if self.largest >= other.largest else other
-        return Sums(
+        return DeviationSums(
             self.elements + other.elements,
-            self.error + other.error,
+            _added(self.errors, other.errors),
             self.energy + other.energy,
             top.largest,
             top.largest_at,
@@ -186,33 +251,80 @@ class Sums:
         )
 
     @property
-    def relative_error(self) -> float:
-        """sqrt(error / energy); 0 / 0 is 0."""
-        if self.error == 0.0:
+    def raw_error(self) -> float:
+        """sqrt(sum of errors / energy); 0 / 0 is 0."""
+        error = float(self.errors.sum())
+        if error == 0.0:
             return 0.0
-        return math.sqrt(self.error / self.energy) if self.energy else math.inf
+        return math.sqrt(error / self.energy) if self.energy else math.inf
 
-    def deviation(self, output: str) -> Deviation:
+    @property
+    def mean_squares(self) -> np.ndarray:
+        """(columns,), mean squared error."""
+        return np.asarray(self.errors * len(self.errors) / max(self.elements, 1))
+
+    def deviation(self, output: str, measure: Measure) -> Deviation:
         """What the sums of all batches say about the output."""
-        return Deviation(
+        found = Deviation(
             output=output,
-            relative_error=self.relative_error,
-            mean_squared_error=self.error / self.elements if self.elements else 0.0,
+            relative_error=self.raw_error,
+            mean_squared_error=float(self.errors.sum()) / self.elements if self.elements else 0.0,
             largest=self.largest,
             largest_at=self.largest_at,
             agreement=100.0 * self.agreed / self.votes if self.votes else None,
             not_finite_a=self.not_finite_a,
             not_finite_b=self.not_finite_b,
+            raw_error=self.raw_error,
+        )
+        if not self.floating:
+            return found
+        squares = _like(self.mean_squares, measure, output)
+        return replace(
+            found,
+            relative_error=measure.output(output, squares),
+            axis=measure.spreads[output].axis,
+            columns=len(squares),
+            worst=_worst(measure, output, squares),
+            left_out=measure.left_out(output),
         )
 
 
-def overall(sums: Collection[Sums]) -> float:
-    """The relative error over all floating-point outputs, over all where there are none."""
-    counted = [s for s in sums if s.floating] or sums
-    return math.sqrt(statistics.fmean(s.relative_error**2 for s in counted))
+def _added(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """DeviationSums by column; of all columns where their numbers differ."""
+    return a + b if len(a) == len(b) else np.array([a.sum() + b.sum()])
 
 
-def deviation_sums(a: np.ndarray, b: np.ndarray, start: int, samples: int) -> Sums:
+def _like(mean_squares: np.ndarray, measure: Measure, output: str) -> np.ndarray:
+    """(columns,) as many as the measure has; where it has one, that of all."""
+    if len(measure.spreads[output].count) == len(mean_squares):
+        return mean_squares
+    assert len(measure.spreads[output].count) == 1, "a batch of other columns pools all of them"
+    return mean_squares.mean(keepdims=True)
+
+
+def _worst(measure: Measure, output: str, mean_squares: np.ndarray) -> tuple[ColumnError, ...]:
+    errors = measure.columns(output, mean_squares)
+    if len(errors) < 2:
+        return ()
+    order = np.argsort(-np.nan_to_num(errors, nan=-1.0, posinf=np.inf), kind="stable")[:WORST]
+    spread = np.sqrt(measure.unit(output))
+    return tuple(
+        ColumnError(int(c), float(errors[c]), float(spread[c]))
+        for c in order
+        if not np.isnan(errors[c])
+    )
+
+
+def overall(sums: Mapping[str, DeviationSums], measure: Measure) -> float:
+    """The relative error over the outputs of a measure; over all where none is floating-point."""
+    if not any(s.floating for s in sums.values()):
+        return math.sqrt(statistics.fmean(s.raw_error**2 for s in sums.values()))
+    return measure.overall({n: _like(sums[n].mean_squares, measure, n) for n in measure.spreads})
+
+
+def deviation_sums(
+    a: np.ndarray, b: np.ndarray, start: int, samples: int, axis: int | None = None
+) -> DeviationSums:
     """The sums of one batch of one output.
 
     Elements that are not floating-point (class ids, strings) are equal or not: their distance is 0
@@ -223,6 +335,7 @@ def deviation_sums(a: np.ndarray, b: np.ndarray, start: int, samples: int) -> Su
         b: the same output of the other model, same shape.
         start: index of the first sample of the batch.
         samples: samples in the batch.
+        axis: of the columns; None for one column.
     """
     floating = a.dtype.kind == "f"
     if floating:
@@ -233,9 +346,9 @@ def deviation_sums(a: np.ndarray, b: np.ndarray, start: int, samples: int) -> Su
     else:
         agree, bad = np.asarray(a == b), (0, 0)
         gap, energy = np.where(agree, 0.0, 1.0), float(a.size)
-    return Sums(
+    return DeviationSums(
         elements=a.size,
-        error=_square_sum(gap),
+        errors=_square_sums(gap, axis if floating else None),
         energy=energy,
         largest=float(gap.max(initial=0.0)),
         largest_at=start + _row_of_largest(gap, samples),
@@ -256,8 +369,13 @@ def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _square_sum(x: np.ndarray) -> float:
+    return float(_square_sums(x, None).sum())
+
+
+def _square_sums(x: np.ndarray, axis: int | None) -> np.ndarray:
+    """(columns,)."""
     with np.errstate(over="ignore"):  # doubles beyond 1e154: infinite, and so is the error
-        return float(np.square(x).sum())
+        return np.asarray(np.square(by_column(x, axis)).sum(axis=0))
 
 
 def _same_class(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -284,6 +402,7 @@ def compare(
     threads: int | None = None,
     batch_size: int | None = None,
     measure: bool = False,
+    output_weights: Mapping[str, float] | None = None,
 ) -> Comparison:
     """Compare model b with model a: outputs, scores on labels, sizes and, if asked for, latency.
 
@@ -296,6 +415,7 @@ def compare(
         threads: threads within an operator; None leaves it to ONNX Runtime.
         batch_size: samples a run; None takes what fits.
         measure: whether to measure latency.
+        output_weights: see ``Measure.of``.
 
     Raises:
         ModelError: a model is unreadable, or inputs or outputs differ.
@@ -307,7 +427,14 @@ def compare(
     if isinstance(labels, str | Path):
         labels = calibration.load_labels(labels, expected_rows(samples))
     gap = measure_gap(
-        first, second, samples, labels, provider=provider, threads=threads, batch_size=batch_size
+        first,
+        second,
+        samples,
+        labels,
+        provider=provider,
+        threads=threads,
+        batch_size=batch_size,
+        output_weights=output_weights,
     )
     latency = None
     if measure:
@@ -338,6 +465,8 @@ def measure_gap(
     threads: int | None = None,
     batch_size: int | None = None,
     progress: Progress = silent,
+    measure: Measure | None = None,
+    output_weights: Mapping[str, float] | None = None,
 ) -> Gap:
     """The outputs of b against those of a, streamed batch by batch.
 
@@ -350,6 +479,8 @@ def measure_gap(
         threads: threads within an operator.
         batch_size: samples a run; a batch that does not fit in memory is halved until it does.
         progress: called after every batch.
+        measure: of the outputs of a that are to count; None takes all, as they vary over the data.
+        output_weights: of that measure; see ``Measure.of``.
 
     Raises:
         ModelError: inputs or outputs differ.
@@ -358,14 +489,20 @@ def measure_gap(
     """
     check_same_signature(a, b)
     size = batch_size or fitting(data)
-    sums: dict[str, Sums] = {}
+    sums: dict[str, DeviationSums] = {}
+    spreads: dict[str, Spread] = {}
+    axes: dict[str, int | None] = {}
     target: Target | None = None
     predictions: list[tuple[np.ndarray, ...]] = []
     for batch, of_a, of_b in paired_outputs(a, b, data.batches(size), provider, threads):
         check_same_shapes(b, of_a, of_b)
+        axes = axes or axes_of(a, batch, of_a)
         for name, y in of_a.items():
-            new = deviation_sums(y, of_b[name], batch.start, batch.samples)
+            new = deviation_sums(y, of_b[name], batch.start, batch.samples, axes[name])
             sums[name] = sums[name] + new if name in sums else new
+            if new.floating:
+                spread = Spread.of(y, axes[name], batch.samples)
+                spreads[name] = spreads[name] + spread if name in spreads else spread
         if labels is not None:
             target = target or target_of(of_a, labels)
             predictions.append((target.prediction(of_a), target.prediction(of_b)))
@@ -375,12 +512,23 @@ def measure_gap(
         if not target.classes:  # the largest of several numbers is no class
             sums[target.output] = replace(sums[target.output], votes=0, agreed=0)
         scores = target.scores(labels, *map(np.concatenate, zip(*predictions, strict=True)))
+    own = Measure.of(spreads, output_weights)
+    known = measure if measure is not None and measure.spreads else own
     return Gap(
         samples=len(data),
-        relative_error=overall(sums.values()),
-        outputs=tuple(s.deviation(name) for name, s in sums.items()),
+        relative_error=overall(sums, known),
+        outputs=tuple(
+            s.deviation(name, known if name in known.spreads else own) for name, s in sums.items()
+        ),
         scores=scores,
+        centred=known.centred or not known.spreads,
     )
+
+
+def axes_of(model: Model, batch: Batch, outputs: Outputs) -> dict[str, int | None]:
+    """By output, the axis of its columns; see ``column_axes``."""
+    rows = {x.shape[0] for x in batch.feeds.values() if x.ndim} | {batch.samples}
+    return column_axes(model.proto, {name: y.shape for name, y in outputs.items()}, rows)
 
 
 def expected_rows(data: Calibration) -> int:

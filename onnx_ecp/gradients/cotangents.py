@@ -2,8 +2,10 @@
 
 With seeds R (one row per probe) the sensitivity of a pre-activation is ``s_i = sum_p (R_p J_i)^2``.
 
-- ``l2``: R = identity, so s_i = sum_k J_ki^2, the squared error of the outputs as they are (ECP).
-  Each of several outputs is divided by its own norm.
+- ``l2``: R is diagonal, every column of the outputs in units of its own spread, so that s_i is
+  what the error of ``statistics.columns`` says of it.
+- ``l2-raw``: R = identity, so s_i = sum_k J_ki^2, the squared error of the outputs as they are
+  (ECP). Each of several outputs is divided by its own norm.
 - ``loss``: for logits y and the label c of a sample, the one row softmax(y) - e_c: the gradient of
   the cross-entropy. What is measured is then the empirical Fisher matrix of the loss.
 - ``kl``: for logits y and p = softmax(y), rows R_k = sqrt(p_k) (e_k - p), so that
@@ -23,7 +25,9 @@ import numpy as np
 from onnx_ecp.errors import CalibrationError, UsageError, did_you_mean
 
 EXACT_LIMIT = 16
-METRICS = ("l2", "kl", "loss")
+METRICS = ("l2", "l2-raw", "kl", "loss")
+# Those that square differences of the outputs themselves.
+SQUARED = ("l2", "l2-raw")
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,14 @@ class SeedPlan:
 
     Args:
         metric: a name in METRICS.
-        scales: by output name, the factor of its elements (l2 of several outputs).
+        scales: by output name, the factors of its elements, where the metric is in SQUARED; they
+            broadcast with the output.
         probes: number of Rademacher probes; 0 stands for exact one-hot seeds.
         seed: of the Rademacher signs.
     """
 
     metric: str = "l2"
-    scales: Mapping[str, float] = field(default_factory=dict)
+    scales: Mapping[str, np.ndarray] = field(default_factory=dict)
     probes: int = 0
     seed: int = 0
 
@@ -82,14 +87,14 @@ class SeedPlan:
         else:
             raw = _one_hot(outputs)
         return {
-            name: self._in_metric(v, outputs[name]) * self.scales.get(name, 1.0)
+            name: self._in_metric(v, outputs[name], self.scales.get(name))
             for name, v in raw.items()
         }
 
-    def _in_metric(self, v: np.ndarray, y: np.ndarray) -> np.ndarray:
+    def _in_metric(self, v: np.ndarray, y: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
         v = v.astype(y.dtype)
-        if self.metric == "l2":
-            return v
+        if self.metric in SQUARED:
+            return v if scale is None else v * scale.astype(y.dtype)
         p = softmax(y).astype(y.dtype)
         u = v * np.sqrt(p)
         # v^T R with R_k = sqrt(p_k) (e_k - p)

@@ -28,7 +28,7 @@ Lowering = Callable[[Builder, gs.Node], Outputs]
 LOWERINGS: dict[str, Lowering] = {}
 
 
-class Refused(Exception):
+class NotLowered(Exception):
     """A lowering does not cover this configuration; the message says why."""
 
 
@@ -36,7 +36,7 @@ def lowers(*op_types: str) -> Callable[[Lowering], Lowering]:
     """Register a function as the lowering of some of ONNX Runtime's operators.
 
     It gets a builder and the node, and returns its outputs computed by standard operators, or
-    raises ``Refused``.
+    raises ``NotLowered``.
     """
 
     def register(function: Lowering) -> Lowering:
@@ -97,7 +97,7 @@ def _replacement(op: Builder, node: gs.Node, needed: set[str]) -> list[gs.Node] 
     op.graph.nodes = []
     try:
         _take_over(op, node, list(lowering(op, node)), needed)
-    except Refused:
+    except NotLowered:
         for new in op.graph.nodes:
             new.inputs.clear()
         return None
@@ -117,7 +117,7 @@ def _take_over(
     results += [None] * (len(outputs) - len(results))
     pairs = [(y, r) for y, r in zip(outputs, results, strict=False) if not y.is_empty()]
     if any(r is None and (y.outputs or y.name in needed) for y, r in pairs):
-        raise Refused("an output that is not computed here")
+        raise NotLowered("an output that is not computed here")
     node.outputs.clear()
     node.inputs.clear()
     for y, result in pairs:
@@ -128,7 +128,7 @@ def _take_over(
 
 def _refuse_if(condition: bool, what: str) -> None:
     if condition:
-        raise Refused(what)
+        raise NotLowered(what)
 
 
 def _rank(op: Builder, x: gs.Tensor) -> int:

@@ -38,7 +38,7 @@ _HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 
 @dataclass(frozen=True)
-class Prepared:
+class ObservationGraph:
     """The observation graph, before a reverse graph is added.
 
     Args:
@@ -66,7 +66,7 @@ def prepare(
     threads: int | None = None,
     *,
     reverse: bool = True,
-) -> Prepared:
+) -> ObservationGraph:
     """Build the observation graph of a model whose sparse initializers are decoded.
 
     Args:
@@ -99,11 +99,11 @@ def prepare(
     model.ir_version = min(private.ir_version, 10)
     outputs = _downstream(graph, {layer.output for layer in layers})
     rewritten = lifted is not private or bool(places) or widened or fused
-    return Prepared(model, base, tuple(layers), outputs, shifts, rewritten)
+    return ObservationGraph(model, base, tuple(layers), outputs, shifts, rewritten)
 
 
 def add_reverse(
-    prepared: Prepared, facts: Mapping[str, Fact], seeded: Iterable[str]
+    prepared: ObservationGraph, facts: Mapping[str, Fact], seeded: Iterable[str]
 ) -> tuple[onnx.ModelProto, dict[str, str], dict[str, str], dict[str, str]]:
     """The observation graph with adjoints of every layer's pre-activation as further outputs.
 

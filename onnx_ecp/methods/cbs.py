@@ -20,7 +20,7 @@ lowest true error so far is remembered.
 
 The sign: in the start "large" is large |w|. (A known implementation sorts w itself there and drops
 large negative weights.) Deviations: without a loss, f and l are in units of the mean squared
-output; under N:M the candidates are those of the same run, and the start is the one by magnitude.
+output; under N:M the candidates are those of the same block, and the start is the one by magnitude.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def search(problem: MaskProblem) -> Arrays:
     """CBS-S: keep masks by stored tensor with as many zeros as the start."""
     keep = dict(problem.start)
     best, least = keep, problem.error(keep)
-    for _ in range(0 if problem.run else TRIES - 1):
+    for _ in range(0 if problem.block else TRIES - 1):
         check_deadline()
         tried = shuffled_start(problem)
         error = problem.error(tried)
@@ -65,17 +65,17 @@ def search(problem: MaskProblem) -> Arrays:
 
 def shuffled_start(problem: MaskProblem) -> Arrays:
     """Random chunks of the weights that are there lose their smallest |w|, all the same share."""
-    there = np.concatenate([problem.there[n].reshape(-1) for n in problem.weight])
+    present = np.concatenate([problem.present[n].reshape(-1) for n in problem.weight])
     size = np.concatenate([np.abs(problem.weight[n]).reshape(-1) for n in problem.weight])
     start = np.concatenate([problem.start[n].reshape(-1) for n in problem.weight])
-    victims = int(np.count_nonzero(there & ~start))
-    order = problem.rng.permutation(np.flatnonzero(there))
+    newly_removed = int(np.count_nonzero(present & ~start))
+    order = problem.rng.permutation(np.flatnonzero(present))
     chunks = max(min(int(np.sqrt(len(order))), 1000), 1)
     chunk = -(-len(order) // chunks)
-    keep, gone = there.copy(), 0
+    keep, gone = present.copy(), 0
     for first in range(0, len(order), chunk):
         part = order[first : first + chunk]
-        goal = int(np.floor(victims * (first + len(part)) / len(order) + 0.5))
+        goal = int(np.floor(newly_removed * (first + len(part)) / len(order) + 0.5))
         keep[part[np.argsort(size[part], kind="stable")[: goal - gone]]] = False
         gone = goal
     return _split(keep, problem.weight)
@@ -108,9 +108,9 @@ class _Swaps:
         shapes = [problem.weight[n].shape for n in self._names]
         self._ends = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
         self._widths = [shape[1] for shape in shapes]
-        self._run = problem.run
+        self._block = problem.block
         self._w = self._flat(problem.weight)
-        self._there = self._flat(problem.there)
+        self._present = self._flat(problem.present)
         self.keep, self.made = self._flat(keep), 0
         gone = {n: np.where(keep[n], 0.0, w) for n, w in problem.weight.items()}
         gone |= problem.elsewhere
@@ -129,13 +129,13 @@ class _Swaps:
             diagonal |= block.diagonal()
         cross, square = self._w * self._flat(product), self._w**2 * self._flat(diagonal)
         alpha, beta = 2 * cross - square, 2 * cross + square
-        removed = np.flatnonzero(self._there & ~self.keep)
+        removed = np.flatnonzero(self._present & ~self.keep)
         self.leaving = removed[np.argsort(-alpha[removed], kind="stable")]
-        self._entering = np.flatnonzero(self._there & self.keep)
+        self._entering = np.flatnonzero(self._present & self.keep)
         if len(removed):
             gain = (beta - self._gamma(int(self.leaving[0])))[self._entering]
             self._entering = self._entering[np.argsort(gain, kind="stable")]
-        self._labels = self._runs_of(problem) if self._run else None
+        self._labels = self._runs_of(problem) if self._block else None
 
     def candidates(self, rank: int, i: int) -> np.ndarray:
         """Indices of the weights that may go instead of weight i, the ``rank``-th to be tried."""
@@ -143,7 +143,7 @@ class _Swaps:
             found = np.flatnonzero(self._labels == self._labels[i])
         else:
             found = self._entering[max(rank - RHO, 0) : rank + RHO]
-        return found[self.keep[found] & self._there[found]]
+        return found[self.keep[found] & self._present[found]]
 
     def swap(self, i: int, candidates: np.ndarray) -> bool:
         """Let i stay and the first candidate go that makes f fall enough; False if none does."""
@@ -200,14 +200,14 @@ class _Swaps:
         return rows, homes
 
     def _runs_of(self, problem: MaskProblem) -> np.ndarray:
-        """(d,): a number for every run of every row."""
+        """(d,): a number for every block of every row."""
         labels = {}
         for t, n in enumerate(self._names):
             shape = problem.weight[n].shape
             order = problem.orders.get(n)
             place = np.arange(shape[1]) if order is None else np.argsort(order)
             first = self._ends[t] + np.arange(shape[0])[:, None] * shape[1]
-            labels[n] = first + place // self._run
+            labels[n] = first + place // self._block
         return self._flat(labels)
 
     def _flat(self, by_tensor: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -231,7 +231,12 @@ def _split(flat: np.ndarray, like: Mapping[str, np.ndarray]) -> Arrays:
     return {n: part.reshape(w.shape) for (n, w), part in zip(like.items(), parts, strict=True)}
 
 
-COMPENSATION = Compensation("curvature", update=update, damping=DAMPING)
+COMPENSATION = Compensation(
+    "curvature",
+    update=update,
+    damping=DAMPING,
+    summary="the best joint change of all remaining weights",
+)
 
 CBS = Method(
     MAGNITUDE.importance,
@@ -239,5 +244,6 @@ CBS = Method(
     compensation="cbs",
     needs="curvature",
     damping=DAMPING,
-    summary="masks searched by swaps, joint update (Combinatorial Brain Surgeon, arXiv:2203.04466)",
+    options=("cbs_select", "cbs_update"),
+    summary="masks searched by swaps (Combinatorial Brain Surgeon, arXiv:2203.04466)",
 )

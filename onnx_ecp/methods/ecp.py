@@ -23,5 +23,6 @@ ECP = Method(
     compensation="bias",
     needs="sensitivities",
     in_output_units=True,
-    summary="elimination-compensation pruning, as published (arXiv:2602.20467)",
+    unit_score="bias",
+    summary="output error that the best bias shift leaves, as published (arXiv:2602.20467)",
 )

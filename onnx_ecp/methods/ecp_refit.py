@@ -24,5 +24,6 @@ ECP_REFIT = Method(
     stages=16,
     shrinkage=0.3,
     floor=0.2,
-    summary="weights ranked and refitted in stages, with ECP's sensitivities and compensation",
+    unit_score="refit",
+    summary="output error that the best change of the rest of its row leaves, after ECP",
 )

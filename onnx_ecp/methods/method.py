@@ -67,9 +67,9 @@ class View:
         cost = np.zeros_like(self.weight)
         rows = np.split(np.arange(len(self.weight)), len(hessian))
         for matrix, group in zip(hessian, rows, strict=True):
-            there = self.weight[group] != 0
-            freedom = inverse_diagonal(damped(matrix, self.damping), there)
-            cost[group] = np.divide(1.0, freedom, out=np.zeros_like(freedom), where=there)
+            present = self.weight[group] != 0
+            freedom = inverse_diagonal(damped(matrix, self.damping), present)
+            cost[group] = np.divide(1.0, freedom, out=np.zeros_like(freedom), where=present)
         return cost
 
 
@@ -83,25 +83,25 @@ class LayerProblem:
     Args:
         weight: (out, in) before this stage removed anything.
         original: (out, in) before any stage did.
-        there: (out, in), what was there before this stage.
+        present: (out, in), what was there before this stage.
         keep: (out, in), True where the weight stays.
-        free: whether other weights may stay, as long as equally many do; with a ``run``, as many
-            of every run of every row.
+        may_reselect: whether other weights may stay, as long as equally many do; with a
+            ``block``, as many of every block of every row.
         gram: of the layer's inputs, in the network that the layers before it make now.
         damping: ridge as a share of the mean diagonal.
-        run: M of N:M, the length of the runs of columns that have their own number of zeros; 0
+        block: M of N:M, the length of the blocks of columns that have their own number of zeros; 0
             where there are none.
-        order: permutation of the columns that makes runs consecutive; None: as they are.
+        order: permutation of the columns that makes blocks consecutive; None: as they are.
     """
 
     weight: np.ndarray
     original: np.ndarray
-    there: np.ndarray
+    present: np.ndarray
     keep: np.ndarray
-    free: bool
+    may_reselect: bool
     gram: Gram
     damping: float
-    run: int = 0
+    block: int = 0
     order: np.ndarray | None = None
 
     def solved(self, solve: Callable[[Part], tuple[np.ndarray, np.ndarray]]) -> Solved:
@@ -119,10 +119,10 @@ class LayerProblem:
             part = Part(
                 self.weight[rows][:, order],
                 damped(moments[np.ix_(order, order)], self.damping),
-                self.there[rows][:, order],
+                self.present[rows][:, order],
                 self.keep[rows][:, order],
-                self.free,
-                self.run,
+                self.may_reselect,
+                self.block,
             )
             found = solve(part)
             weight[rows], keep[rows] = found[0][:, back], found[1][:, back]
@@ -131,23 +131,23 @@ class LayerProblem:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a layer that share an input; runs are consecutive columns.
+    """Rows of a layer that share an input; blocks are consecutive columns.
 
     Args:
         weight: (rows, in), zero where nothing is there.
         hessian: (in, in), E[a a^T] of their input with the ridge on its diagonal.
-        there: (rows, in), see ``LayerProblem``.
+        present: (rows, in), see ``LayerProblem``.
         keep: (rows, in).
-        free: whether another mask may be chosen.
-        run: length of the runs, or 0.
+        may_reselect: whether another mask may be chosen.
+        block: length of the blocks, or 0.
     """
 
     weight: np.ndarray
     hessian: np.ndarray
-    there: np.ndarray
+    present: np.ndarray
     keep: np.ndarray
-    free: bool
-    run: int
+    may_reselect: bool
+    block: int
 
 
 @dataclass(frozen=True)
@@ -193,24 +193,24 @@ class MaskProblem:
 
     Args:
         weight: by stored tensor, (out, in) before this stage removed anything.
-        there: by stored tensor, (out, in), what was there then.
+        present: by stored tensor, (out, in), what was there then.
         start: by stored tensor, (out, in), a mask with the right number of zeros.
         blocks: the curvature of all weights, block by block.
         elsewhere: by stored tensor of other groups, the weights (out, in) that go there.
         error: the loss of the network, on all samples, with these masks and no compensation.
         rng: seeded generator.
-        run: M of N:M, or 0: each run of each row keeps its number of zeros.
-        orders: by stored tensor, the permutation of columns that makes runs consecutive.
+        block: M of N:M, or 0: each block of each row keeps its number of zeros.
+        orders: by stored tensor, the permutation of columns that makes blocks consecutive.
     """
 
     weight: Mapping[str, np.ndarray]
-    there: Mapping[str, np.ndarray]
+    present: Mapping[str, np.ndarray]
     start: Mapping[str, np.ndarray]
     blocks: Sequence[Curvature]
     elsewhere: Mapping[str, np.ndarray]
     error: Callable[[Mapping[str, np.ndarray]], float]
     rng: np.random.Generator
-    run: int = 0
+    block: int = 0
     orders: Mapping[str, np.ndarray | None] = field(default_factory=dict)
 
 
@@ -231,6 +231,7 @@ class Compensation:
         shrinkage: q of the weights of those rows, ``(1 - q) s + q mean(s)``, however much those of
             the importance are shrunk.
         damping: of the problem, unless ``--damping`` is given.
+        summary: what changes to compensate, in a few words.
     """
 
     needs: str = "nothing"
@@ -242,6 +243,7 @@ class Compensation:
     joint: bool = False
     shrinkage: float = 0.0
     damping: float = 1e-2
+    summary: str = ""
 
 
 def _refitted(problem: LayerProblem) -> Solved:
@@ -258,13 +260,18 @@ _REFIT = Compensation(
     weighted=True,
     guarded=True,
     shrinkage=0.3,  # see ecp_refit.py
+    summary="remaining weights and biases, layer by layer",
 )
 
 COMPENSATIONS: dict[str, Compensation] = {
-    "none": Compensation(),
-    "bias": Compensation("means", shifts=True),
+    "none": Compensation(summary="nothing"),
+    "bias": Compensation("means", shifts=True, summary="biases"),
     "refit": _REFIT,
-    "joint": replace(_REFIT, joint=True),
+    "joint": replace(
+        _REFIT,
+        joint=True,
+        summary="remaining weights and biases, layer by layer, then of all layers together",
+    ),
 }
 
 
@@ -285,8 +292,12 @@ class Method:
         in_output_units: whether the importance is the expected squared output error of the removal.
         damping: of the View, unless ``--damping`` is given.
         scope: what ``--scope`` is unless given.
-        free: whether the compensation may choose anew which weights of a layer stay.
-        summary: one line for people, with the source.
+        may_reselect: whether the compensation may choose anew which weights of a layer stay.
+        unit_score: how the importance of a whole unit is measured: "weights" sums those of its
+            weights, "bias" takes the unit as a constant that the next biases absorb, "refit" lets
+            the units that remain absorb it (docs/method.md, section 5).
+        options: names of the options that only this method has; each is a switch, on by default.
+        summary: what the importance of a weight is, in one line, with the source.
     """
 
     importance: Importance
@@ -300,7 +311,9 @@ class Method:
     in_output_units: bool = False
     damping: float = 1e-2
     scope: str = "global"
-    free: bool = False
+    may_reselect: bool = False
+    unit_score: str = "weights"
+    options: tuple[str, ...] = ()
     summary: str = ""
 
     def with_parts(
@@ -317,7 +330,8 @@ class Method:
                 needs_gram=ranking.needs_gram,
                 in_output_units=ranking.in_output_units,
                 damping=ranking.damping,
-                free=False,
+                unit_score=ranking.unit_score,
+                may_reselect=False,
             )
         return replace(
             method,

@@ -39,7 +39,7 @@ def solve(problem: LayerProblem) -> Solved:
         UsageError: the layer is too large.
     """
     rows, columns = problem.weight.shape
-    if problem.free and rows * columns**3 / 3 > MOST:
+    if problem.may_reselect and rows * columns**3 / 3 > MOST:
         raise UsageError(
             f"--method obc would take hours for a layer of {rows} x {columns} weights.",
             hint="Use --method sparsegpt, or leave the layer out with --exclude.",
@@ -48,18 +48,18 @@ def solve(problem: LayerProblem) -> Solved:
 
 
 def _solved(part: Part) -> tuple[np.ndarray, np.ndarray]:
-    keep = _chosen(part) if part.free else part.keep
+    keep = _chosen(part) if part.may_reselect else part.keep
     right = part.weight @ part.hessian
     weight = solve_on_support(part.hessian, right, keep, start=part.weight, direct=True)
-    touched = (keep != part.there).any(axis=1)
+    touched = (keep != part.present).any(axis=1)
     return np.where(touched[:, None], weight, part.weight), keep
 
 
 def _chosen(part: Part) -> np.ndarray:
     """Keep mask (rows, in): the greedy one with as many zeros as the part's own."""
     inverse = np.linalg.inv(part.hessian)
-    keep = part.there.copy()
-    if part.run:
+    keep = part.present.copy()
+    if part.block:
         for i in range(len(keep)):
             for column, _ in _steps(part, i, inverse):
                 keep[i, column] = False
@@ -67,7 +67,7 @@ def _chosen(part: Part) -> np.ndarray:
     traces = [list(_steps(part, i, inverse)) for i in range(len(keep))]
     ahead = [(trace[0][1], i, 0) for i, trace in enumerate(traces) if trace]
     heapq.heapify(ahead)
-    for _ in range(int(np.count_nonzero(part.there & ~part.keep))):
+    for _ in range(int(np.count_nonzero(part.present & ~part.keep))):
         _, i, step = heapq.heappop(ahead)
         keep[i, traces[i][step][0]] = False
         if step + 1 < len(traces[i]):
@@ -78,23 +78,23 @@ def _chosen(part: Part) -> np.ndarray:
 def _steps(part: Part, row: int, inverse: np.ndarray) -> Iterator[tuple[int, float]]:
     """(column, cost) in the order in which a row loses its weights: all, or what runs must lose."""
     check_deadline()
-    there, left = part.there[row], None
-    columns = np.flatnonzero(there)
+    present, left = part.present[row], None
+    columns = np.flatnonzero(present)
     h = inverse.copy()
-    if len(columns) < len(there):
+    if len(columns) < len(present):
         h = np.linalg.inv(part.hessian[np.ix_(columns, columns)])
-    if part.run:
-        left = (there & ~part.keep[row]).reshape(-1, part.run).sum(axis=1)
+    if part.block:
+        left = (present & ~part.keep[row]).reshape(-1, part.block).sum(axis=1)
     w, alive = part.weight[row, columns], np.ones(len(columns), np.bool_)
     for _ in range(len(columns) if left is None else int(left.sum())):
-        allowed = alive if left is None else alive & (left[columns // part.run] > 0)
+        allowed = alive if left is None else alive & (left[columns // part.block] > 0)
         cost = np.full(len(w), np.inf)
         np.divide(w**2, np.diagonal(h), out=cost, where=allowed)
         p = int(cost.argmin())
         yield int(columns[p]), float(cost[p])
         alive[p] = False
         if left is not None:
-            left[columns[p] // part.run] -= 1
+            left[columns[p] // part.block] -= 1
         scaled = h[p] / h[p, p]
         w = w - w[p] * scaled
         h -= h[:, p, None] * scaled
@@ -103,13 +103,13 @@ def _steps(part: Part, row: int, inverse: np.ndarray) -> Iterator[tuple[int, flo
             alive = np.ones(len(columns), np.bool_)
 
 
-COMPENSATION = Compensation(solve=solve)
+COMPENSATION = Compensation(solve=solve, summary="the rest of the row, exactly")
 
 OBC = Method(
     importance,
     compensation="obc",
     needs_gram=True,
     scope="layer",
-    free=True,
+    may_reselect=True,
     summary="exact greedy optimal brain surgeon per row, for small layers (arXiv:2208.11580)",
 )

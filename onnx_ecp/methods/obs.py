@@ -33,5 +33,6 @@ OBS = Method(
     needs_gram=True,
     shrinkage=0.3,
     floor=0.2,
-    summary="optimal brain surgeon on each layer's output, one stage, refit (arXiv:1705.07565)",
+    unit_score="refit",
+    summary="the same (optimal brain surgeon, arXiv:1705.07565), in one stage",
 )

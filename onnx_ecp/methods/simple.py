@@ -8,7 +8,7 @@ from onnx_ecp.methods.method import Method, View
 
 RANDOM = Method(
     lambda view: view.rng.random(view.weight.shape),
-    summary="uniformly random, the control",
+    summary="uniformly random: the control",
 )
 
 MAGNITUDE = Method(
@@ -32,7 +32,7 @@ FLAP = Method(
     lambda view: view.weight**2 * view.per_row(view.seen.spread),
     compensation="bias",
     needs="activations",
-    summary="W_ij^2 Var(a_j), with the bias made good (FLAP, An et al., arXiv:2312.11983)",
+    summary="W_ij^2 Var(a_j) (FLAP, An et al., arXiv:2312.11983)",
 )
 
 OBD = Method(

@@ -39,7 +39,7 @@ def solve(problem: LayerProblem) -> Solved:
 
 
 def _swept(part: Part) -> tuple[np.ndarray, np.ndarray]:
-    choice = _Choice(part.there, part.keep, part.free, part.run)
+    choice = _Choice(part.present, part.keep, part.may_reselect, part.block)
     return _sweep(part.weight, part.hessian, choice), choice.keep
 
 
@@ -47,44 +47,51 @@ class _Choice:
     """Which weights stay, decided from left to right.
 
     Args:
-        there: (rows, in), what may stay.
+        present: (rows, in), what may stay.
         keep: (rows, in), a mask with the right number of zeros.
-        free: whether another one may be chosen.
-        run: 0, or the length of runs of columns in which each row keeps its number of zeros.
+        may_reselect: whether another one may be chosen.
+        block: 0, or the length of runs of columns in which each row keeps its number of zeros.
     """
 
-    def __init__(self, there: np.ndarray, keep: np.ndarray, free: bool, run: int) -> None:
-        self.keep, self._there, self._free, self._run = keep.copy(), there, free, run
-        victims = int(np.count_nonzero(there & ~keep))
-        share = np.cumsum(there.sum(axis=0)) / max(np.count_nonzero(there), 1)
+    def __init__(
+        self, present: np.ndarray, keep: np.ndarray, may_reselect: bool, block: int
+    ) -> None:
+        self.keep, self._present, self._may_reselect, self._block = (
+            keep.copy(),
+            present,
+            may_reselect,
+            block,
+        )
+        newly_removed = int(np.count_nonzero(present & ~keep))
+        share = np.cumsum(present.sum(axis=0)) / max(np.count_nonzero(present), 1)
         # How many weights are gone after each column, so that blocks share them evenly.
-        self._gone = np.concatenate([[0], np.floor(victims * share + 0.5).astype(int)])
+        self._gone = np.concatenate([[0], np.floor(newly_removed * share + 0.5).astype(int)])
 
     @property
     def block(self) -> int:
         """Columns per block: whole runs."""
-        return max(BLOCK // self._run, 1) * self._run if self._run else BLOCK
+        return max(BLOCK // self._block, 1) * self._block if self._block else BLOCK
 
     def enter_block(self, first: int, last: int, scores: np.ndarray) -> None:
         """Choose for the columns ``first`` to ``last``; scores are (rows, last - first)."""
-        if not self._free or self._run:
+        if not self._may_reselect or self._block:
             return
-        there = self._there[:, first:last]
+        present = self._present[:, first:last]
         number = self._gone[last] - self._gone[first]
-        ranked = np.where(there, scores, np.inf).reshape(-1)
-        keep = there.copy()
+        ranked = np.where(present, scores, np.inf).reshape(-1)
+        keep = present.copy()
         keep.reshape(-1)[np.argsort(ranked, kind="stable")[:number]] = False
         self.keep[:, first:last] = keep
 
     def enter_column(self, column: int, scores: np.ndarray) -> None:
         """Choose for the run that begins with a column; scores are of this and the next ones."""
-        if not self._free or not self._run or column % self._run:
+        if not self._may_reselect or not self._block or column % self._block:
             return
-        run = slice(column, column + self._run)
-        zeros = np.count_nonzero(~self.keep[:, run], axis=1)
-        ranked = np.where(self._there[:, run], scores[:, : self._run], -1.0)
+        block = slice(column, column + self._block)
+        zeros = np.count_nonzero(~self.keep[:, block], axis=1)
+        ranked = np.where(self._present[:, block], scores[:, : self._block], -1.0)
         rank = np.argsort(np.argsort(ranked, axis=1, kind="stable"), axis=1)
-        self.keep[:, run] = rank >= zeros[:, None]
+        self.keep[:, block] = rank >= zeros[:, None]
 
 
 def _sweep(weight: np.ndarray, hessian: np.ndarray, choice: _Choice) -> np.ndarray:
@@ -116,13 +123,13 @@ def _inverse_factor(matrix: np.ndarray) -> np.ndarray:
     return np.asarray(np.triu(np.linalg.inv(reverse[::-1, ::-1])))
 
 
-COMPENSATION = Compensation(solve=solve)
+COMPENSATION = Compensation(solve=solve, summary="the columns still to come")
 
 SPARSEGPT = Method(
     importance,
     compensation="sparsegpt",
     needs_gram=True,
     scope="layer",
-    free=True,
+    may_reselect=True,
     summary="optimal brain surgeon, column by column (SparseGPT, arXiv:2301.00774)",
 )

@@ -26,8 +26,8 @@ def importance(view: View) -> np.ndarray:
     """``w^2 / [H^-1]_qq`` (out, in); layers that share a tensor have a part of it each."""
     assert view.curvature is not None, "needs='curvature' has it measured"
     diagonal = view.curvature.inverse(view.damping).diagonal[view.tensor]
-    there = diagonal > 0
-    cost = np.divide(view.weight**2, diagonal, out=np.zeros_like(diagonal), where=there)
+    present = diagonal > 0
+    cost = np.divide(view.weight**2, diagonal, out=np.zeros_like(diagonal), where=present)
     return np.asarray(cost / view.uses)
 
 
@@ -42,7 +42,12 @@ def update(problem: BlockProblem) -> dict[str, np.ndarray]:
     return {n: np.where(problem.keep[n], w - moved[n], 0.0) for n, w in problem.weight.items()}
 
 
-COMPENSATION = Compensation("curvature", update=update, damping=DAMPING)
+COMPENSATION = Compensation(
+    "curvature",
+    update=update,
+    damping=DAMPING,
+    summary="the sum of the changes that each removed weight asks for",
+)
 
 WOODFISHER = Method(
     importance,

@@ -16,17 +16,17 @@ from onnx_ecp.layers import Layer
 from onnx_ecp.methods import BlockProblem, LayerProblem, Solved, bias_shift
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.pruning.selection import NM
-from onnx_ecp.runtime.lazy import Computed
+from onnx_ecp.runtime.lazy import LazyArrays
 from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.statistics.collection import Measured, row_sensitivities
 from onnx_ecp.statistics.forward import Segment
 from onnx_ecp.statistics.gram import Gram, mean_shift
-from onnx_ecp.statistics.layerwise import Network, Run, grams_of, matrix
+from onnx_ecp.statistics.layerwise import LayerwiseForward, Network, grams_of, matrix
 from onnx_ecp.statistics.observer import State
 
 # Why a solution is not kept.
-RAISED = "it raised the error on the samples that judge it"
+RAISED = "it raised the error on the validation samples"
 # Two errors are the same that differ by no more than this share of the layer's squared outputs:
 # their rounding in float32, squared.
 ROUNDING = 1e-12
@@ -40,7 +40,7 @@ def compensate(
     measured: Measured,
     progress: Progress = silent,
     *,
-    free: Collection[str] = (),
+    may_reselect: Collection[str] = (),
 ) -> tuple[State, dict[str, str]]:
     """Remove what ``after.keep`` says, and let shifts and kept weights make good for it.
 
@@ -51,12 +51,12 @@ def compensate(
         after: the same with new keep masks.
         measured: what the measuring told.
         progress: called as work goes on.
-        free: stored tensors of which other weights may stay, as long as equally many do.
+        may_reselect: stored tensors of which other weights may stay, as long as equally many do.
 
     Returns:
         The new state, and by layer name remarks about its compensation.
     """
-    if not any(victims(layer, before, after.keep).any() for layer in network.layers):
+    if not any(newly_removed(layer, before, after.keep).any() for layer in network.layers):
         return before, {}
     repair, shifts = plan.method.repair, dict(before.shifts)
     if repair.shifts:
@@ -69,7 +69,7 @@ def compensate(
         return update_blocks(network, plan, before, state, measured), {}
     if repair.solve is None:
         return state, {}
-    return solve_layers(network, plan, before, state, measured, progress, free=free)
+    return solve_layers(network, plan, before, state, measured, progress, may_reselect=may_reselect)
 
 
 def update_blocks(
@@ -99,7 +99,7 @@ def solve_layers(
     measured: Measured,
     progress: Progress = silent,
     *,
-    free: Collection[str] = (),
+    may_reselect: Collection[str] = (),
 ) -> tuple[State, dict[str, str]]:
     """Solve one layer after the other, each in the network that the layers before it make now.
 
@@ -111,9 +111,9 @@ def solve_layers(
         The new state, and by layer name why a solution was not kept.
     """
     repair = plan.method.repair
-    state, notes = solve_shared(network, plan, before, state, measured, free)
-    fit = Run(network, network.fit, with_original=repair.weighted)
-    guard = _Guard(network, plan, state) if repair.guarded else None
+    state, notes = solve_shared(network, plan, before, state, measured, may_reselect)
+    fit = LayerwiseForward(network, network.train, with_original=repair.weighted)
+    guard = _Guard(network, plan, state, measured) if repair.guarded else None
     for done, segment in enumerate(network.segments, 1):
         check_deadline()
         layer = segment.layer
@@ -121,7 +121,7 @@ def solve_layers(
         weights = measured.weights[layer.name] if repair.weighted else None
         seen = fit.gram(segment, state, weights, repair.shrinkage)
         if network.uses[tensor] == 1:
-            solved = _solved(network, plan, before, state, layer, seen, free)
+            solved = _solved(network, plan, before, state, layer, seen, may_reselect)
         else:
             original, current = matrix(layer, network.original), matrix(layer, state)
             shift = mean_shift(seen, original, current) if repair.shifts else None
@@ -132,7 +132,7 @@ def solve_layers(
         else:
             if network.uses[tensor] == 1:
                 what = "refit" if better is state.shifts[layer.name] else "refit and bias shift"
-                notes[layer.name] = f"last {what} not kept: {RAISED}"
+                notes[layer.name] = f"last {what} rejected: {RAISED}"
             state = replace(state, shifts={**state.shifts, layer.name: better})
         progress("refit", done, len(network.segments))
     return state, notes
@@ -144,7 +144,7 @@ def solve_shared(
     before: State,
     state: State,
     measured: Measured,
-    free: Collection[str] = (),
+    may_reselect: Collection[str] = (),
 ) -> tuple[State, dict[str, str]]:
     """Solve for each weight that several layers share, all of them at once, before the others.
 
@@ -162,7 +162,7 @@ def solve_shared(
     means: dict[str, Gram] = {}
     for layer, seen in grams_of(
         network,
-        network.fit,
+        network.train,
         state,
         shared,
         weights=measured.weights if repair.weighted else None,
@@ -179,7 +179,7 @@ def solve_shared(
     for layer in shared.values():
         tensor = layer.weight.tensor
         if tensor not in found:
-            found[tensor] = _solved(network, plan, before, state, layer, sums[tensor], free)
+            found[tensor] = _solved(network, plan, before, state, layer, sums[tensor], may_reselect)
         if repair.shifts:
             original = matrix(layer, network.original)
             shifts[layer.name] = mean_shift(means[layer.name], original, found[tensor].weight)
@@ -188,7 +188,7 @@ def solve_shared(
     for name, layer in shared.items():
         tensor = layer.weight.tensor
         if tensor in worse:
-            notes[name] = f"last refit not kept: {RAISED}"
+            notes[name] = f"last refit rejected: {RAISED}"
         else:
             state = _with_solution(state, layer, replace(found[tensor], shift=shifts[name]))
     return state, notes
@@ -222,9 +222,9 @@ def _worse(
     """The stored tensors whose solution raises the error of the layers that share it, summed."""
     rise = dict.fromkeys(found, 0.0)
     weights = row_sensitivities(
-        network.observer, state, network.guard, size=network.size, memory=network.share(8)
+        network.observer, state, network.validation, size=network.size, memory=network.share(8)
     )
-    run, shrink = Run(network, network.guard), plan.method.repair.shrinkage
+    run, shrink = LayerwiseForward(network, network.validation), plan.method.repair.shrinkage
     for segment in run.stops(state, shared):
         layer = segment.layer
         tensor, name = layer.weight.tensor, layer.name
@@ -245,28 +245,28 @@ def _solved(
     state: State,
     layer: Layer,
     seen: Gram,
-    free: Collection[str],
+    may_reselect: Collection[str],
 ) -> Solved:
     """What the plan's compensation makes of one layer, or of all that share its weight."""
     repair, tensor = plan.method.repair, layer.weight.tensor
     assert repair.solve is not None, "the caller has looked"
-    run, order = _runs(plan, tensor)
+    block, order = _block_of(plan, tensor)
     return repair.solve(
         LayerProblem(
             weight=matrix(layer, before),
             original=matrix(layer, network.original),
-            there=before.keep[tensor],
+            present=before.keep[tensor],
             keep=state.keep[tensor],
-            free=tensor in free,
+            may_reselect=tensor in may_reselect,
             gram=seen,
             damping=plan.damping or repair.damping,
-            run=run,
+            block=block,
             order=order,
         )
     )
 
 
-def _runs(plan: Plan, tensor: str) -> tuple[int, np.ndarray | None]:
+def _block_of(plan: Plan, tensor: str) -> tuple[int, np.ndarray | None]:
     """M and the order of columns where the tensor is to have an N:M pattern."""
     group = next(group for group in plan.groups if tensor in group.tensors)
     if isinstance(group.sparsity, NM) and group.masks is None:
@@ -285,11 +285,11 @@ def _with_solution(state: State, layer: Layer, solved: Solved) -> State:
 class _Guard:
     """Judges solutions on samples that they were not fitted to."""
 
-    def __init__(self, network: Network, plan: Plan, state: State) -> None:
-        self._network, self._shrink = network, plan.method.repair.shrinkage
-        self._run = Run(network, network.guard)
+    def __init__(self, network: Network, plan: Plan, state: State, measured: Measured) -> None:
+        self._shrink, self._measured = plan.method.repair.shrinkage, measured
+        self._run = LayerwiseForward(network, network.validation)
         self._weights = row_sensitivities(
-            network.observer, state, network.guard, size=network.size, memory=network.share(8)
+            network.observer, state, network.validation, size=network.size, memory=network.share(8)
         )
 
     def better(
@@ -308,7 +308,7 @@ class _Guard:
         new = shift if solved.shift is None else solved.shift
         candidates = [(solved.weight, new[None]), (current, np.stack([shift, old]))]
         energy, errors = self._run.errors(
-            segment, state, self._weights[name], self._shrink, candidates
+            segment, state, self._weights[name], self._shrink, candidates, self._units(name)
         )
         (found,), (with_shift, without) = errors
         # Where nothing went, and nothing before it changed, all are the same but for rounding.
@@ -317,14 +317,19 @@ class _Guard:
             return None
         return old if without < with_shift - rounding else shift
 
+    def _units(self, name: str) -> np.ndarray | None:
+        """(out,): mean sensitivity of each unit, so that units of any scale count as outputs do."""
+        moments = self._measured.moments.get(name)
+        return None if moments is None or not moments.bb.any() else moments.bb / moments.bb.mean()
 
-def victims(layer: Layer, before: State, keep: dict[str, np.ndarray]) -> np.ndarray:
+
+def newly_removed(layer: Layer, before: State, keep: dict[str, np.ndarray]) -> np.ndarray:
     """(out, in) bool: what was there before and goes now."""
     tensor = layer.weight.tensor
     return np.asarray(before.keep[tensor] & ~keep[tensor])
 
 
-def removed(network: Network, before: State, after: State) -> Computed:
+def removed(network: Network, before: State, after: State) -> LazyArrays:
     """Stored tensors with zeros where the new masks say so, everything else bit by bit the same.
 
     Those that lie in an external file are masked when they are asked for.
@@ -337,4 +342,4 @@ def removed(network: Network, before: State, after: State) -> Computed:
         return np.where(weights[name].layout(keep[name]), stored, stored.dtype.type(0))
 
     in_memory = {name: masked(name) for name in weights if before.weights.knows(name)}
-    return Computed(weights, masked, in_memory)
+    return LazyArrays(weights, masked, in_memory)

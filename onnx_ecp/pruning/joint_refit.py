@@ -22,10 +22,11 @@ import numpy as np
 from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.layers import Layer
 from onnx_ecp.pruning.finetune import Tuned
-from onnx_ecp.runtime.lazy import Shelf
+from onnx_ecp.runtime.lazy import Spill
 from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.statistics.collection import measure
+from onnx_ecp.statistics.layerwise import matrix
 from onnx_ecp.statistics.objective import Centred, Objective, Parameters
 from onnx_ecp.statistics.observer import State
 
@@ -141,6 +142,24 @@ def _coordinates(
     return centred, theta.vector(weights, shifts)
 
 
+def _ridge(
+    objective: Objective, theta: Parameters, centred: Centred, diagonal: np.ndarray
+) -> np.ndarray:
+    """(theta.size,): the mean diagonal of each stored tensor and each layer's shifts.
+
+    One mean for all would hold back the layers that move the outputs least per unit. Values are
+    taken in units of the norms of their rows of W, so that no unit of an output column counts.
+    """
+    norms = {}
+    for layer in objective.observer.layers:
+        tensor = layer.weight.tensor
+        norm = np.linalg.norm(matrix(layer, objective.original), axis=1)
+        norms[tensor] = np.where(norm > 0, norm, norm.mean() or 1.0)
+    squares = np.square(centred.by_row(norms))
+    means = [np.full(x.size, x.mean() if x.size else 0.0) for x in theta.parts(diagonal * squares)]
+    return np.asarray(np.concatenate(means) / squares)
+
+
 class _System:
     """The linearised problem around one state: ``(E[J^T H J] + R) d = -E[J^T slope]``.
 
@@ -151,8 +170,7 @@ class _System:
         theta: what may move.
         centred: the coordinates of d.
         diagonal: of E[J^T H J], about.
-        damping: ridge as a share of its mean over each stored tensor, and over each layer's shifts:
-            one mean for all would hold back the layers that move the outputs least per unit.
+        damping: ridge as a share of the diagonal; see ``_ridge``.
         memory: bytes that the outputs may take.
     """
 
@@ -171,11 +189,10 @@ class _System:
         self._objective, self._theta, self._batches = objective, theta, batches
         self._count = sum(batch.samples for batch in batches)
         self._centred, self._diagonal = centred, diagonal
-        means = [np.full(x.size, x.mean() if x.size else 0.0) for x in theta.parts(diagonal)]
-        self._ridge = damping * np.concatenate(means)
+        self._ridge = damping * _ridge(objective, theta, centred, diagonal)
         weights, _ = theta.named(self.point**2 * diagonal)
         self._whole = float(np.sqrt(sum(x.sum() for x in weights.values())))
-        self._outputs = Shelf(memory)
+        self._outputs = Spill(memory)
         for number, batch in enumerate(batches):
             for name, y in objective.observer.heads(state, batch).items():
                 self._outputs[number, name] = y

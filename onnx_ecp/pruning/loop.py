@@ -14,15 +14,16 @@ from typing import Protocol
 import numpy as np
 
 from onnx_ecp.errors import ModelError, UsageError
+from onnx_ecp.gradients.cotangents import SQUARED
 from onnx_ecp.graph import printable
 from onnx_ecp.layers import Layer
 from onnx_ecp.methods import MaskProblem, View
-from onnx_ecp.pruning.compensation import compensate, removed, victims
+from onnx_ecp.pruning.compensation import compensate, newly_removed, removed
 from onnx_ecp.pruning.finetune import finetune
 from onnx_ecp.pruning.joint_refit import ROUNDS, memory_needed, refit_jointly
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.pruning.selection import NM, select
-from onnx_ecp.runtime.lazy import Computed, Shelf
+from onnx_ecp.runtime.lazy import LazyArrays, Spill
 from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.statistics.collection import (
@@ -125,8 +126,8 @@ def tuned(
     found = finetune(
         network.objective,
         result.state,
-        network.fit,
-        network.guard,
+        network.train,
+        network.validation,
         steps=steps,
         size=min(BATCH, network.size),
         seed=plan.seed,
@@ -158,8 +159,8 @@ def jointly_refitted(
     found = refit_jointly(
         network.objective,
         result.state,
-        network.fit,
-        network.guard,
+        network.train,
+        network.validation,
         size=network.size,
         damping=plan.damping or plan.method.repair.damping,
         rounds=min(ROUNDS, plan.method.stages),  # who asks for fewer stages has less time
@@ -228,11 +229,11 @@ def stage(
         replace(state, keep=keep),
         measured,
         progress,
-        free=free if plan.method.free else (),
+        may_reselect=free if plan.method.may_reselect else (),
     )
     removed = {
         layer.name: before.removed.get(layer.name, 0.0)
-        + float(scores[layer.name][victims(layer, state, after.keep)].sum())
+        + float(scores[layer.name][newly_removed(layer, state, after.keep)].sum())
         for layer in network.layers
     }
     ess = {name: effective_sample_size(s) for name, s in measured.weights.items()}
@@ -269,7 +270,7 @@ def searched(
     def error(masks: Mapping[str, np.ndarray]) -> float:
         tried = replace(state, keep={**keep, **masks})
         tried = replace(tried, weights=removed(network, state, tried))
-        return network.objective.loss(tried, network.fit, network.size)
+        return network.objective.loss(tried, network.train, network.size)
 
     for number, group in enumerate(plan.groups):
         if group.masks is not None:
@@ -277,13 +278,13 @@ def searched(
         gone = {n: np.where(keep[n], 0.0, w) for n, w in weight.items() if n not in group.tensors}
         problem = MaskProblem(
             weight={n: weight[n] for n in group.tensors},
-            there=state.keep,
+            present=state.keep,
             start={n: keep[n] for n in group.tensors},
             blocks=measured.curvature,
             elsewhere=gone,
             error=error,
             rng=np.random.default_rng([plan.seed, number]),
-            run=group.sparsity.m if isinstance(group.sparsity, NM) else 0,
+            block=group.sparsity.m if isinstance(group.sparsity, NM) else 0,
             orders=group.orders,
         )
         keep = keep | plan.method.search(problem)
@@ -297,13 +298,13 @@ def observe(network: Network, plan: Plan, state: State, progress: Progress = sil
         return Measured()
     if needs == "activations":
         return measure_activations(
-            network.observer, state, network.fit, size=network.size, progress=progress
+            network.observer, state, network.train, size=network.size, progress=progress
         )
     if needs != "curvature":
         return measure(
             network.observer,
             state,
-            network.fit,
+            network.train,
             size=network.size,
             positions=plan.positions,
             with_squares=needs != "means",
@@ -315,7 +316,7 @@ def observe(network: Network, plan: Plan, state: State, progress: Progress = sil
     measured = measure(
         network.observer,
         state,
-        network.fit,
+        network.train,
         size=network.size if network.observer.one_position else 1,
         positions=plan.positions,
         visit=rows,
@@ -323,10 +324,9 @@ def observe(network: Network, plan: Plan, state: State, progress: Progress = sil
         progress=progress,
     )
     unit = 1.0
-    if network.observer.metric == "l2":
-        batches = network.fit.batches(network.size)
-        unit = network.observer.output_energy(network.original, batches) or 1.0
-    whole = rows.curvature(state.keep, len(network.fit), unit)
+    if network.observer.metric in SQUARED:
+        unit = network.observer.output_energy or 1.0
+    whole = rows.curvature(state.keep, len(network.train), unit)
     return replace(measured, curvature=whole.blocks() if plan.blocks == "layer" else (whole,))
 
 
@@ -338,7 +338,7 @@ def importances(
     Raises:
         ModelError: one is NaN or infinite, which no ranking could bear.
     """
-    method, scores = plan.method, Shelf(network.share(4))
+    method, scores = plan.method, Spill(network.share(4))
     index = {layer.name: i for i, layer in enumerate(network.layers)}
     blocks = {n: block for block in measured.curvature for n in block.rows}
     for layer, gram in with_grams(network, plan, state, measured):
@@ -388,7 +388,7 @@ def with_grams(
         return
     yield from grams_of(
         network,
-        network.fit,
+        network.train,
         state,
         [layer.name for layer in network.layers],
         weights=measured.weights,
@@ -401,7 +401,7 @@ def summed(layers: Sequence[Layer], scores: Mapping[str, np.ndarray]) -> Mapping
     users: dict[str, list[str]] = {}
     for layer in layers:
         users.setdefault(layer.weight.tensor, []).append(layer.name)
-    return Computed(users, lambda tensor: reduce(add, (scores[name] for name in users[tensor])))
+    return LazyArrays(users, lambda tensor: reduce(add, (scores[name] for name in users[tensor])))
 
 
 def relative_sizes(layers: Sequence[Layer], state: State) -> Mapping[str, np.ndarray]:
@@ -413,6 +413,7 @@ def relative_sizes(layers: Sequence[Layer], state: State) -> Mapping[str, np.nda
 
     def sizes(name: str) -> np.ndarray:
         size = np.abs(views[name].matrix(state.weights[name]).astype(np.float64))
-        return np.asarray(size / (size[state.keep[name]].mean() if state.keep[name].any() else 1))
+        kept = size[state.keep[name]]
+        return np.asarray(size / ((kept.mean() if kept.size else 0.0) or 1.0))
 
-    return Computed(views, sizes)
+    return LazyArrays(views, sizes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnx_ecp.methods import Method
-from onnx_ecp.pruning.selection import Group
+from onnx_ecp.pruning.selection import RankingGroup
 
 # What the curvature couples: all weights of the network, or those of a stored tensor.
 BLOCKS = ("network", "layer")
@@ -26,7 +26,7 @@ class Plan:
     """
 
     method: Method
-    groups: tuple[Group, ...]
+    groups: tuple[RankingGroup, ...]
     positions: str = "expand"
     damping: float | None = None
     seed: int = 0

@@ -116,7 +116,7 @@ class Judge:
     def point(self, state: State) -> Point:
         """Where a state stands; whether it is within a limit is the caller's to say."""
         outputs = [self._outputs(state, part) for part in self._parts]
-        errors = [_error(y, t) for y, t in zip(outputs, self._reference, strict=True)]
+        errors = [self._error(y, t) for y, t in zip(outputs, self._reference, strict=True)]
         drop = None
         if self._labels:
             parts = zip(self._targets, self._labels, self._reference, outputs, strict=True)
@@ -124,6 +124,13 @@ class Judge:
         kept = sum(int(np.count_nonzero(k)) for k in state.keep.values())
         size = sum(k.size for k in state.keep.values())
         return Point(1 - kept / size, max(errors), drop)
+
+    def _error(self, y: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:
+        """Relative output error of all samples."""
+        measure = self._observer.measure
+        axes = {name: spread.axis for name, spread in measure.spreads.items()}
+        sums = {n: deviation_sums(t, y[n], 0, len(t), axes[n]) for n, t in reference.items()}
+        return overall(sums, measure)
 
     def _outputs(self, state: State, batches: Iterable) -> dict[str, np.ndarray]:
         parts = [self._observer.predict(state, batch) for batch in batches]
@@ -270,11 +277,6 @@ class _Walk:
         within = self._limit.allows(point)
         self.points.append(replace(point, within=within))
         return within
-
-
-def _error(y: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:
-    """Relative output error of all samples."""
-    return overall([deviation_sums(t, y[name], 0, len(t)) for name, t in reference.items()])
 
 
 def _drop(

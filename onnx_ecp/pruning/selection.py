@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_ecp.errors import UsageError
-from onnx_ecp.runtime.lazy import Computed
+from onnx_ecp.runtime.lazy import LazyArrays
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ def lowest(
         sizes: >= 0 by name; of equal scores the smaller ones go. They are read only where the
             ranking ends among equal scores, and then as the scores are. None: the first ones go.
     """
-    victims = zeros - sum(int(np.count_nonzero(~keep[n])) for n in scores)
-    if victims <= 0:
+    number_removed = zeros - sum(int(np.count_nonzero(~keep[n])) for n in scores)
+    if number_removed <= 0:
         return {n: keep[n].copy() for n in scores}
-    limit, ties, equal = _threshold(scores, keep, victims)
+    limit, ties, equal = _threshold(scores, keep, number_removed)
     masks = {n: keep[n] & (scores[n] > limit) for n in scores}
     if ties == equal:
         return masks
@@ -114,7 +114,7 @@ def lowest(
         stay = _without_first(tied, ties)
     else:
         others = sum(int(np.count_nonzero(~there)) for there in tied.values())
-        stay = lowest(Computed(scores, sizes.__getitem__), tied, others + ties)
+        stay = lowest(LazyArrays(scores, sizes.__getitem__), tied, others + ties)
     return {n: masks[n] | stay[n] for n in scores}
 
 
@@ -130,14 +130,18 @@ def _without_first(keep: Mapping[str, np.ndarray], number: int) -> dict[str, np.
 
 
 def _threshold(
-    scores: Mapping[str, np.ndarray], keep: Mapping[str, np.ndarray], victims: int
+    scores: Mapping[str, np.ndarray], keep: Mapping[str, np.ndarray], number_removed: int
 ) -> tuple[float, int, int]:
-    """The score of rank ``victims`` of those kept, how many equal to it must go, and how many are.
+    """The score of a rank among those kept, how many equal to it must go, and how many are equal.
 
     Floats >= 0 are ordered as their bits are, read as integers. So the leading bits of the
     threshold are found by counting, a piece at a time, until few scores begin with them.
     """
-    known, bits, rank = 0, 0, victims  # of 64 bits those known; the rank among what begins so
+    known, bits, rank = (
+        0,
+        0,
+        number_removed,
+    )  # of 64 bits; rank among those
     while True:
         shift = np.uint64(64 - bits - _PIECE)
         counts = np.zeros(2**_PIECE, np.int64)
@@ -189,7 +193,7 @@ def n_of_m(
 
 
 @dataclass(frozen=True)
-class Group:
+class RankingGroup:
     """Stored tensors that are ranked together for one target.
 
     Args:
@@ -208,7 +212,7 @@ class Group:
 
 
 def select(
-    group: Group,
+    group: RankingGroup,
     scores: Mapping[str, np.ndarray],
     keep: Mapping[str, np.ndarray],
     initial: Mapping[str, np.ndarray],
@@ -234,19 +238,21 @@ def select(
     last = _last(group, scores, keep, sizes)
     if last is not None:
         # On the way there only victims of these masks may go, the least important of them first.
-        victims = sum(int(np.count_nonzero(~mask)) for mask in last.values())
+        number_removed = sum(int(np.count_nonzero(~mask)) for mask in last.values())
         held = last
     else:
         assert not isinstance(group.sparsity, NM), "a pattern has masks to end with"
-        victims = max(zeros_wanted(group.sparsity, size), gone)
-        density = floor * (1 - (gone + share * (victims - gone)) / max(size, 1))
+        number_removed = max(zeros_wanted(group.sparsity, size), gone)
+        density = floor * (1 - (gone + share * (number_removed - gone)) / max(size, 1))
         held = _best(names, scores, keep, density, sizes) if density else {}
-    ranked = Computed(names, lambda n: np.where(held[n], np.inf, scores[n]) if held else scores[n])
-    return lowest(ranked, keep, round(gone + share * (victims - gone)), sizes)
+    ranked = LazyArrays(
+        names, lambda n: np.where(held[n], np.inf, scores[n]) if held else scores[n]
+    )
+    return lowest(ranked, keep, round(gone + share * (number_removed - gone)), sizes)
 
 
 def _last(
-    group: Group,
+    group: RankingGroup,
     scores: Mapping[str, np.ndarray],
     keep: Mapping[str, np.ndarray],
     sizes: Mapping[str, np.ndarray] | None,

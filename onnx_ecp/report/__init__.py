@@ -9,7 +9,7 @@ from typing import Any
 
 from onnx_ecp.errors import UsageError
 from onnx_ecp.evaluation.bounds import Bounds
-from onnx_ecp.evaluation.compare import Gap
+from onnx_ecp.evaluation.compare import ColumnError, Deviation, Gap
 from onnx_ecp.evaluation.facts import ModelFacts
 from onnx_ecp.evaluation.latency import Latency
 from onnx_ecp.evaluation.tensorrt import SparseKernel
@@ -42,6 +42,8 @@ SYNTHETIC_WARNING = (
 
 # Title of the list of ``Report.sparse_kernels``.
 KERNELS = "2:4 kernels of TensorRT"
+# Title of the columns with the largest errors, every one in units of its own spread.
+WORST_COLUMNS = "Worst columns"
 # Title of the list of ``Report.staying``, and of the same in ``inspect``.
 UNITS_STAY = "Units that stay"
 # What the table of units in ``inspect`` needs besides.
@@ -63,6 +65,11 @@ def counted(number: int, noun: str) -> str:
     ('1 layer', '1,200 samples')
     """
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def column_of(deviation: Deviation, column: ColumnError) -> str:
+    """Which column it is, of how many, and along which axis they lie."""
+    return f"{column.column:,} of {deviation.columns:,} (axis {deviation.axis})"
 
 
 def latency_rows(latency: Latency) -> Iterator[tuple[str, float, float]]:
@@ -238,8 +245,8 @@ class Report:
 
     @property
     def gone(self) -> str:
-        """What removed weights are: "zeros", or just "gone" where some were taken out whole."""
-        return "gone" if self.units else "zeros"
+        """What removed weights are: "zeros", or "removed" where some were taken out whole."""
+        return "removed" if self.units else "zeros"
 
     @property
     def zeros_before(self) -> int:

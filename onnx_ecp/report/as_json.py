@@ -1,4 +1,4 @@
-"""Reports as JSON: schema 1, keys in the order of the dataclasses' fields.
+"""Reports as JSON: schema 2, keys in the order of the dataclasses' fields.
 
 The schema is the dataclasses: an object per dataclass, a list per tuple, ``null`` for None. JSON
 has no NaN and no infinities: they are the strings "NaN", "Infinity" and "-Infinity". ``totals``
@@ -19,7 +19,7 @@ from typing import Any
 from onnx_ecp.errors import UsageError
 from onnx_ecp.report import Report
 
-SCHEMA = 1
+SCHEMA = 2
 _TOTALS = ("weights", "zeros_before", "zeros_after", "sparsity")
 
 

@@ -14,7 +14,7 @@ from html import escape
 from onnx_ecp.graph import printable
 from onnx_ecp.report.as_json import encode
 from onnx_ecp.report.html import document, number, shown, table
-from onnx_ecp.report.sweep import Point, Sweep
+from onnx_ecp.report.sweep import Sweep, SweepPoint
 
 _WIDTH, _HEIGHT = 800, 400
 _LEFT, _TOP, _BOTTOM = 62, 16, 46
@@ -87,13 +87,13 @@ class Measure:
     """
 
     title: str
-    value: Callable[[Point], float | None]
+    value: Callable[[SweepPoint], float | None]
     dense: float | None
     text: Callable[[float], str]
     within: tuple[float, float] = (-math.inf, math.inf)
     log: bool = False
 
-    def drawable(self, point: Point) -> bool:
+    def drawable(self, point: SweepPoint) -> bool:
         """Whether a point has a place on the axis."""
         value = self.value(point)
         return value is not None and math.isfinite(value) and (value > 0 or not self.log)
@@ -218,7 +218,7 @@ def chart(measure: Measure, sweep: Sweep) -> str:
     )
 
 
-def _frame(measure: Measure, drawn: Sequence[Point], names: Sequence[str]) -> Frame:
+def _frame(measure: Measure, drawn: Sequence[SweepPoint], names: Sequence[str]) -> Frame:
     """Room at the right for the longest name, and as high as all names need."""
     labels = [*map(_name, names), "original 98.76 %"]
     right = 32 + _CHARACTER * max(map(len, labels))
@@ -265,7 +265,9 @@ def _dense(measure: Measure, frame: Frame) -> str:
     return f'<line class="dense" x1="{x.start:.1f}" x2="{x.end:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
 
 
-def _curve(i: int, points: Sequence[Point], measure: Measure, frame: Frame, *, marked: bool) -> str:
+def _curve(
+    i: int, points: Sequence[SweepPoint], measure: Measure, frame: Frame, *, marked: bool
+) -> str:
     """A line through the points of method number ``i``, and a marker with a tooltip at each."""
     line = sorted((p for p in points if not _is_pattern(p)), key=lambda p: p.sparsity)
     track = " ".join("{:.1f},{:.1f}".format(*_place(p, measure, frame)) for p in line)
@@ -275,7 +277,7 @@ def _curve(i: int, points: Sequence[Point], measure: Measure, frame: Frame, *, m
     return "\n".join(parts)
 
 
-def _marker(i: int, point: Point, measure: Measure, frame: Frame) -> str:
+def _marker(i: int, point: SweepPoint, measure: Measure, frame: Frame) -> str:
     x, y = _place(point, measure, frame)
     value = measure.value(point)
     assert value is not None, "only what is drawable is drawn"
@@ -286,7 +288,7 @@ def _marker(i: int, point: Point, measure: Measure, frame: Frame) -> str:
     )
 
 
-def _labels(curves: Mapping[str, Sequence[Point]], measure: Measure, frame: Frame) -> str:
+def _labels(curves: Mapping[str, Sequence[SweepPoint]], measure: Measure, frame: Frame) -> str:
     """The names at the right of their lines' ends, none on top of another."""
     ends = [
         (_place(_last(points), measure, frame), _colour(i), _shape(i), _name(name))
@@ -306,18 +308,18 @@ def _labels(curves: Mapping[str, Sequence[Point]], measure: Measure, frame: Fram
     )
 
 
-def _last(points: Sequence[Point]) -> Point:
+def _last(points: Sequence[SweepPoint]) -> SweepPoint:
     """The end of the line, or of several N:M points the sparsest."""
     return max(points, key=lambda p: (not _is_pattern(p), p.sparsity))
 
 
-def _place(point: Point, measure: Measure, frame: Frame) -> tuple[float, float]:
+def _place(point: SweepPoint, measure: Measure, frame: Frame) -> tuple[float, float]:
     value = measure.value(point)
     assert value is not None, "only what is drawable is drawn"
     return frame.x.at(point.sparsity), frame.y.at(value)
 
 
-def _is_pattern(point: Point) -> bool:
+def _is_pattern(point: SweepPoint) -> bool:
     """Whether it is an N:M point, which belongs to no line."""
     return ":" in point.target
 
@@ -403,13 +405,13 @@ def _points(sweep: Sweep) -> str:
     dense = ["original", "", "", f"{original.zeros:,}", "", ""]
     dense += [_percent(sweep.accuracy), number(sweep.r2), f"{original.compressed_bytes:,}", ""]
     rows = [dense, *(_row(point) for point in sweep.points)]
-    columns = ["method", "target>", "sparsity>", "zeros>", "relative error>", "same largest, %>"]
+    columns = ["method", "target>", "sparsity>", "zeros>", "relative error>", "top-1 agreement, %>"]
     columns += ["accuracy, %>", "R2>", "bytes after gzip>", "seconds>"]
     used = [k for k in range(len(columns)) if any(row[k] for row in rows)]
     return table("Points", [columns[k] for k in used], [[row[k] for k in used] for row in rows])
 
 
-def _row(point: Point) -> list[str]:
+def _row(point: SweepPoint) -> list[str]:
     return [
         shown(point.method),
         shown(point.target),

@@ -16,9 +16,11 @@ from onnx_ecp.report import (
     ROUNDING,
     UNITS_STAY,
     WORK,
+    WORST_COLUMNS,
     LayerRow,
     Report,
     bounding,
+    column_of,
     counted,
     curve_title,
     fate,
@@ -124,7 +126,7 @@ def _headline(report: Report) -> str:
         )
     return (
         f"<p><b>{100 * report.sparsity:.2f} %</b> of {report.weights:,} prunable weights are "
-        f"{'zero' if report.gone == 'zeros' else 'gone'} "
+        f"{'zero' if report.gone == 'zeros' else 'removed'} "
         f"({100 * report.zeros_before / max(report.weights, 1):.2f} % before).{error}</p>\n"
         f"<p>{_with_code(shown(report.speed, 500))}</p>"
     )
@@ -173,6 +175,7 @@ def _outputs(report: Report) -> str:
         [
             shown(d.output),
             f"{d.relative_error:.4g}",
+            f"{d.raw_error:.4g}",
             f"{d.mean_squared_error:.4g}",
             f"{d.largest:.4g}",
             str(d.largest_at),
@@ -180,9 +183,21 @@ def _outputs(report: Report) -> str:
         ]
         for d in (() if report.gap is None else report.gap.outputs)
     ]
-    columns = ["output", "relative error>", "mean squared error>", "largest deviation>"]
-    columns += ["at sample>", *(["same largest>"] if agrees else [])]
-    return table("Outputs", columns, rows)
+    columns = ["output", "relative error>", "in one unit>", "mean squared error>"]
+    columns += ["largest deviation>"]
+    columns += ["at sample>", *(["top-1 agreement>"] if agrees else [])]
+    return table("Outputs", columns, rows) + _columns(report)
+
+
+def _columns(report: Report) -> str:
+    """The worst columns of the outputs that have several."""
+    rows = [
+        [shown(d.output), column_of(d, c), f"{c.relative_error:.4g}", f"{c.spread:.4g}"]
+        for d in (() if report.gap is None else report.gap.outputs)
+        for c in d.worst
+    ]
+    titles = ["output", "column>", "relative error>", "standard deviation>"]
+    return table(WORST_COLUMNS, titles, rows) if rows else ""
 
 
 def _curve(report: Report) -> str:
@@ -211,7 +226,7 @@ def _bounds(report: Report) -> str:
 
 
 def _layers(report: Report) -> str:
-    after = "zeros after>" if report.gone == "zeros" else "gone>"
+    after = "zeros after>" if report.gone == "zeros" else "removed>"
     columns = ["layer", "op", "out x in>", "zeros before>", after, "sparsity"]
     columns += ["importance removed>", "largest bias shift>", "effective samples>", "note"]
     return table("Layers", *_used(columns, [_layer(row) for row in report.layers]))

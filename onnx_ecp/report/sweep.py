@@ -12,7 +12,7 @@ from onnx_ecp.runtime.versions import Versions
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """What one method makes of the network at one target.
 
     Args:
@@ -89,7 +89,7 @@ class Sweep:
     r2: float | None
     calibration: CalibrationFacts
     evaluation: EvaluationFacts
-    points: tuple[Point, ...]
+    points: tuple[SweepPoint, ...]
     options: Mapping[str, Any]
     versions: Versions
     shared_seconds: float
@@ -97,7 +97,7 @@ class Sweep:
     warnings: tuple[str, ...] = ()
 
     @property
-    def methods(self) -> dict[str, tuple[Point, ...]]:
+    def methods(self) -> dict[str, tuple[SweepPoint, ...]]:
         """The points by method, in the order asked for."""
         names = dict.fromkeys(point.method for point in self.points)
         return {name: tuple(p for p in self.points if p.method == name) for name in names}

@@ -17,9 +17,9 @@ from onnx_ecp.errors import UsageError
 from onnx_ecp.graph import check_output, printable, write_whole
 from onnx_ecp.report import curves
 from onnx_ecp.report.as_json import dumps, encode
-from onnx_ecp.report.sweep import Point, Sweep
+from onnx_ecp.report.sweep import Sweep, SweepPoint
 
-SCHEMA = 1
+SCHEMA = 2
 # Characters of a sentence that are shown.
 _SENTENCE = 400
 
@@ -27,7 +27,9 @@ _SENTENCE = 400
 def as_csv(sweep: Sweep) -> str:
     """One header row, one row per point, in full precision; what is not known is empty."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Point)], lineterminator="\n")
+    writer = csv.DictWriter(
+        file, [f.name for f in dataclasses.fields(SweepPoint)], lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(dataclasses.asdict(point) for point in sweep.points)
     return file.getvalue()
@@ -100,7 +102,7 @@ def _points(sweep: Sweep) -> Table:
     original = sweep.original
     dense = ["original", "", "", "", _percent(sweep.accuracy), _number(sweep.r2)]
     rows = [[*dense, str(original.compressed_bytes), ""], *map(_row, sweep.points)]
-    columns = ["method", "target", "error", "same largest", "accuracy", "R2", "gzip", "seconds"]
+    columns = ["method", "target", "error", "top-1 agreement", "accuracy", "R2", "gzip", "seconds"]
     used = [k for k in range(len(columns)) if any(row[k] for row in rows)]
     table = Table(box=box.SIMPLE_HEAD)
     for k in used:
@@ -116,7 +118,7 @@ def _points(sweep: Sweep) -> Table:
     return table
 
 
-def _row(point: Point) -> list[str]:
+def _row(point: SweepPoint) -> list[str]:
     return [
         printable(point.method),
         printable(point.target),

@@ -36,10 +36,12 @@ from onnx_ecp.report import (
     UNIT_WORDS,
     UNITS_STAY,
     WORK,
+    WORST_COLUMNS,
     LayerRow,
     Recipe,
     Report,
     bounding,
+    column_of,
     counted,
     curve_title,
     fate,
@@ -52,6 +54,8 @@ from onnx_ecp.units.rows import MEET, UnitGroup
 WIDTH = 100
 # Rows of a long table that are shown at its beginning and at its end.
 _HEAD = _TAIL = 15
+# Columns of an output that are shown.
+_WORST = 3
 # Characters of a name that a narrow terminal has room for in a line.
 _NAME = 14
 # Characters of a sentence that are shown; names get fewer.
@@ -152,7 +156,7 @@ def report_tables(report: Report, *, verbose: bool = False) -> Group:
     if report.staying:
         parts.append(_skip_table(report.staying, verbose, UNITS_STAY))
     if report.gap is not None:
-        parts.append(_gap_table(report.gap))
+        parts += [_gap_table(report.gap), *_column_tables(report.gap)]
     if report.curve:
         parts.append(_curve_table(report.curve))
     if report.bounds is not None:
@@ -245,8 +249,9 @@ def comparison_tables(comparison: Comparison) -> Group:
         table.add_row("multiplications of layers", f"{x:,}", f"{y:,}", _ratio(x, y))
     if comparison.latency is not None:
         _latency_rows(table, comparison.latency)
-    parts: list[RenderableType] = [table, _gap_table(comparison.gap)]
-    parts += [_warning(text) for text in comparison.gap.warnings]
+    gap = comparison.gap
+    parts: list[RenderableType] = [table, _gap_table(gap), *_column_tables(gap)]
+    parts += [_warning(text) for text in gap.warnings]
     return Group(*parts)
 
 
@@ -349,9 +354,9 @@ def _layer_table(report: Report, verbose: bool) -> Table:
     pruned_before = any(row.zeros_before for row in report.layers)
     has_ess = any(row.ess is not None for row in report.layers)
     columns = ["layer", "op", "out x in>", *(["zeros\nbefore>"] if pruned_before else [])]
-    columns += ["zeros\nafter>" if report.gone == "zeros" else "gone>"]
+    columns += ["zeros\nafter>" if report.gone == "zeros" else "removed>"]
     columns += ["sparsity>", "imp.\nremoved>", "bias\nshift>"]
-    table = _table("Layers", *columns, *(["eff.\nsamples>"] if has_ess else []))
+    table = _table("Layers", *columns, *(["effective\nsamples>"] if has_ess else []))
 
     def add(layer: str, op: str, shape: str, before: int, after: int, *rest: str) -> None:
         table.add_row(layer, op, shape, *([f"{before:,}"] * pruned_before), f"{after:,}", *rest)
@@ -434,7 +439,7 @@ def _gap_table(gap: Gap) -> Table:
     columns = ["output", "relative error>", "mean squared error>", "largest deviation>"]
     agrees = gap.agreement is not None
     title = f"Outputs on {counted(gap.samples, 'sample')}"
-    table = _table(title, *columns, *(["same largest>"] if agrees else []))
+    table = _table(title, *columns, *(["top-1 agreement>"] if agrees else []))
     for d in gap.outputs:
         largest = f"{_number(d.largest)} (sample {d.largest_at})"
         agreement = "" if d.agreement is None else f"{d.agreement:.2f} %"
@@ -445,6 +450,17 @@ def _gap_table(gap: Gap) -> Table:
         table.add_section()
         table.add_row("all", _number(gap.relative_error))
     return table
+
+
+def _column_tables(gap: Gap) -> list[Table]:
+    """The worst columns of the outputs that have several."""
+    columns = ["output", "column>", "relative error>", "standard deviation>"]
+    table = _table(WORST_COLUMNS, *columns)
+    for d in gap.outputs:
+        for c in d.worst[:_WORST]:
+            spread, error = _number(c.spread), _number(c.relative_error)
+            table.add_row(printable(d.output), column_of(d, c), error, spread)
+    return [table] if table.row_count else []
 
 
 def _curve_table(curve: Sequence[Point]) -> Group:

@@ -35,7 +35,7 @@ def parse_size(value: int | str) -> int:
     return size
 
 
-class Computed(Mapping[str, np.ndarray]):
+class LazyArrays(Mapping[str, np.ndarray]):
     """Arrays by name that are computed each time they are asked for; nothing is kept.
 
     Args:
@@ -75,24 +75,24 @@ class Computed(Mapping[str, np.ndarray]):
         return len(self._names)
 
     @staticmethod
-    def of(known: Mapping[str, np.ndarray]) -> Computed:
+    def of(known: Mapping[str, np.ndarray]) -> LazyArrays:
         """Arrays that are all there."""
-        return Computed(known, _absent, known)
+        return LazyArrays(known, _absent, known)
 
     def knows(self, name: str) -> bool:
         """Whether an array is there without being computed."""
         return name in self._known
 
-    def replaced(self, name: str, array: np.ndarray) -> Computed:
+    def replaced(self, name: str, array: np.ndarray) -> LazyArrays:
         """The same with another array for one name."""
-        return Computed(self._names, self._compute, {**self._known, name: array})
+        return LazyArrays(self._names, self._compute, {**self._known, name: array})
 
 
 def _absent(name: str) -> np.ndarray:
     raise KeyError(name)
 
 
-class Shelf(MutableMapping[Any, np.ndarray]):
+class Spill(MutableMapping[Any, np.ndarray]):
     """Arrays by key: in memory as long as they fit there together, else in a temporary file.
 
     What is read back from the file is a new array; the file has no name and dies with the shelf.

@@ -10,12 +10,12 @@ import numpy as np
 
 from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.errors import UsageError, did_you_mean
-from onnx_ecp.runtime.lazy import Computed, Shelf
+from onnx_ecp.runtime.lazy import LazyArrays, Spill
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.runtime.session import OutOfMemory
 from onnx_ecp.statistics.curvature import Curvature
 from onnx_ecp.statistics.moments import POSITIONS, Moments, expand, reduce_positions, sensitivities
-from onnx_ecp.statistics.observer import Observation, Observer, State, Sums
+from onnx_ecp.statistics.observer import GraphSums, Observation, Observer, State
 
 Visit = Callable[[Observation, Mapping[str, Moments]], None]
 
@@ -39,14 +39,14 @@ class Measured:
     curvature: tuple[Curvature, ...] = ()
 
 
-class ShelvedMoments(Mapping[str, Moments]):
+class SpilledMoments(Mapping[str, Moments]):
     """Moments whose large sums lie in a temporary file."""
 
     LARGE = ("wb", "ww", "gradient")
 
     def __init__(self) -> None:
         self._small: dict[str, Moments] = {}
-        self._shelf = Shelf(0)
+        self._shelf = Spill(0)
 
     def put(self, moments: Mapping[str, Moments]) -> None:
         """Add those of some layers."""
@@ -77,14 +77,14 @@ class Recording:
 
     def __init__(self) -> None:
         self._seen: list[Observation] = []
-        self._shelf = Shelf(0)  # by number of the batch and name
+        self._shelf = Spill(0)  # by number of the batch and name
 
     def add(self, seen: Observation) -> None:
         """Record one batch."""
         number = len(self._seen)
         for name, tensor in seen.tensors.items():
             self._shelf[number, name] = tensor
-        tensors = Computed(seen.tensors, lambda name: self._shelf[number, name])
+        tensors = LazyArrays(seen.tensors, lambda name: self._shelf[number, name])
         self._seen.append(replace(seen, tensors=tensors))
 
     def __iter__(self) -> Iterator[Observation]:
@@ -105,7 +105,7 @@ class RowWeights(Mapping[str, np.ndarray]):
 
     def __init__(self, limit: int | None) -> None:
         self._parts: dict[str, int] = {}
-        self._shelf = Shelf(limit)  # by layer name and number of the batch
+        self._shelf = Spill(limit)  # by layer name and number of the batch
 
     def add(self, weights: Mapping[str, np.ndarray]) -> None:
         """Add those of the next batch."""
@@ -268,7 +268,7 @@ def measure(
         turns = _turns_on_host(passes, groups, weights, positions, visit, **sums)
     if len(groups) == 1:
         return Measured(next(turns), weights)
-    shelved = ShelvedMoments()
+    shelved = SpilledMoments()
     for moments in turns:
         shelved.put(moments)
     return Measured(shelved, weights)
@@ -292,13 +292,13 @@ def _in_graph(observer: Observer, positions: str = "expand", visit: Visit | None
 
 def _summed_in_graph(
     observer: Observer,
-    sums: Sums,
+    sums: GraphSums,
     state: State,
     data: Calibration,
     size: int,
     weights: RowWeights | None = None,
     progress: Progress = silent,
-) -> Sums:
+) -> GraphSums:
     """The sums with all samples; nothing but sensitivities of rows comes out before the end."""
     for batch in data.batches(size):
         sums = _added(observer, sums, state, batch, weights)
@@ -308,8 +308,8 @@ def _summed_in_graph(
 
 
 def _added(
-    observer: Observer, sums: Sums, state: State, batch: Batch, weights: RowWeights | None
-) -> Sums:
+    observer: Observer, sums: GraphSums, state: State, batch: Batch, weights: RowWeights | None
+) -> GraphSums:
     """The sums with one more batch, which is halved until it fits in memory."""
     try:
         sums, rows = observer.add(sums, state, batch)

@@ -122,35 +122,35 @@ class Curvature:
 
     Args:
         rows: by stored tensor, its gradients; all have the same number of rows.
-        there: by stored tensor, (out, in), what H has rows and columns for.
+        present: by stored tensor, (out, in), what H has rows and columns for.
         divisor: N, times the unit of what the rows are gradients of (see ``CurvatureObserver``).
     """
 
     rows: Mapping[str, Gradients]
-    there: Mapping[str, np.ndarray]
+    present: Mapping[str, np.ndarray]
     divisor: float
     _inverses: dict[float, Inverse] = field(default_factory=dict)
 
     def blocks(self) -> tuple[Curvature, ...]:
         """One block per stored tensor: what couples them is left out."""
         return tuple(
-            Curvature({name: rows}, {name: self.there[name]}, self.divisor)
+            Curvature({name: rows}, {name: self.present[name]}, self.divisor)
             for name, rows in self.rows.items()
         )
 
     def times(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """(rows,): G v for values (out, in) by stored tensor."""
-        there = self.there
-        return sum(g.times(np.where(there[n], values[n], 0.0)) for n, g in self.rows.items())  # type: ignore[return-value]
+        present = self.present
+        return sum(g.times(np.where(present[n], values[n], 0.0)) for n, g in self.rows.items())  # type: ignore[return-value]
 
     def back(self, factors: np.ndarray) -> dict[str, np.ndarray]:
         """By stored tensor (out, in): G^T u for factors (rows,)."""
-        return {n: np.where(self.there[n], g.back(factors), 0.0) for n, g in self.rows.items()}
+        return {n: np.where(self.present[n], g.back(factors), 0.0) for n, g in self.rows.items()}
 
     def diagonal(self) -> dict[str, np.ndarray]:
         """By stored tensor (out, in): the diagonal of H."""
         return {
-            n: np.where(self.there[n], g.squares() / self.divisor, 0.0)
+            n: np.where(self.present[n], g.squares() / self.divisor, 0.0)
             for n, g in self.rows.items()
         }
 
@@ -174,7 +174,7 @@ class Curvature:
             By stored tensor (out, in), zero outside of the support. With t = G_P w_P this is
             ``(damping I + H_KK)^-1 H_KP w_P``.
         """
-        support = {n: keep[n] & self.there[n] for n in self.rows}
+        support = {n: keep[n] & self.present[n] for n in self.rows}
         ridge = damping * self.divisor
         if _size(support) <= len(target):
             g = np.concatenate([np.zeros((0, len(target))), *self._chunks(support)])
@@ -223,31 +223,31 @@ class Inverse:
 
     def __init__(self, curvature: Curvature, damping: float) -> None:
         self._curvature, self._damping = curvature, damping
-        there, ridge = curvature.there, damping * curvature.divisor
-        chunks = curvature._chunks(there)
+        present, ridge = curvature.present, damping * curvature.divisor
+        chunks = curvature._chunks(present)
         self._small: np.ndarray | None = None
-        rows = len(curvature.times({n: np.zeros(t.shape) for n, t in there.items()}))
-        if _size(there) <= rows:
+        rows = len(curvature.times({n: np.zeros(t.shape) for n, t in present.items()}))
+        if _size(present) <= rows:
             g = np.concatenate([np.zeros((0, rows)), *chunks])
             matrix = g @ g.T / curvature.divisor
             matrix.flat[:: len(matrix) + 1] += damping
             self._small = np.linalg.inv(matrix)
             values = np.diagonal(self._small)
         else:
-            self._kernel = Cholesky(curvature.kernel(there), ridge)
+            self._kernel = Cholesky(curvature.kernel(present), ridge)
             explained = [np.square(self._kernel.half(part.T)).sum(axis=0) for part in chunks]
             # At most 1; rounding may not keep that where the damping is tiny beside H.
             values = np.maximum(1 - np.concatenate(explained), np.finfo(np.float64).eps) / damping
-        self.diagonal = _scattered(values, there)
+        self.diagonal = _scattered(values, present)
 
     def times(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """By stored tensor (out, in): the product with values (out, in)."""
-        there = self._curvature.there
+        present = self._curvature.present
         if self._small is not None:
-            flat = np.concatenate([values[n][mask] for n, mask in there.items()])
-            return _scattered(self._small @ flat, there)
+            flat = np.concatenate([values[n][mask] for n, mask in present.items()])
+            return _scattered(self._small @ flat, present)
         u = self._curvature.back(self._kernel.solve(self._curvature.times(values)))
-        return {n: np.where(there[n], values[n] - u[n], 0.0) / self._damping for n in u}
+        return {n: np.where(present[n], values[n] - u[n], 0.0) / self._damping for n in u}
 
 
 class CurvatureObserver:
@@ -272,12 +272,12 @@ class CurvatureObserver:
             )
 
     def curvature(
-        self, there: Mapping[str, np.ndarray], samples: int, unit: float = 1.0
+        self, present: Mapping[str, np.ndarray], samples: int, unit: float = 1.0
     ) -> Curvature:
         """H of all layers together.
 
         Args:
-            there: by stored tensor, (out, in), what the network still has.
+            present: by stored tensor, (out, in), what the network still has.
             samples: how many the rows are of.
             unit: that H is divided by, so that a damping means the same whatever the outputs: 1
                 for a loss in nats, the mean squared output where rows are gradients of outputs.
@@ -286,7 +286,7 @@ class CurvatureObserver:
         for layer in self._layers:
             own, tensor = _joined(self._parts.pop(layer.name)), layer.weight.tensor
             rows[tensor] = Full(_full(rows[tensor]) + _full(own)) if tensor in rows else own
-        return Curvature(rows, {n: there[n] for n in rows}, samples * unit)
+        return Curvature(rows, {n: present[n] for n in rows}, samples * unit)
 
 
 def _gradients(a: np.ndarray, g: np.ndarray, samples: int) -> Gradients:

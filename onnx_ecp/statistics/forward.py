@@ -17,7 +17,7 @@ import onnx
 
 from onnx_ecp.data.calibration import Batch
 from onnx_ecp.layers import Layer
-from onnx_ecp.runtime.lazy import Shelf
+from onnx_ecp.runtime.lazy import Spill
 from onnx_ecp.runtime.session import Session
 from onnx_ecp.statistics.observer import Observer, State
 
@@ -67,7 +67,7 @@ def segments(observer: Observer, layers: Sequence[Layer]) -> list[Segment]:
     return found
 
 
-class Passage:
+class ForwardPass:
     """One version of the network on its way through the segments.
 
     Args:
@@ -81,7 +81,7 @@ class Passage:
     ) -> None:
         self._observer = observer
         self._inputs = [observer.input_feeds(batch.feeds) for batch in batches]
-        self._live = Shelf(limit)  # by index of the batch and name of the tensor
+        self._live = Spill(limit)  # by index of the batch and name of the tensor
 
     def advance(self, segment: Segment, state: State) -> Iterator[np.ndarray]:
         """Run one segment and yield the layer's input rows (groups, rows, in) batch by batch.

@@ -11,7 +11,7 @@ import numpy as np
 
 from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.layers import Layer
-from onnx_ecp.statistics.forward import Passage, Segment, segments
+from onnx_ecp.statistics.forward import ForwardPass, Segment, segments
 from onnx_ecp.statistics.gram import BLOCK, Gram, outputs, squared_errors
 from onnx_ecp.statistics.objective import Objective
 from onnx_ecp.statistics.observer import Observer, State
@@ -27,8 +27,8 @@ class Network:
     Args:
         observer: of the layers.
         original: the state before pruning.
-        fit: calibration samples for importance and compensation.
-        guard: other calibration samples, on which a refit must not be worse than a bias shift.
+        train: calibration samples for importance and compensation.
+        validation: other calibration samples, on which a refit must not be worse than a bias shift.
         size: batch size.
         memory: bytes that statistics and activations may take, None for any number: half of it
             goes to moments and the sensitivities of rows, a quarter to scores and a quarter to the
@@ -37,8 +37,8 @@ class Network:
 
     observer: Observer
     original: State
-    fit: Calibration
-    guard: Calibration
+    train: Calibration
+    validation: Calibration
     size: int
     memory: int | None = None
 
@@ -72,7 +72,7 @@ def matrix(layer: Layer, state: State) -> np.ndarray:
     return layer.weight.matrix(state.weights[layer.weight.tensor]).astype(np.float64)
 
 
-class Run:
+class LayerwiseForward:
     """Both versions of the network on their way along the segments with the same samples.
 
     Without the original, the current version stands for both.
@@ -82,8 +82,8 @@ class Run:
         batches = list(data.batches(network.size))
         self._original, self._segments = network.original, network.segments
         limit = network.share(8)
-        self._before = Passage(network.observer, batches, limit) if with_original else None
-        self._now = Passage(network.observer, batches, limit)
+        self._before = ForwardPass(network.observer, batches, limit) if with_original else None
+        self._now = ForwardPass(network.observer, batches, limit)
 
     def stops(self, state: State, names: Collection[str]) -> Iterator[Segment]:
         """Segments that end with the inputs of some layers, each to be looked at before the next.
@@ -130,6 +130,7 @@ class Run:
         weights: np.ndarray,
         shrink: float,
         candidates: Sequence[tuple[np.ndarray, np.ndarray]],
+        units: np.ndarray | None = None,
     ) -> tuple[float, list[np.ndarray]]:
         """Squared errors of what the next layer could become, summed over all samples and units.
 
@@ -141,11 +142,16 @@ class Run:
             weights: see ``gram``.
             shrink: see ``gram``.
             candidates: weights (out, in) and shifts (k, out) that go with them.
+            units: (out,), how much the squared error of each unit counts; None: all alike.
 
         Returns:
             The squares of what is wanted, summed likewise; for each candidate its errors (k,).
         """
         target = matrix(segment.layer, self._original)
+        if units is not None:
+            root = np.sqrt(units)
+            target = target * root[:, None]
+            candidates = [(w * root[:, None], shifts * root) for w, shifts in candidates]
         nothing = np.zeros((1, len(target)))
         energy, totals = 0.0, [np.zeros(len(shifts)) for _, shifts in candidates]
         step = int(np.clip(BLOCK_BYTES // target[:, 0].nbytes, 1, BLOCK))
@@ -206,7 +212,7 @@ def _together(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarra
 
 def plain_grams(network: Network, names: Collection[str]) -> dict[str, Gram]:
     """By layer name, sums of the original inputs of some layers, all rows weighing alike."""
-    found = grams_of(network, network.fit, network.original, names)
+    found = grams_of(network, network.train, network.original, names)
     return {layer.name: gram for layer, gram in found}
 
 
@@ -231,7 +237,7 @@ def grams_of(
         shrink: share of the mean weight that every row gets.
         with_original: whether the inputs in the original network are looked at, too.
     """
-    run = Run(network, data, with_original=with_original)
+    run = LayerwiseForward(network, data, with_original=with_original)
     for segment in run.stops(state, names):
         layer = segment.layer
         yield layer, run.gram(segment, state, (weights or {}).get(layer.name), shrink)

@@ -2,7 +2,7 @@
 
 Loss per sample, with y of the pruned and t of the original network:
 
-    l2   sum_k (y_k - t_k)^2 / 2
+    l2   sum_k s_k^2 (y_k - t_k)^2 / 2, s as in ``columns``; l2-raw: one s for each output
     kl   KL(softmax(t) || softmax(y)), whose gradient is softmax(y) - softmax(t)
     loss the cross-entropy with labels, which take the place of softmax(t)
 
@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnx_ecp.data.calibration import Batch, Calibration
-from onnx_ecp.gradients.cotangents import one_hot, softmax
+from onnx_ecp.gradients.cotangents import SQUARED, one_hot, softmax
 from onnx_ecp.layers import Layer
-from onnx_ecp.runtime.lazy import Computed
+from onnx_ecp.runtime.lazy import LazyArrays
 from onnx_ecp.statistics.observer import Observer, State
 
 BATCH = 128
@@ -51,7 +51,7 @@ class Objective:
     def targets(self, batch: Batch) -> dict[str, np.ndarray]:
         """By head, what is wanted: outputs under l2, else probabilities."""
         y = self.observer.heads(self.original, batch)
-        if self.observer.metric == "l2":
+        if self.observer.metric in SQUARED:
             return y
         if self.observer.metric == "kl":
             return {name: softmax(out) for name, out in y.items()}
@@ -62,7 +62,7 @@ class Objective:
         self, y: Mapping[str, np.ndarray], target: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """By head, dL/dy, float64."""
-        if self.observer.metric != "l2":
+        if self.observer.metric not in SQUARED:
             return {name: softmax(out) - target[name] for name, out in y.items()}
         return {
             name: (out.astype(np.float64) - target[name]) * self.observer.scales[name] ** 2
@@ -73,7 +73,7 @@ class Objective:
         self, y: Mapping[str, np.ndarray], change: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """By head, d2L/dy2 times a change of y, float64."""
-        if self.observer.metric == "l2":
+        if self.observer.metric in SQUARED:
             return {name: u * self.observer.scales[name] ** 2 for name, u in change.items()}
         found = {}
         for name, u in change.items():
@@ -100,7 +100,7 @@ class Objective:
         return theta.vector(weights, shifts)
 
     def _loss(self, name: str, y: np.ndarray, target: np.ndarray) -> float:
-        if self.observer.metric != "l2":
+        if self.observer.metric not in SQUARED:
             p, q = target, softmax(y)
             tiny = np.finfo(np.float64).tiny
             return float((p * (np.log(p + tiny) - np.log(q + tiny))).sum())
@@ -164,7 +164,7 @@ class Parameters:
             weights[name] = state.weights[name].copy()
             weights[name][kept] = next(parts)
         shifts = {name: next(parts) for name in self._units}
-        return replace(state, weights=Computed.of(weights), shifts=shifts)
+        return replace(state, weights=LazyArrays.of(weights), shifts=shifts)
 
 
 class Centred:
@@ -198,6 +198,12 @@ class Centred:
             units = self._units[tensor]
             lost = np.bincount(units, weights[tensor] * self._means[name], len(shifts[name]))
             shifts[name] = shifts[name] - lost
+        return self._theta.vector(weights, shifts)
+
+    def by_row(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(theta.size,): values (out,) by stored tensor, for the weights and shifts of each row."""
+        weights = {tensor: values[tensor][units] for tensor, units in self._units.items()}
+        shifts = {name: values[tensor] for name, tensor in self._tensor.items()}
         return self._theta.vector(weights, shifts)
 
     def pulled(self, gradient: np.ndarray) -> np.ndarray:

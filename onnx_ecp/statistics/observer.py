@@ -19,15 +19,17 @@ import onnx
 from onnx_ecp.data.calibration import Batch
 from onnx_ecp.errors import CalibrationError, ModelError, UsageError, did_you_mean
 from onnx_ecp.gradients.builder import Fact
-from onnx_ecp.gradients.cotangents import plan
+from onnx_ecp.gradients.cotangents import SQUARED, plan
 from onnx_ecp.gradients.numeric import PIECEWISE, numeric_adjoint
 from onnx_ecp.gradients.prepare import MINIMUM_OPSET, add_reverse, facts_of, opset_of, prepare
 from onnx_ecp.gradients.reverse import NO_OUTPUT
 from onnx_ecp.graph import Model, constants, is_external, printable, read_tensor
+from onnx_ecp.graph.columns import column_axes
 from onnx_ecp.layers import Layer
 from onnx_ecp.layers.dense import Dense
-from onnx_ecp.runtime.lazy import Computed
+from onnx_ecp.runtime.lazy import LazyArrays
 from onnx_ecp.runtime.session import Session, Value
+from onnx_ecp.statistics.columns import Measure, Spread
 from onnx_ecp.statistics.in_graph import Accumulation, accumulation, moments
 from onnx_ecp.statistics.moments import Moments
 
@@ -56,7 +58,7 @@ class State:
         keep: by stored tensor, (out, in), True where the weight stays.
     """
 
-    weights: Computed
+    weights: LazyArrays
     shifts: dict[str, np.ndarray]
     keep: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -96,13 +98,13 @@ class Observation:
     @property
     def adjoints(self) -> Mapping[str, np.ndarray]:
         """By layer name, rows (P, groups, rows, out per group)."""
-        return Computed(
+        return LazyArrays(
             self.layers, lambda n: self.layers[n].rows_out(self.tensors[self.carriers[n]])
         )
 
 
 @dataclass(frozen=True)
-class Sums:
+class GraphSums:
     """What the graph has added up so far; see ``Observer.add``.
 
     Args:
@@ -132,7 +134,7 @@ def original_state(model: Model, layers: Sequence[Layer]) -> State:
     stored = constants(model.proto)
     names = dict.fromkeys(layer.weight.tensor for layer in layers)
     mapped = {n for n in names if is_external(stored[n]) and stored[n].data_type in _AS_THEY_ARE}
-    weights = Computed(
+    weights = LazyArrays(
         names,
         lambda name: read_tensor(model, stored[name]),
         {n: _widened(read_tensor(model, stored[n])) for n in names if n not in mapped},
@@ -167,6 +169,7 @@ class Observer:
         logits: but under l2, the outputs whose metric is taken at the logits of their softmax.
         probabilities: but under l2, the heads whose values look like probabilities instead of
             logits.
+        measure: how errors of the outputs are told; nothing before ``normalise_outputs``.
         statistics: as given.
         summable: whether sums can be taken in the graph.
     """
@@ -215,7 +218,7 @@ class Observer:
         self.logits = tuple(name for name, head in self._heads.items() if head != name)
         # A softmax and its logits may both be outputs: but under l2 they have one head.
         self._seeded = list(dict.fromkeys(self._heads.values()))
-        if metric != "l2":
+        if metric not in SQUARED:
             _check_scores(metric, self._seeded, self.facts, first.samples)
         if metric == "loss":
             _check_labels(self._seeded, self.facts, first)
@@ -246,11 +249,15 @@ class Observer:
         self.probabilities = tuple(
             name
             for name, v in y.items()
-            if metric != "l2"
+            if metric not in SQUARED
             and (_are_probabilities(v) or (name in self._heads and _is_squashed(name, producers)))
         )
         self._first = first.samples
         self.metric = metric
+        self.measure = Measure.of({})
+        shapes = {name: self.facts[name].shape for name in self.outputs}
+        rows = {x.shape[0] for x in first.feeds.values() if x.ndim} | {first.samples}
+        self._axes = column_axes(model.proto, shapes, rows)
         self.statistics = statistics
         new_enough = opset_of(self.proto) >= MINIMUM_OPSET
         self.summable = new_enough and (engine == "vjp" or not reverse)
@@ -280,7 +287,7 @@ class Observer:
         backward: bool = True,
         with_squares: bool = True,
         with_gradient: bool = False,
-    ) -> Sums:
+    ) -> GraphSums:
         """The beginning of sums over batches.
 
         Args:
@@ -298,7 +305,7 @@ class Observer:
             self._adding[key] = self._accumulating(*key)
         session, graph = self._adding[key]
         layers = tuple(layer for layer in self.layers if layer.name in names)
-        return Sums(layers, session, graph, graph.start, common=with_gradient)
+        return GraphSums(layers, session, graph, graph.start, common=with_gradient)
 
     def _accumulating(
         self, names: Collection[str], backward: bool, with_squares: bool, with_gradient: bool
@@ -316,7 +323,9 @@ class Observer:
         )
         return self.session(proto), graph
 
-    def add(self, sums: Sums, state: State, batch: Batch) -> tuple[Sums, dict[str, np.ndarray]]:
+    def add(
+        self, sums: GraphSums, state: State, batch: Batch
+    ) -> tuple[GraphSums, dict[str, np.ndarray]]:
         """Take one more batch into the sums; ``sums`` itself stays as it is.
 
         Args:
@@ -388,26 +397,44 @@ class Observer:
         """Whether sums are to be taken in the graph, where that is possible."""
         return self.statistics == "graph" or (self.statistics == "auto" and self._forward.remote)
 
-    def normalise_outputs(self, state: State, batches: Iterable[Batch]) -> None:
-        """Under l2, divide each of several outputs by its own root mean square over samples."""
-        if self._plan.metric == "l2" and len(self._seeded) > 1:
-            energies = self._output_energies(state, batches)
-            scales = {name: float(1 / np.sqrt(e)) for name, e in energies.items() if e > 0}
+    def normalise_outputs(
+        self,
+        state: State,
+        batches: Iterable[Batch],
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """Set ``measure``, and under l2 the unit and the share in which every column counts.
+
+        Under l2-raw each of several outputs is divided by its own root mean square over samples.
+
+        Args:
+            state: the original.
+            batches: samples.
+            weights: of outputs and columns; see ``Measure.of``.
+        """
+        spreads: dict[str, Spread] = {}
+        for batch in batches:
+            for name, y in self.predict(state, batch).items():
+                part = Spread.of(y, self._axes[name], batch.samples)
+                spreads[name] = spreads[name] + part if name in spreads else part
+        self.measure = Measure.of(spreads, weights)
+        if self.metric == "l2":
+            self._plan = replace(self._plan, scales=self.measure.factors())
+        elif self.metric == "l2-raw" and len(spreads) > 1:
+            energies = {name: _energy(spread) for name, spread in spreads.items()}
+            scales = {name: np.array(1 / np.sqrt(e)) for name, e in energies.items() if e > 0}
             self._plan = replace(self._plan, scales=scales)
 
-    def output_energy(self, state: State, batches: Iterable[Batch]) -> float:
-        """Mean over samples of the squared outputs, in the units of the l2 metric."""
-        energies = self._output_energies(state, batches)
-        return sum(self.scales[name] ** 2 * e for name, e in energies.items())
+    @property
+    def output_energy(self) -> float:
+        """Mean over samples of what a metric in SQUARED makes of the outputs themselves.
 
-    def _output_energies(self, state: State, batches: Iterable[Batch]) -> dict[str, float]:
-        """Mean over samples of the sum of squares, by seeded output."""
-        samples, totals = 0, dict.fromkeys(self._seeded, 0.0)
-        for batch in batches:
-            for name, y in self.heads(state, batch).items():
-                totals[name] += float(np.square(y, dtype=np.float64).sum())
-            samples += batch.samples
-        return {name: total / samples for name, total in totals.items()}
+        Under l2 about their means, which is what every error is relative to.
+        """
+        if self.metric == "l2":
+            return float(sum(share.sum() for share in self.measure.shares.values()))
+        spreads = self.measure.spreads.items()
+        return sum(float(self.scales[name] ** 2) * _energy(spread) for name, spread in spreads)
 
     def activations(self, state: State, batch: Batch) -> Mapping[str, np.ndarray]:
         """Input rows (groups, rows, in) of every layer, forward only."""
@@ -416,9 +443,10 @@ class Observer:
         return _input_rows(layers, self._read(self._forward, feeds, (x.input for x in self.layers)))
 
     @property
-    def scales(self) -> dict[str, float]:
-        """By head, the factor of its elements in the metric."""
-        return {name: self._plan.scales.get(name, 1.0) for name in self._seeded}
+    def scales(self) -> dict[str, np.ndarray]:
+        """By head, the factors of its elements in the metric; they broadcast with it."""
+        one = np.array(1.0)
+        return {name: self._plan.scales.get(name, one) for name in self._seeded}
 
     @property
     def probes(self) -> int:
@@ -478,7 +506,7 @@ class Observer:
 
     def _seeds(self, feeds: dict[str, Value], batch: Batch, common: bool) -> dict[str, np.ndarray]:
         """Seeds need the values of y; under l2 only its shape, which a batch axis tells."""
-        if self._batched and self._plan.metric == "l2":
+        if self._batched and self._plan.metric in SQUARED:
             facts = {name: self.facts[name] for name in self._seeded}
             y = {n: np.zeros((batch.samples, *f.shape[1:]), f.dtype) for n, f in facts.items()}
         else:
@@ -655,9 +683,14 @@ def _are_probabilities(y: np.ndarray) -> bool:
     return bool((y >= 0).all() and np.allclose(y.sum(axis=-1, dtype=np.float64), 1, atol=1e-3))
 
 
-def _input_rows(layers: Mapping[str, Layer], values: Mapping[str, np.ndarray]) -> Computed:
+def _input_rows(layers: Mapping[str, Layer], values: Mapping[str, np.ndarray]) -> LazyArrays:
     """Rows (groups, rows, in) by layer name, cut out of the layers' inputs when asked for."""
-    return Computed(layers, lambda name: layers[name].rows_in(values[layers[name].input]))
+    return LazyArrays(layers, lambda name: layers[name].rows_in(values[layers[name].input]))
+
+
+def _energy(spread: Spread) -> float:
+    """Mean over samples of the sum of squares of an output."""
+    return float(spread.mean_square @ spread.positions)
 
 
 def _size(fact: Fact) -> int:
@@ -690,7 +723,7 @@ def _heads(
         if name not in facts or not np.issubdtype(facts[name].dtype, np.floating):
             continue
         heads[name] = name
-        node = None if metric == "l2" else _softmax_behind(name, producers, facts)
+        node = None if metric in SQUARED else _softmax_behind(name, producers, facts)
         if node is None:
             continue
         if _axis(node) in (-1, len(facts[node.output[0]].shape) - 1):

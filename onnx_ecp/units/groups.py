@@ -25,7 +25,7 @@ import onnx_graphsurgeon as gs
 from onnx_ecp.layers import Layer, Skip, preactivation
 from onnx_ecp.layers.trace import Scope, Traced, main_scope
 from onnx_ecp.layers.views import operator
-from onnx_ecp.units.propagation import Count, Refused, Slot, Walk
+from onnx_ecp.units.propagation import Count, NotFollowed, Slot, Walk
 from onnx_ecp.units.rules import RULES
 from onnx_ecp.units.shape_values import follow_sizes
 from onnx_ecp.units.union_find import Axis
@@ -227,9 +227,9 @@ def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
         elif any(walk.axis(x) for x in node.inputs):
             follow = RULES.get(operator(node))
             if follow is None:
-                raise Refused("units are not followed through this operator")
+                raise NotFollowed("units are not followed through this operator")
             walk.axes |= follow(walk, node)
-    except Refused as refusal:
+    except NotFollowed as refusal:
         reason = f"{node.op} {name!r}: {refusal}"
         for marks in (marks for x in node.inputs for marks in walk.marks_of(x.name)):
             walk.marks.pin(marks, reason)
@@ -251,7 +251,7 @@ def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]
     found.columns[layer.name] = columns = walk.marks.fresh(width)
     if node.op == "Attention":
         walk.marks.pin([*rows, *columns], f"{node.op} {layer.name!r}: its heads are not followed")
-        raise Refused("its heads are not followed")
+        raise NotFollowed("its heads are not followed")
     data = next(x for x in node.inputs if x.name == layer.input)
     axis = walk.axis(data)
     at = units_axis(layer)
@@ -262,7 +262,7 @@ def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]
     try:
         walk.slot(node, index, axes[0], rows)
         _follow_bias(walk, node, layer, rows)
-    except Refused as refusal:
+    except NotFollowed as refusal:
         walk.marks.pin(rows, f"{node.op} {layer.name!r}: {refusal}")
     if layer.groups > 1:
         walk.marks.pin(columns, "a group of channels is read as it is")

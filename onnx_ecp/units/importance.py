@@ -24,7 +24,7 @@ from onnx_ecp.units.groups import Structure
 
 
 @dataclass(frozen=True)
-class Sums:
+class UnitSums:
     """Sums over the rows that consumers of one tensor see; they add up.
 
     Args:
@@ -42,7 +42,7 @@ class Sums:
     energy: np.ndarray
 
     @staticmethod
-    def of(columns: np.ndarray, units: int, a: np.ndarray, gradient: np.ndarray) -> Sums:
+    def of(columns: np.ndarray, units: int, a: np.ndarray, gradient: np.ndarray) -> UnitSums:
         """Sums of one batch and probe.
 
         Args:
@@ -60,11 +60,11 @@ class Sums:
         uu, uh, hh = np.zeros((3, units))
         for total, product in ((uu, u * u), (uh, u * h), (hh, h * h)):
             total[present] = product.sum(axis=0, dtype=np.float64)
-        return Sums(columns, uu, uh, hh, np.square(gradient).sum(axis=0, dtype=np.float64))
+        return UnitSums(columns, uu, uh, hh, np.square(gradient).sum(axis=0, dtype=np.float64))
 
-    def __add__(self, other: Sums) -> Sums:
+    def __add__(self, other: UnitSums) -> UnitSums:
         """The sums over both sets of rows, or probes."""
-        return Sums(
+        return UnitSums(
             self.columns,
             self.uu + other.uu,
             self.uh + other.uh,
@@ -104,7 +104,7 @@ class UnitObserver:
     structure: Structure
     layers: Sequence[Layer]
     state: State
-    sums: dict[tuple[str, int], Sums] = field(default_factory=dict)
+    sums: dict[tuple[str, int], UnitSums] = field(default_factory=dict)
 
     def __call__(self, seen: Observation, moments: Mapping[str, Moments]) -> None:
         """Take in one batch, in which the activations are centred as the moments are."""
@@ -116,7 +116,7 @@ class UnitObserver:
             of_column = self.structure.units_at(self.structure.columns[name])
             for gradient in self._gradients(readers, seen):
                 for kind, units in enumerate(of_column):
-                    part, key = Sums.of(units, self.structure.units, a, gradient), (name, kind)
+                    part, key = UnitSums.of(units, self.structure.units, a, gradient), (name, kind)
                     self.sums[key] = self.sums[key] + part if key in self.sums else part
 
     def importance(self, moments: Mapping[str, Moments], shrinkage: float) -> np.ndarray:

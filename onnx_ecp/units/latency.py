@@ -37,7 +37,7 @@ Settings = Mapping[str, Any]
 Clock = Callable[[onnx.ModelProto, Mapping[str, np.ndarray]], float]
 
 # Kernels are laid out for so many channels, or twice as many: a number in between takes as long as
-# the next multiple, or longer (docs/benchmarks.md, latency.py).
+# the next multiple, or longer (docs/benchmarks/latency-of-units.md).
 BLOCK = 8
 # Sizes of either axis at which a layer is timed.
 SIZES = 8

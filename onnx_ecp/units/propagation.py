@@ -15,7 +15,7 @@ Sizes = tuple[np.ndarray | None, ...]
 """By entry of an integer tensor, the marks that it counts; None where it counts no units."""
 
 
-class Refused(Exception):
+class NotFollowed(Exception):
     """Units cannot be followed through an operator; the message says why, for the user."""
 
 
@@ -100,7 +100,7 @@ class Walk:
         """
         shape = self.shapes.get(tensor.name)
         if shape is None:
-            raise Refused(f"the shape of {tensor.name!r} is not known")
+            raise NotFollowed(f"the shape of {tensor.name!r} is not known")
         return shape
 
     def constant(self, tensor: gs.Tensor) -> Traced | None:
@@ -116,9 +116,11 @@ class Walk:
         """
         constant = self.constant(node.inputs[index])
         if constant is None:
-            raise Refused(f"its input {node.inputs[index].name!r} is not a stored tensor")
+            raise NotFollowed(f"its input {node.inputs[index].name!r} is not a stored tensor")
         if constant.seen_shape[axis] != len(marks):
-            raise Refused(f"its input {node.inputs[index].name!r} does not have one entry per unit")
+            raise NotFollowed(
+                f"its input {node.inputs[index].name!r} does not have one entry per unit"
+            )
         self.slots.append(Slot(node.outputs[0].name, index, axis, constant, marks))
 
     def meet(self, node: gs.Node, index: int, place: int, marks: np.ndarray) -> None:
@@ -132,14 +134,14 @@ class Walk:
         axis = self.axis(tensor)
         if len(shape) < -place or (shape[place] == 1 and len(marks) != 1):
             if axis is not None:
-                raise Refused("it repeats a unit")
+                raise NotFollowed("it repeats a unit")
             return
         if axis is None and shape[place] == 1 and not self.scope.is_constant(tensor):
             return  # one unit, and an activation of length 1: broadcast or not, the value is one
         if axis is None:
             self.slot(node, index, len(shape) + place, marks)
         elif axis.index != len(shape) + place or len(axis.marks) != len(marks):
-            raise Refused("it combines units of different axes")
+            raise NotFollowed("it combines units of different axes")
         else:
             self.marks.join(axis.marks, marks)
 

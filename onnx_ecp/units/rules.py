@@ -2,7 +2,7 @@
 
 A rule gets the walk and a node with at least one input that has units. It returns the axes of the
 outputs that have units, notes stored tensors and counts that must shrink with them, joins units
-that share their fate, or raises ``Refused``.
+that share their fate, or raises ``NotFollowed``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_ecp.layers.bias import MICROSOFT
 from onnx_ecp.layers.views import operator
-from onnx_ecp.units.propagation import Count, Refused, Walk
+from onnx_ecp.units.propagation import Count, NotFollowed, Walk
 from onnx_ecp.units.shape_values import entries_of, of_shape
 from onnx_ecp.units.union_find import Axis
 
@@ -45,7 +45,7 @@ def _data(walk: Walk, node: gs.Node) -> Axis:
     """The units of the first input of an operator that may have them in no other."""
     followed = _followed(walk, node)
     if len(followed) != 1 or followed[0][0] is not node.inputs[0]:
-        raise Refused("its parameters are computed from units")
+        raise NotFollowed("its parameters are computed from units")
     return followed[0][1]
 
 
@@ -62,11 +62,11 @@ def elementwise(walk: Walk, node: gs.Node) -> Outputs:
     out = node.outputs[0]
     places = {axis.index - len(walk.shape(x)) for x, axis in _followed(walk, node)}
     if len(places) != 1:
-        raise Refused("it combines units of different axes")
+        raise NotFollowed("it combines units of different axes")
     place, rank = places.pop(), len(walk.shape(out))
     marks = max((axis.marks for _, axis in _followed(walk, node)), key=len)
     if walk.shape(out)[place] != len(marks):
-        raise Refused("it repeats its units")
+        raise NotFollowed("it repeats its units")
     for index, tensor in enumerate(node.inputs):
         if tensor.name:
             walk.meet(node, index, place, marks)
@@ -78,7 +78,7 @@ def per_channel(walk: Walk, node: gs.Node) -> Outputs:
     """Parameters of one entry per channel, which is axis 1."""
     axis = _data(walk, node)
     if axis.index != 1 or len(node.outputs) > 1:
-        raise Refused("its channels are not the units, or it is in training mode")
+        raise NotFollowed("its channels are not the units, or it is in training mode")
     for index in range(1, len(node.inputs)):
         walk.slot(node, index, 0, axis.marks)
     return {node.outputs[0].name: axis}
@@ -94,7 +94,7 @@ def spatial(walk: Walk, node: gs.Node) -> Outputs:
     sizes = node.op == "Resize" and len(node.inputs) > 3 and bool(node.inputs[3].name)
     shape = walk.shape(node.outputs[0])
     if axis.index != 1 or len(node.outputs) > 1 or sizes or shape[1] != len(axis.marks):
-        raise Refused("it moves over the axis of the units, or names its size")
+        raise NotFollowed("it moves over the axis of the units, or names its size")
     return {node.outputs[0].name: axis}
 
 
@@ -103,7 +103,7 @@ def normalises_the_rest(walk: Walk, node: gs.Node) -> Outputs:
     """Reads all entries from ``axis`` on together; units in front of it do not meet."""
     axis = _data(walk, node)
     if axis.index >= _normalised_from(walk, node):
-        raise Refused("it normalises over units, so that each one acts on all")
+        raise NotFollowed("it normalises over units, so that each one acts on all")
     return {node.outputs[0].name: axis}
 
 
@@ -127,10 +127,10 @@ def reduction(walk: Walk, node: gs.Node) -> Outputs:
     axis, rank = _data(walk, node), len(walk.shape(node.inputs[0]))
     axes = walk.numbers(node, "axes", 1)
     if axes is None:
-        raise Refused("it reduces over units, or over axes that are not constants")
+        raise NotFollowed("it reduces over units, or over axes that are not constants")
     gone = {a % rank for a in axes}
     if axis.index in gone:
-        raise Refused("it reduces over units")
+        raise NotFollowed("it reduces over units")
     before = sum(a < axis.index for a in gone)
     shift = 0 if node.attrs.get("keepdims", 1) else before
     return {node.outputs[0].name: Axis(axis.index - shift, axis.marks)}
@@ -158,10 +158,10 @@ def reshape(walk: Walk, node: gs.Node) -> Outputs:
     marks = np.broadcast_to(axis.marks.reshape(along), old).reshape(new)
     varying = [i for i in range(len(new)) if np.any(marks != marks.take([0], axis=i))]
     if not varying:
-        raise Refused("it hides the axis of a single unit")
+        raise NotFollowed("it hides the axis of a single unit")
     index = varying[-1 if walk.inside else 0]
     if index == 0:
-        raise Refused("it merges units with the axis of samples")
+        raise NotFollowed("it merges units with the axis of samples")
     marks = marks[tuple(slice(None) if i in varying else slice(1) for i in range(len(new)))]
     first, *others = np.moveaxis(marks, index, 0).reshape(new[index], -1).T
     for other in others:
@@ -202,7 +202,7 @@ def _note_target(
         if other is None or i == index:
             continue
         if i not in beside or not split:
-            raise Refused("the number of its units is the size of another axis")
+            raise NotFollowed("the number of its units is the size of another axis")
         stays = walk.marks.fresh(shape[i])
         walk.marks.pin(stays, "another axis that heads were split into")
         walk.counts.append(Count(name, "stay", i, stays, shape))
@@ -214,7 +214,7 @@ def _note_target(
     if merged and (
         beside or not all(_is_size(walk, x) for x in target[:index] + target[index + 1 :])
     ):
-        raise Refused("its target shape is computed in a way that is not followed")
+        raise NotFollowed("its target shape is computed in a way that is not followed")
     walk.counts.append(Count(name, "rest" if merged else "part", index, marks, shape))
 
 
@@ -261,7 +261,7 @@ def concat(walk: Walk, node: gs.Node) -> Outputs:
     rank = len(walk.shape(node.outputs[0]))
     along = int(node.attrs["axis"]) % rank
     if any(axis.index != followed[0][1].index for _, axis in followed):
-        raise Refused("it combines units of different axes")
+        raise NotFollowed("it combines units of different axes")
     index = followed[0][1].index
     if along == index:
         parts = [_marks_or_pinned(walk, tensor, along) for tensor in node.inputs]
@@ -299,7 +299,7 @@ def slices(walk: Walk, node: gs.Node) -> Outputs:
     axis, rank = _data(walk, node), len(walk.shape(node.inputs[0]))
     axes = walk.numbers(node, "axes", 3)
     if axes is None or axis.index in {a % rank for a in axes}:
-        raise Refused("it cuts along units")
+        raise NotFollowed("it cuts along units")
     return {node.outputs[0].name: axis}
 
 
@@ -309,7 +309,7 @@ def gather(walk: Walk, node: gs.Node) -> Outputs:
     axis, rank = _data(walk, node), len(walk.shape(node.inputs[0]))
     along = int(node.attrs.get("axis", 0)) % rank
     if along == axis.index:
-        raise Refused("it picks units by number")
+        raise NotFollowed("it picks units by number")
     shift = len(walk.shape(node.inputs[1])) - 1 if along < axis.index else 0
     return {node.outputs[0].name: Axis(axis.index + shift, axis.marks)}
 
@@ -320,7 +320,7 @@ def pad(walk: Walk, node: gs.Node) -> Outputs:
     axis, rank = _data(walk, node), len(walk.shape(node.inputs[0]))
     pads = walk.numbers(node, "pads", 1)
     if pads is None or len(pads) != 2 * rank or pads[axis.index] or pads[rank + axis.index]:
-        raise Refused("it adds entries to the units")
+        raise NotFollowed("it adds entries to the units")
     return {node.outputs[0].name: axis}
 
 
@@ -339,7 +339,7 @@ def product_of_activations(walk: Walk, node: gs.Node) -> Outputs:
     out, (left, right) = node.outputs[0], node.inputs
     ranks = [len(walk.shape(x)) for x in (left, right)]
     if any(walk.scope.is_constant(x) for x in (left, right)) or min(ranks) < 2:
-        raise Refused("it is a product that is not pruned")
+        raise NotFollowed("it is a product that is not pruned")
     places = {x.name: a.index - len(walk.shape(x)) for x, a in _followed(walk, node)}
     here, there = places.get(left.name), places.get(right.name)
     rank = len(walk.shape(out))
@@ -351,7 +351,7 @@ def product_of_activations(walk: Walk, node: gs.Node) -> Outputs:
         return {out.name: Axis(rank + (here or -1), axis.marks)}
     place = here if here is not None else there
     if place is None or place > -3 or there not in (None, place):
-        raise Refused("it combines units of different axes")
+        raise NotFollowed("it combines units of different axes")
     marks = max((axis.marks for _, axis in _followed(walk, node)), key=len)
     for index in (0, 1):
         walk.meet(node, index, place, marks)
@@ -366,11 +366,11 @@ def _meet_as_attention(walk: Walk, node: gs.Node) -> None:
     """
     query, key = (walk.axes[x.name].marks for x in node.inputs)
     if not walk.inside:
-        raise Refused("it sums over units")
+        raise NotFollowed("it sums over units")
     if not _softmax_follows(walk, node.outputs[0]):
-        raise Refused("it sums over units, and no softmax over the last axis follows")
+        raise NotFollowed("it sums over units, and no softmax over the last axis follows")
     if not all(_is_steady(walk, tensor) for tensor in node.inputs):
-        raise Refused("its queries or keys are not just a layer with its bias")
+        raise NotFollowed("its queries or keys are not just a layer with its bias")
     walk.products.append((query, key))
     walk.heads += query.tolist()
 

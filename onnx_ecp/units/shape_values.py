@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.units.propagation import Refused, Sizes, Walk
+from onnx_ecp.units.propagation import NotFollowed, Sizes, Walk
 
 Rule = Callable[[Walk, gs.Node], Sizes]
 
@@ -36,7 +36,7 @@ def follow_sizes(walk: Walk, node: gs.Node) -> dict[str, Sizes]:
     """
     rule = None if node.domain else _RULES.get(node.op)
     if rule is None or len(node.outputs) != 1:
-        raise Refused("it computes with the number of units")
+        raise NotFollowed("it computes with the number of units")
     found = rule(walk, node)
     return {node.outputs[0].name: found} if any(x is not None for x in found) else {}
 
@@ -54,14 +54,14 @@ def _moved(walk: Walk, node: gs.Node) -> Sizes:
 
 def _cast(walk: Walk, node: gs.Node) -> Sizes:
     if int(node.attrs["to"]) not in _INTEGERS:
-        raise Refused("it computes with the number of units")
+        raise NotFollowed("it computes with the number of units")
     return _moved(walk, node)
 
 
 def _gathered(walk: Walk, node: gs.Node) -> Sizes:
     chosen, entries = walk.integers(node.inputs[1]), entries_of(walk, node.inputs[0])
     if chosen is None or node.inputs[1].name in walk.sizes:
-        raise Refused("it picks by a number that is not a constant")
+        raise NotFollowed("it picks by a number that is not a constant")
     return tuple(entries[i] for i in chosen)
 
 
@@ -70,7 +70,7 @@ def _sliced(walk: Walk, node: gs.Node) -> Sizes:
     steps = walk.numbers(node, "steps", 4) if len(node.inputs) > 4 else [1]
     entries = entries_of(walk, node.inputs[0])
     if starts is None or ends is None or steps is None or len(starts) != 1:
-        raise Refused("it cuts at a number that is not a constant")
+        raise NotFollowed("it cuts at a number that is not a constant")
     return entries[slice(starts[0], ends[0], steps[0])]
 
 
@@ -87,7 +87,7 @@ def _product(walk: Walk, node: gs.Node) -> Sizes:
 
 def _quotient(walk: Walk, node: gs.Node) -> Sizes:
     if node.inputs[1].name in walk.sizes:
-        raise Refused("it divides by the number of units")
+        raise NotFollowed("it divides by the number of units")
     return _product(walk, node)
 
 
@@ -99,7 +99,7 @@ def _only(factors: tuple[np.ndarray | None, ...]) -> np.ndarray | None:
     """The one factor that is a number of units, if one is."""
     found = [x for x in factors if x is not None]
     if len(found) > 1:
-        raise Refused("it multiplies numbers of units")
+        raise NotFollowed("it multiplies numbers of units")
     return found[0] if found else None
 
 

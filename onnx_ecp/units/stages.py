@@ -13,7 +13,6 @@ from functools import partial
 import numpy as np
 
 from onnx_ecp.errors import TargetError
-from onnx_ecp.methods import METHODS
 from onnx_ecp.pruning.compensation import compensate
 from onnx_ecp.pruning.loop import Pruned, importances, observe, with_grams
 from onnx_ecp.pruning.plan import Plan
@@ -254,7 +253,7 @@ def _scores(
         return measure(
             network.observer,
             state,
-            network.fit,
+            network.train,
             size=network.size,
             positions=plan.positions,
             visit=visit,
@@ -262,13 +261,13 @@ def _scores(
             progress=progress,
         )
 
-    if method.importance is METHODS["ecp"].importance:
+    if method.unit_score == "bias":
         units = UnitObserver(structure, network.layers, state)
         measured = measured_with(units)
         read = units.importance(measured.moments, method.shrinkage)
         weights = importances(network, plan, state, measured)
         return measured, read + met_by_unit(structure, weights)
-    if method.importance is METHODS["obs"].importance:
+    if method.unit_score == "refit":
         metric = OutputMetric.of(structure)
         measured = measured_with(metric)
         return measured, _after_refit(

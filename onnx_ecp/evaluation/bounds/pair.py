@@ -15,7 +15,7 @@ from onnx_ecp.runtime.session import Session
 
 
 @dataclass(frozen=True)
-class Step:
+class LayerStep:
     """The same node of both models.
 
     Args:
@@ -68,7 +68,7 @@ class Pair:
         outputs: names of the outputs.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[LayerStep, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
@@ -102,7 +102,7 @@ def pair(a: Model, b: Model) -> Pair:
                 "shape in the second: only models that differ in the values of their constants "
                 "have a deterministic bound (`optimize --no-cleanup` makes them).",
             )
-        steps.append(Step(node, _known(node, left), _known(other, right), opsets))
+        steps.append(LayerStep(node, _known(node, left), _known(other, right), opsets))
     inputs = tuple(spec.name for spec in signature(a.proto))
     return Pair(tuple(steps), inputs, tuple(y.name for y in a.proto.graph.output))
 

@@ -28,7 +28,7 @@ import onnx
 
 from onnx_ecp.errors import OnnxEcpError
 from onnx_ecp.evaluation.bounds.norms import Kernel, convolution_norm, matrix_norm
-from onnx_ecp.evaluation.bounds.pair import Pair, Step
+from onnx_ecp.evaluation.bounds.pair import LayerStep, Pair
 
 EXACT = "exact arithmetic: rounding, about 1e-6 of the outputs in float32, is not included"
 
@@ -86,7 +86,7 @@ class Reach:
 
 
 Inputs = Mapping[int, Reach]
-Rule = Callable[[Step, Inputs], Reach]
+Rule = Callable[[LayerStep, Inputs], Reach]
 
 
 def telescope(pair: Pair, inputs: Mapping[str, Reach]) -> np.ndarray:
@@ -118,17 +118,17 @@ def check_known(proto: onnx.ModelProto) -> None:
     """CannotFollow for the first operator that has no rule, Constant nodes aside."""
     for node in proto.graph.node:
         if node.op_type not in RULES and node.op_type != "Constant":
-            raise _refused(Step(node, {}, {}, []), "it has no known Lipschitz constant")
+            raise _refused(LayerStep(node, {}, {}, []), "it has no known Lipschitz constant")
 
 
 _HINT = "The other bounds hold for any model."
 
 
-def _refused(step: Step, why: str) -> CannotFollow:
+def _refused(step: LayerStep, why: str) -> CannotFollow:
     return CannotFollow(f"the bound cannot follow {step.name}: {why}.", hint=_HINT)
 
 
-def _only(step: Step, inputs: Inputs, place: int | None = 0) -> Reach:
+def _only(step: LayerStep, inputs: Inputs, place: int | None = 0) -> Reach:
     """The one computed input."""
     if len(inputs) != 1:
         raise _refused(step, "it combines several computed tensors")
@@ -138,7 +138,7 @@ def _only(step: Step, inputs: Inputs, place: int | None = 0) -> Reach:
     return inputs[index]
 
 
-def _weighted(step: Step, inputs: Inputs) -> Reach:
+def _weighted(step: LayerStep, inputs: Inputs) -> Reach:
     """Gemm, MatMul and Conv: W a + b with other W and b in the pruned model."""
     x = _only(step, inputs, None if step.node.op_type == "MatMul" else 0)
     (at,) = inputs
@@ -179,7 +179,7 @@ def _difference(b: np.ndarray | None, a: np.ndarray | None) -> np.ndarray | None
     return np.asarray(b - a)
 
 
-def _norm(step: Step, w: np.ndarray, shape: tuple[int, ...]) -> float:
+def _norm(step: LayerStep, w: np.ndarray, shape: tuple[int, ...]) -> float:
     if step.node.op_type == "Conv":
         return convolution_norm(w, Kernel.of(step.attributes, w.shape[2:]), shape[2:])
     if w.ndim != 2:
@@ -187,7 +187,7 @@ def _norm(step: Step, w: np.ndarray, shape: tuple[int, ...]) -> float:
     return abs(step.attributes.get("alpha", 1.0)) * matrix_norm(w)
 
 
-def _elementwise(step: Step, inputs: Inputs) -> Reach:
+def _elementwise(step: LayerStep, inputs: Inputs) -> Reach:
     """Add, Sub, Mul, Div: of two computed tensors a sum, with a constant a scale and an offset."""
     if len(inputs) == 2:
         return _sum(step, inputs)
@@ -196,7 +196,7 @@ def _elementwise(step: Step, inputs: Inputs) -> Reach:
     return _diagonal(step, inputs[at], a, b)
 
 
-def _scale_and_offset(step: Step, at: int, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _scale_and_offset(step: LayerStep, at: int, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     one, zero = np.ones_like(c), np.zeros_like(c)
     match step.node.op_type, at:
         case "Add", _:
@@ -213,7 +213,7 @@ def _scale_and_offset(step: Step, at: int, c: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _diagonal(
-    step: Step,
+    step: LayerStep,
     x: Reach,
     a: tuple[np.ndarray, np.ndarray],
     b: tuple[np.ndarray, np.ndarray],
@@ -233,7 +233,7 @@ def _diagonal(
     )
 
 
-def _normalised(step: Step, inputs: Inputs) -> Reach:
+def _normalised(step: LayerStep, inputs: Inputs) -> Reach:
     """BatchNormalization with fixed statistics."""
     x = _only(step, inputs)
     epsilon = step.attributes.get("epsilon", 1e-5)
@@ -246,7 +246,7 @@ def _normalised(step: Step, inputs: Inputs) -> Reach:
     return _diagonal(step, x, parts(step.a), parts(step.b))
 
 
-def _sum(step: Step, inputs: Inputs) -> Reach:
+def _sum(step: LayerStep, inputs: Inputs) -> Reach:
     x, y = inputs[0], inputs[1]
     if step.node.op_type not in ("Add", "Sub"):
         raise _refused(step, "it multiplies computed tensors")
@@ -262,7 +262,7 @@ def _sum(step: Step, inputs: Inputs) -> Reach:
     )
 
 
-def _moved(step: Step, inputs: Inputs) -> Reach:
+def _moved(step: LayerStep, inputs: Inputs) -> Reach:
     """Operators that only move values."""
     x = _only(step, inputs)
     _check_same(step)
@@ -276,7 +276,7 @@ def _moved(step: Step, inputs: Inputs) -> Reach:
     return found
 
 
-def _joined(step: Step, inputs: Inputs) -> Reach:
+def _joined(step: LayerStep, inputs: Inputs) -> Reach:
     parts = [inputs[i] for i in sorted(inputs)]
     if step.a or step.attributes["axis"] % parts[0].centre.ndim == 0:
         raise _refused(step, "it adds constants, or joins samples")
@@ -288,7 +288,7 @@ def _joined(step: Step, inputs: Inputs) -> Reach:
     return Reach(join("centre"), join("radius"), join("shift"), join("slack"), error)
 
 
-def _averaged(step: Step, inputs: Inputs) -> Reach:
+def _averaged(step: LayerStep, inputs: Inputs) -> Reach:
     """Means over disjoint or overlapping sets of elements: ||mean of n|| <= ||x|| / sqrt(n)."""
     x = _only(step, inputs)
     _check_same(step)
@@ -312,11 +312,11 @@ class Activation:
         image: (low, high) of all its values where it is not monotone but bounded.
     """
 
-    lipschitz: Callable[[Step, tuple[int, ...]], float]
+    lipschitz: Callable[[LayerStep, tuple[int, ...]], float]
     monotone: bool = True
     image: tuple[float, float] | None = None
 
-    def __call__(self, step: Step, inputs: Inputs) -> Reach:
+    def __call__(self, step: LayerStep, inputs: Inputs) -> Reach:
         """The rule of this function."""
         x = _only(step, inputs)
         _check_same(step)
@@ -339,12 +339,12 @@ class Activation:
         return Reach(centre, zero if radius is None else radius, zero, zero, error)
 
 
-def _check_same(step: Step) -> None:
+def _check_same(step: LayerStep) -> None:
     if not step.same:
         raise _refused(step, "its constants differ between the models")
 
 
-Lipschitz = Callable[[Step, tuple[int, ...]], float]
+Lipschitz = Callable[[LayerStep, tuple[int, ...]], float]
 
 
 def _constant(value: float) -> Lipschitz:
@@ -356,22 +356,22 @@ def _at_least_one(attribute: str, default: float) -> Lipschitz:
     return lambda step, shape: max(1.0, abs(step.attributes.get(attribute, default)))
 
 
-def _pooling(step: Step, shape: tuple[int, ...]) -> float:
+def _pooling(step: LayerStep, shape: tuple[int, ...]) -> float:
     """Disjoint windows do not lengthen a difference; an element counts in each one it lies in."""
     return math.sqrt(Kernel.of(step.attributes, step.attributes["kernel_shape"]).overlap)
 
 
-def _softmax(step: Step, shape: tuple[int, ...]) -> float:
+def _softmax(step: LayerStep, shape: tuple[int, ...]) -> float:
     _check_axis(step, shape)
     return 1.0
 
 
-def _log_softmax(step: Step, shape: tuple[int, ...]) -> float:
+def _log_softmax(step: LayerStep, shape: tuple[int, ...]) -> float:
     """The Jacobian I - 1 p^T projects along 1, so its norm is that of 1 p^T: at most sqrt(K)."""
     return math.sqrt(shape[_check_axis(step, shape)])
 
 
-def _check_axis(step: Step, shape: tuple[int, ...]) -> int:
+def _check_axis(step: LayerStep, shape: tuple[int, ...]) -> int:
     axis = int(step.attributes.get("axis", -1)) % len(shape)
     if axis == 0:
         raise _refused(step, "it works along the first axis, which must count samples")

@@ -1,0 +1,118 @@
+"""Which axis of an output holds its columns: the quantities that have a unit of their own.
+
+Of (samples, K) it is the last one. Of more axes the graph decides where it can, followed backward
+through what works element by element: a product of matrices has its columns last, a convolution on
+axis 1, a softmax where it sums. Else shapes do: the shorter of two axes, (84, 8400) and (8400, 84)
+alike, and axis 1 of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import onnx
+
+LAST = frozenset(
+    (
+        "Attention", "FusedMatMul", "GRU", "Gemm", "LSTM", "LayerNormalization", "MatMul",
+        "MatMulInteger", "MatMulNBits", "MultiHeadAttention", "RMSNormalization", "RNN",
+        "SimplifiedLayerNormalization", "SkipLayerNormalization",
+    )
+)  # fmt: skip
+CHANNELS = frozenset(
+    (
+        "AveragePool", "BatchNormalization", "Conv", "ConvTranspose", "DepthToSpace",
+        "GlobalAveragePool", "GlobalMaxPool", "GroupNormalization", "InstanceNormalization", "LRN",
+        "MaxPool", "QLinearConv", "Resize", "SpaceToDepth", "Upsample",
+    )
+)  # fmt: skip
+SUMMING = frozenset(("LogSoftmax", "Softmax"))
+ELEMENTWISE = frozenset(
+    (
+        "Abs", "Add", "Cast", "Celu", "Clip", "DequantizeLinear", "Div", "Dropout", "Elu", "Erf",
+        "Exp", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "Max", "Min",
+        "Mish", "Mul", "Neg", "PRelu", "Pow", "QuantizeLinear", "Relu", "Selu", "Sigmoid",
+        "Softplus", "Softsign", "Sqrt", "Sub", "Tanh",
+    )
+)  # fmt: skip
+
+
+def column_axes(
+    proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]], rows: Collection[int]
+) -> dict[str, int | None]:
+    """By output, the axis of its columns; None where the whole output is one column.
+
+    Args:
+        proto: the model.
+        shapes: by name, of the outputs for one batch.
+        rows: sizes that the first axis of a batch has, that of its inputs.
+    """
+    graph = proto.graph
+    producers = {y: node for node in graph.node for y in node.output if y}
+    stored = {x.name for x in graph.initializer} | {x.values.name for x in graph.sparse_initializer}
+    stored |= {y for node in graph.node if node.op_type == "Constant" for y in node.output}
+    declared = {y.name: _symbols(y) for y in graph.output}
+    # What an input has as many of (tokens, pixels, frames) are positions.
+    positions = {s for x in graph.input for s in _symbols(x)[1:] if s}
+    found = {}
+    for name, shape in shapes.items():
+        free = {i for i, symbol in enumerate(declared.get(name, ())) if symbol in positions}
+        traced = _traced(name, producers, stored, len(shape))
+        found[name] = column_axis(shape, rows, traced, free)
+    return found
+
+
+def column_axis(
+    shape: tuple[int, ...], rows: Collection[int], traced: int | None, free: Collection[int]
+) -> int | None:
+    """The axis of the columns of one output.
+
+    Args:
+        shape: of a batch.
+        rows: sizes that the first axis of a batch has.
+        traced: what the graph says, if anything.
+        free: axes that cannot be it.
+    """
+    if len(shape) == 1:
+        return None if shape[0] in rows else 0
+    if traced is not None and 0 < traced < len(shape) and traced not in free:
+        return traced
+    wide = [i for i in range(1, len(shape)) if shape[i] > 1 and i not in free]
+    if len(shape) > 3 or not wide:
+        return wide[0] if wide else None
+    return min(wide, key=lambda i: (shape[i], -i))
+
+
+def _symbols(value: onnx.ValueInfoProto) -> list[str]:
+    """Names of the free axes, empty for others."""
+    return [d.dim_param for d in value.type.tensor_type.shape.dim]
+
+
+def _traced(
+    name: str, producers: Mapping[str, onnx.NodeProto], stored: Collection[str], rank: int
+) -> int | None:
+    """The axis that the operator behind an output tells."""
+    turns = []
+    axis = None
+    while axis is None and name in producers:
+        node = producers[name]
+        computed = [x for x in node.input if x and x not in stored]
+        if node.op_type in LAST:
+            axis = rank - 1
+        elif node.op_type in CHANNELS:
+            axis = 1
+        elif node.op_type in SUMMING:
+            axis = next((int(a.i) for a in node.attribute if a.name == "axis"), -1) % max(rank, 1)
+        elif not computed:
+            return None
+        elif node.op_type == "Transpose":
+            perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
+            turns.append(perm or list(range(rank))[::-1])
+            name = computed[0]
+        elif node.op_type in ELEMENTWISE:
+            name = computed[0]
+        else:
+            return None
+    for perm in reversed(turns):
+        axis = perm.index(axis) if axis in perm else None
+    return axis
