@@ -53,7 +53,7 @@ FREED = {
         (4, 6),
         {"W": (6, 8), "V": (8, 3)},
     ),
-    "heads": (ATTENTION, (5, 8), {n: (8, 8) for n in "QKVO"}),
+    "heads": (ATTENTION, (5, 8), dict.fromkeys("QKVO", (8, 8))),
     "a class token": (
         """(float[1,4,6] x) => (float[1,3] y) {
         t = Concat<axis = 1>(CLS, x) h = MatMul(t, W) a = ReduceMean<axes = [1], keepdims = 0>(h)

@@ -85,7 +85,7 @@ def _agrees(
 
 
 def stacked(samples: Sequence[Feeds], batched: Iterable[str]) -> dict[str, np.ndarray]:
-    """What the copy takes for several samples: the named inputs stacked, the others those of one."""
+    """Join the named inputs of several samples; the others are those of the first."""
     joined = {name: np.concatenate([sample[name] for sample in samples]) for name in batched}
     return {**samples[0], **joined}
 
