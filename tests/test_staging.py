@@ -12,8 +12,10 @@ from onnx import numpy_helper
 
 import onnx_ecp
 from onnx_ecp.api import optimize as pipeline
+from onnx_ecp.api.options import Options
 from onnx_ecp.cli.commands import main
-from onnx_ecp.errors import Interrupted, OutputError
+from onnx_ecp.errors import Interrupted, ModelError, OutputError
+from onnx_ecp.graph import Model
 from onnx_ecp.graph import staging as staged
 from onnx_ecp.graph.staging import Staging
 
@@ -164,3 +166,19 @@ def test_the_command_line_leaves_the_output_when_the_report_cannot_be_written(
     done = CliRunner().invoke(main, [*arguments, "--report", str(tmp_path / "r.json")])
     assert done.exit_code == 8
     assert out.read_bytes() == b"older"
+
+
+def test_a_result_that_is_refused_is_named_as_it_would_be_called(outputs, monkeypatch):
+    def refused(path):
+        raise ModelError(f"{path}: weights are NaN.", hint="None.")
+
+    monkeypatch.setattr("onnx_ecp.graph.load", refused)
+    with pytest.raises(ModelError) as error:
+        pipeline.staged(*staged_arguments(outputs["output"]))
+    assert error.value.message == f"{outputs['output']}: weights are NaN."
+
+
+def staged_arguments(output):
+    """What ``staged`` takes, of a model that nothing was done to."""
+    model = Model(onnx.load(DIGITS), None, None)
+    return model, model, (), output, Options(), Staging()

@@ -17,7 +17,7 @@ from onnx_ecp.api.options import Options
 from onnx_ecp.api.output_paths import Named, check_output_paths, same_file
 from onnx_ecp.api.preparation import Job
 from onnx_ecp.data import calibration as calibrating
-from onnx_ecp.errors import OutputError
+from onnx_ecp.errors import ModelError, OutputError
 from onnx_ecp.graph import Model
 from onnx_ecp.graph.staging import Staging
 from onnx_ecp.layers import Layer, find_layers
@@ -173,7 +173,11 @@ def staged(
         # Not the tensors of the layers as they were: a cut may have given one a copy of its own.
         pruned={x.weight.tensor for x in find_layers(result.proto).layers if x.name in names},
     )
-    return modelling.load(path)
+    try:
+        return modelling.load(path)
+    except ModelError as error:  # it names the file where it lies for now
+        here, there = (modelling.printable(x, 200) for x in (path, output))
+        raise ModelError(error.message.replace(here, there), hint=error.hint) from error
 
 
 def archived(masks: Mapping[str, np.ndarray]) -> bytes:
