@@ -61,8 +61,8 @@ def refusal(layer: Layer, storage: str = "dense", weight: np.ndarray | None = No
         storage: of its weight, see ``storage``.
         weight: W (out, in); None where it is only to be pruned.
     """
-    if layer.op not in ("Gemm", "MatMul", "Conv"):
-        return f"op: {layer.op} is ONNX Runtime's own"
+    if layer.sparse_kernel_refusal:
+        return f"op: {layer.sparse_kernel_refusal}"
     if layer.groups > 1:
         return f"op: a convolution of {layer.groups} groups"
     if layer.dtype not in _PRECISIONS:

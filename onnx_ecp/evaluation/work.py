@@ -38,5 +38,8 @@ def work(model: Model, feeds: Mapping[str, np.ndarray], settings: Mapping[str, A
     weights = {layer.weight.tensor: int(np.prod(layer.shape)) for layer in layers}
     # Those inside functions have no output in the graph; they are the same before and after.
     seen = [layer for layer in layers if layer.output in shapes]
-    products = sum(int(np.prod(shapes[layer.output])) * layer.shape[1] for layer in seen)
+    products = sum(
+        layer.uses(shapes[layer.input], shapes[layer.output]) * int(np.prod(layer.shape))
+        for layer in seen
+    )
     return Work(sum(weights.values()), products // samples)

@@ -1,20 +1,28 @@
-"""What all spellings of an affine layer share: its names, its weight, its bias, and ``store``."""
+"""What all spellings of an affine layer share: its names, its weight, its bias, and ``store``.
+
+A spelling is a frozen dataclass on ``Affine`` that says how rows are cut out of tensors, by NumPy
+and in a graph, and where units lie. What a spelling may leave as it is stands here.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 
+from onnx_ecp.graph.builder import Builder
 from onnx_ecp.layers import edit
 from onnx_ecp.layers.bias import Bias
 from onnx_ecp.layers.layer import Weight
 
 
 @dataclass(frozen=True)
-class Affine:
+class Affine(ABC):
     """The part of a ``Layer`` that does not depend on how rows are cut out of tensors.
 
     Args:
@@ -27,6 +35,9 @@ class Affine:
         bias: where a shift of z goes.
     """
 
+    # Operators of the standard domain with this spelling that TensorRT has 2:4 kernels for.
+    SPARSE_KERNELS: ClassVar[tuple[str, ...]] = ()
+
     name: str
     op: str
     input: str
@@ -34,6 +45,73 @@ class Affine:
     weight: Weight
     shape: tuple[int, int]
     bias: Bias
+
+    @property
+    @abstractmethod
+    def groups(self) -> int:
+        """See ``Layer.groups``."""
+
+    @property
+    @abstractmethod
+    def reduction(self) -> int:
+        """See ``Layer.reduction``."""
+
+    @abstractmethod
+    def nm_order(self) -> np.ndarray | None:
+        """See ``Layer.nm_order``."""
+
+    @abstractmethod
+    def rows_in(self, a: np.ndarray) -> np.ndarray:
+        """See ``Layer.rows_in``."""
+
+    @abstractmethod
+    def rows_out(self, z: np.ndarray) -> np.ndarray:
+        """See ``Layer.rows_out``."""
+
+    @abstractmethod
+    def rows_in_graph(self, op: Builder, a: gs.Tensor, z: gs.Tensor) -> gs.Tensor:
+        """See ``Layer.rows_in_graph``."""
+
+    @abstractmethod
+    def rows_out_graph(self, op: Builder, z: gs.Tensor) -> gs.Tensor:
+        """See ``Layer.rows_out_graph``."""
+
+    @property
+    @abstractmethod
+    def shift_shape(self) -> tuple[int, ...]:
+        """See ``Layer.shift_shape``."""
+
+    @property
+    @abstractmethod
+    def units_axis(self) -> int:
+        """See ``Layer.units_axis``."""
+
+    @abstractmethod
+    def weight_axes(self, node: gs.Node) -> tuple[int, tuple[int, int]]:
+        """See ``Layer.weight_axes``."""
+
+    def graph_order(self) -> np.ndarray | None:
+        """The columns are in the order of W."""
+        return None
+
+    @property
+    def reads_vectors(self) -> bool:
+        """Rows are cut out in a way of the layer's own."""
+        return False
+
+    def uses(self, a: tuple[int, ...], z: tuple[int, ...]) -> int:
+        """Once per position of the output."""
+        return int(np.prod(z)) // self.shape[0]
+
+    @property
+    def units_refusal(self) -> str:
+        """Units are followed."""
+        return ""
+
+    @property
+    def sparse_kernel_refusal(self) -> str:
+        """Fused operators are ONNX Runtime's own."""
+        return "" if self.op in self.SPARSE_KERNELS else f"{self.op} is ONNX Runtime's own"
 
     @property
     def has_bias(self) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
+from onnx_ecp.layers.affine import Affine
 from onnx_ecp.layers.bias import bias_behind
 from onnx_ecp.layers.dense import Dense, dense_units
-from onnx_ecp.layers.layer import Layer, Reshape, Skip, Transpose
+from onnx_ecp.layers.layer import Reshape, Skip, Transpose
 from onnx_ecp.layers.trace import Scope
 
 
-def match(node: gs.Node, scope: Scope) -> Layer | Skip | None:
+def match(node: gs.Node, scope: Scope) -> Affine | Skip | None:
     """A MatMul as a layer, or why it is none; None for a product of two activations.
 
     FusedMatMul is the same with attributes: alpha, transA, transB, transBatchA, transBatchB.

@@ -18,7 +18,6 @@ import onnx
 
 from onnx_ecp.data.calibration import Batch
 from onnx_ecp.errors import CalibrationError, ModelError, UsageError, did_you_mean
-from onnx_ecp.gradients.builder import Fact
 from onnx_ecp.gradients.cotangents import SQUARED, plan
 from onnx_ecp.gradients.links import LINKS, Link
 from onnx_ecp.gradients.numeric import numeric_adjoint, step_for
@@ -26,10 +25,10 @@ from onnx_ecp.gradients.prepare import MINIMUM_OPSET, add_reverse, facts_of, ops
 from onnx_ecp.gradients.reverse import NO_OUTPUT
 from onnx_ecp.gradients.selections import Selection, parts_of_outputs, selections
 from onnx_ecp.graph import Model, constants, is_external, printable, read_tensor
+from onnx_ecp.graph.builder import Fact
 from onnx_ecp.graph.columns import column_axes
 from onnx_ecp.graph.operators import OPERATORS, Moves, moving
 from onnx_ecp.layers import Layer
-from onnx_ecp.layers.dense import Dense
 from onnx_ecp.runtime.lazy import LazyArrays
 from onnx_ecp.runtime.session import Session, Value
 from onnx_ecp.statistics.columns import Measure, Spread
@@ -640,7 +639,7 @@ def _check_rows(layer: Layer, a: np.ndarray, g: np.ndarray) -> None:
     Raises:
         ModelError: the adjoint (P, *shape of z) has other rows than the layer's input.
     """
-    if isinstance(layer, Dense) and a.size * layer.shape[0] * len(g) != g.size * layer.shape[1]:
+    if layer.reads_vectors and a.size * layer.shape[0] * len(g) != g.size * layer.shape[1]:
         raise ModelError(
             f"the adjoint of layer {printable(layer.name)!r} has shape {g.shape[1:]} where its "
             f"input has {a.shape}: in this batch sizes are broadcast that were not in the first.",

@@ -191,7 +191,7 @@ def with_layers(scope: Scope, layers: Iterable[Layer]) -> list[tuple[gs.Node, La
 
 def column_slot(scope: Scope, node: gs.Node, layer: Layer) -> Slot:
     """Where the columns of a Gemm or MatMul layer are stored, each a unit of its own."""
-    index, (_, axis) = weight_axes(node, layer)
+    index, (_, axis) = layer.weight_axes(node)
     constant = scope.trace(node.inputs[index])
     assert isinstance(constant, Traced), "the weight of a layer is stored"
     return Slot(node.outputs[0].name, index, axis, constant, np.arange(layer.shape[1]))
@@ -270,16 +270,16 @@ def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]
     walk, (out, width) = found.walk, layer.shape
     found.rows[layer.name] = rows = walk.marks.fresh(out)
     found.columns[layer.name] = columns = walk.marks.fresh(width)
-    if node.op == "Attention":
-        walk.marks.pin([*rows, *columns], f"{node.op} {layer.name!r}: its heads are not followed")
-        raise NotFollowed("its heads are not followed")
+    if layer.units_refusal:
+        walk.marks.pin([*rows, *columns], f"{node.op} {layer.name!r}: {layer.units_refusal}")
+        raise NotFollowed(layer.units_refusal)
     data = next(x for x in node.inputs if x.name == layer.input)
     axis = walk.axis(data)
-    at = units_axis(layer)
+    at = layer.units_axis
     place, output = (
         at if at > 0 else len(walk.shape(tensor)) + at for tensor in (data, node.outputs[0])
     )
-    index, axes = weight_axes(node, layer)
+    index, axes = layer.weight_axes(node)
     try:
         walk.slot(node, index, axes[0], rows)
         _follow_bias(walk, node, layer, rows)
@@ -299,46 +299,24 @@ def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]
     return {node.outputs[0].name: Axis(output, rows)}
 
 
-def is_conv(layer: Layer) -> bool:
-    """Whether inputs and units are channels, on the second axis."""
-    return layer.op in ("Conv", "FusedConv")
-
-
-def units_axis(layer: Layer) -> int:
-    """Where inputs lie in what a layer reads, and units in what it makes: from the end if < 0."""
-    return 1 if is_conv(layer) else -len(layer.shift_shape)
-
-
-def weight_axes(node: gs.Node, layer: Layer) -> tuple[int, tuple[int, int]]:
-    """Which input is the weight, and its axes of rows and columns."""
-    if is_conv(layer):
-        return 1, (0, 1)
-    left = node.inputs[0].name != layer.input
-    turned = bool(node.attrs.get("transA" if left else "transB", 0))
-    return (0 if left else 1), ((-2, -1) if left != turned else (-1, -2))
-
-
 def _follow_bias(walk: Walk, node: gs.Node, layer: Layer, rows: np.ndarray) -> None:
-    """What the operator itself adds: the bias, and the tensor Z of FusedConv."""
-    conv = is_conv(layer)
+    """What the operator itself adds: the bias, and the tensor Z of FusedConv.
+
+    A vector has one entry per unit, wherever units lie.
+    """
+    z = len(walk.shape(node.outputs[0]))
     for index, tensor in enumerate(node.inputs[2:], 2):
-        if not tensor.name:
-            continue
-        if conv and index == 2:
-            walk.slot(node, index, 0, rows)
-        elif conv:
-            walk.meet(node, index, 1 - len(walk.shape(tensor)), rows)
-        else:
-            walk.meet(node, index, -1, rows)
+        if tensor.name:
+            vector = len(walk.shape(tensor)) == 1
+            place = layer.units_axis - z if layer.units_axis >= 0 else layer.units_axis
+            walk.meet(node, index, -1 if vector else place, rows)
 
 
 def _follow_groups(
     walk: Walk, node: gs.Node, layer: Layer, axis: Axis | None, rows: np.ndarray
 ) -> None:
     """A grouped Conv: its rows are the units of its input if every channel is a group."""
-    constant = walk.constant(node.inputs[1])
-    depthwise = constant is not None and constant.seen_shape[1] == 1
-    if axis is None or axis.index != 1 or not depthwise:
+    if axis is None or axis.index != 1 or layer.reduction != 1:
         reason = f"{node.op} {layer.name!r}: channels of a group are not followed"
         walk.marks.pin(rows, reason)
         if axis is not None:
