@@ -33,8 +33,8 @@ UNKNOWN = 2 * np.log(1000.0)
 FEW = 10.0
 # So are errors of which one sample carries more than this.
 MOST_OF_ALL = 0.5
-# Beyond so many samples neighbours are drawn together; resamples at a time: 8 MiB of counts.
-_MOST, _TOGETHER = 2048, 2**20
+# Beyond so many samples neighbours are drawn together; counts at a time: half a MiB.
+_MOST, _TOGETHER = 2048, 2**16
 
 
 @dataclass(frozen=True)
