@@ -118,6 +118,37 @@ NETWORKS = {
         {"W": (6, 2, 3, 3), "b": (6,), "D": (12, 1, 3, 3), "e": (12,), "V": (4, 12, 1, 1)},
         [6],
     ),
+    "grouped Conv: whole groups": (
+        "float[N, 2, 6, 6] x",
+        """h = Conv(x, W, b)
+        a = Relu(h)
+        d = Conv<group = 3, pads = [1, 1, 1, 1]>(a, D, e)
+        r = Sigmoid(d)
+        k = Conv(r, V)
+        y = GlobalAveragePool(k)""",
+        {"W": (6, 2, 3, 3), "b": (6,), "D": (12, 2, 3, 3), "e": (12,), "V": (4, 12, 1, 1)},
+        [3],
+    ),
+    "grouped Conv: channels of every group": (
+        "float[N, 2, 6, 6] x",
+        """h = Conv(x, W, b)
+        a = Relu(h)
+        d = Conv<group = 2, pads = [1, 1, 1, 1]>(a, D, e)
+        r = Sigmoid(d)
+        k = Conv(r, V)
+        y = GlobalAveragePool(k)""",
+        {"W": (12, 2, 3, 3), "b": (12,), "D": (8, 6, 3, 3), "e": (8,), "V": (4, 8, 1, 1)},
+        [6, 4],
+    ),
+    "grouped Conv of an input": (
+        "float[N, 4, 6, 6] x",
+        """d = Conv<group = 2>(x, D)
+        r = Relu(d)
+        k = Conv(r, V)
+        y = GlobalAveragePool(k)""",
+        {"D": (8, 2, 3, 3), "V": (4, 8, 1, 1)},
+        [4],
+    ),
     "residual addition": (
         "float[N, 2, 6, 6] x",
         """h = Conv(x, W, b)
