@@ -144,7 +144,7 @@ class Parameters:
         return np.concatenate(parts, dtype=self.dtype)
 
     def kept(
-        self, tensor: str, values: np.ndarray, dtype: np.typing.DTypeLike = None
+        self, tensor: str, values: np.ndarray, dtype: np.typing.DTypeLike | None = None
     ) -> np.ndarray:
         """(kept,): of values in the layout of a stored tensor, those of kept weights."""
         return values[self._kept[tensor]].astype(dtype or self.dtype, copy=False)
