@@ -1377,15 +1377,15 @@ def test_a_speedup_is_one_of_multiplications(rng):
     assert report.work_after.flops <= report.work_before.flops / 1.5
 
 
-def test_the_report_measures_latency_where_it_is_asked_for(rng):
+def test_the_report_measures_latency_unless_told_otherwise(rng):
     model = build(NETWORKS["Gemm chain"], rng)
     data = inputs(model, rng, 40)
     choices = {"granularity": "unit", "sparsity": 0.2, "method": "magnitude", "threads": 1}
-    report = onnx_ecp.optimize(model.proto, data, measure=True, **choices).report
-    assert re.search(
-        r"need 0\.\d+ of the multiplications.*Measured: x\d.*, batch 4, 1 thread ", report.speed
-    )
-    assert "Measured" not in onnx_ecp.optimize(model.proto, data, **choices).report.speed
+    for measure in (True, None, False):
+        report = onnx_ecp.optimize(model.proto, data, measure=measure, **choices).report
+        assert re.search(r"need 0\.\d+ of the multiplications", report.speed)
+        assert (report.latency is None) == (measure is False)
+        assert report.latency is None or report.latency.conditions == "batch 4, 1 thread"
 
 
 def test_an_excluded_layer_keeps_its_units_and_loses_inputs(rng):
