@@ -217,7 +217,8 @@ RUNNING = (
     click.option(
         "--max-memory", metavar="SIZE",
         help="What statistics and activations may take, such as 8G; below it, more passes over "
-        "the data and temporary files.  [default: half of what is free]",
+        "the data and temporary files, and no joint refit where half of it is too little.  "
+        "[default: half of what is free; 8G for what is left out]",
     ),
     click.option(
         "--seed", type=int, metavar="N", default=0, show_default=True,
@@ -313,8 +314,9 @@ OPTIONS = (
         "then take the curvature of the loss.",
     ),
     click.option(
-        "--measure", is_flag=True,
-        help="Measure the latency of both models on the held-out samples, in turns.",
+        "--measure/--no-measure", default=None,
+        help="Measure the latency of both models on the held-out samples, in turns, for a second.  "
+        "[default: briefly; not where weights take more than 2 GB]",
     ),
     click.option(
         "--bound", is_flag=True,

@@ -7,7 +7,7 @@ and in a graph, and where units lie. What a spelling may leave as it is stands h
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,6 +33,7 @@ class Affine(ABC):
         weight: the stored tensor behind W.
         shape: (out, in) of W.
         bias: where a shift of z goes.
+        groups: see ``Layer.groups``.
     """
 
     # Operators of the standard domain with this spelling that TensorRT has 2:4 kernels for.
@@ -45,11 +46,7 @@ class Affine(ABC):
     weight: Weight
     shape: tuple[int, int]
     bias: Bias
-
-    @property
-    @abstractmethod
-    def groups(self) -> int:
-        """See ``Layer.groups``."""
+    groups: int = field(default=1, kw_only=True)
 
     @property
     @abstractmethod
@@ -98,6 +95,20 @@ class Affine(ABC):
     def reads_vectors(self) -> bool:
         """Rows are cut out in a way of the layer's own."""
         return False
+
+    @property
+    def makes_number(self) -> bool:
+        """Every unit has an entry of its own in the output."""
+        return False
+
+    @property
+    def groups_side_by_side(self) -> bool:
+        """Groups, where there are any, lie on the units' axis."""
+        return True
+
+    def fits(self, a: tuple[int, ...], z: tuple[int, ...]) -> bool:
+        """Nothing is broadcast in this spelling."""
+        return True
 
     def uses(self, a: tuple[int, ...], z: tuple[int, ...]) -> int:
         """Once per position of the output."""

@@ -62,7 +62,6 @@ class Conv(Affine):
     SPARSE_KERNELS: ClassVar[tuple[str, ...]] = ("Conv",)
 
     window: Window
-    groups: int = 1  # type: ignore[assignment]  # overrides the property
 
     @property
     def reduction(self) -> int:
@@ -170,7 +169,8 @@ def match(node: gs.Node, scope: Scope) -> Affine | Skip | None:
     name, z = scope.names[id(node)], node.outputs[0].name
     groups = int(node.attrs.get("group", 1))
     window = _window(node, kernel)
-    return Conv(name, node.op, a.name, z, seen.weight(Reshape(shape)), shape, bias, window, groups)
+    weight = seen.weight(Reshape(shape))
+    return Conv(name, node.op, a.name, z, weight, shape, bias, window, groups=groups)
 
 
 def _window(node: gs.Node, kernel: tuple[int, ...]) -> Window:

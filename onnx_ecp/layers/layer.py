@@ -138,7 +138,7 @@ class Layer(Protocol):
 
     @property
     def groups(self) -> int:
-        """1, but for a grouped Conv."""
+        """How many parts of the input have a part of the output each: 1, mostly."""
 
     @property
     def has_bias(self) -> bool:
@@ -185,6 +185,20 @@ class Layer(Protocol):
         """Whether rows are the vectors along ``units_axis`` of the input, as it is.
 
         Layers of which this is true see the same rows where they read the same tensor.
+        """
+
+    @property
+    def makes_number(self) -> bool:
+        """Whether the output has no axis of units: one number per row, as MatMul with a vector."""
+
+    @property
+    def groups_side_by_side(self) -> bool:
+        """Whether groups lie one behind the other on ``units_axis``; else on their own axis."""
+
+    def fits(self, a: tuple[int, ...], z: tuple[int, ...]) -> bool:
+        """Whether tensors ``input`` and ``output`` of these shapes have the same rows.
+
+        They have not where a batch makes the operator broadcast what it did not in another.
         """
 
     def uses(self, a: tuple[int, ...], z: tuple[int, ...]) -> int:

@@ -32,7 +32,8 @@ PATTERN_SPEED = (
 # What a reader needs to know to compare the points of a search with the error of the report.
 CURVE_NOTE = (
     "Each point is the worse of two parts: the samples that judge refits, and those held out. The "
-    "output error of this report is that of the held-out samples alone, so it may be lower."
+    "output error of this report is that of the held-out samples alone, so it may be lower. Limits "
+    "are held against the error, not against the upper end of its interval."
 )
 SYNTHETIC_WARNING = (
     "calibrated on made-up inputs drawn from the model's signature: importances and errors say "
@@ -186,16 +187,18 @@ class Report:
         skips: the candidates that were not pruned, and the layers whose units must stay.
         predicted_error: relative output error that the method expected, None if it does not say.
         gap: original against result on held-out data, None if it was not measured.
+        learnt_error: relative output error on samples that the result was computed from.
         seconds: elapsed time.
         warnings: what the user must know, one sentence each.
         speed: what the result does for latency, one sentence.
         units: what every group of units lost; empty where only single weights went.
-        work_before: what the layers took, None where no unit went.
+        work_before: what the layers took, None where it could not be told.
         work_after: what the layers of the result take.
         curve: the points that a search for a target visited, in order.
         bounds: on the gap, from the held-out samples; None where none were asked for.
         speedup: what was asked for and what was measured, where latency was the target.
         latency: of both models, where it was measured.
+        advice: what would be faster, where the result was measured and is not; else empty.
         sparse_kernels: which layers of the result TensorRT's 2:4 kernels may take; empty without
             N:M.
     """
@@ -222,6 +225,22 @@ class Report:
     speedup: Speedup | None = None
     sparse_kernels: tuple[SparseKernel, ...] = ()
     latency: Latency | None = None
+    advice: str = ""
+    learnt_error: float | None = None
+
+    @property
+    def errors(self) -> dict[str, str]:
+        """What is known of the output error, in words by kind."""
+        found = {}
+        if self.predicted_error is not None:
+            found["predicted"] = f"{self.predicted_error:.4g}"
+        if self.gap is not None:
+            known = self.gap.certainty
+            interval = "" if known is None else f" ({known.told})"
+            found["measured"] = f"{self.gap.relative_error:.4g}{interval}"
+        if self.learnt_error is not None:
+            found["on the samples it learnt from"] = f"{self.learnt_error:.4g}"
+        return found
 
     @property
     def weights(self) -> int:
@@ -265,6 +284,13 @@ class Report:
     def sparsity(self) -> float:
         """Share of zeros among the weights of the prunable layers of the result."""
         return self.zeros_after / self.weights if self.weights else 0.0
+
+    @property
+    def headline(self) -> str:
+        """Latency, size and multiplications before and after, in one line."""
+        from onnx_ecp.report.headline import headline
+
+        return headline(self)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values in a stable order; see ``as_json`` for the schema."""

@@ -27,6 +27,7 @@ from onnx_ecp.report import (
     latency_rows,
 )
 from onnx_ecp.report.as_json import dumps, encode
+from onnx_ecp.report.headline import ADVICE
 from onnx_ecp.units.rows import MEET
 
 # Rows at either end of a table; a row takes at most 2 kB, whatever the names are.
@@ -122,9 +123,12 @@ def _headline(report: Report) -> str:
     if report.gap is not None:
         error = (
             f" Relative output error on {counted(report.gap.samples, 'held-out sample')}: "
-            f"<b>{report.gap.relative_error:.4g}</b>."
+            f"<b>{report.gap.relative_error:.4g}</b>"
+            f"{'' if report.gap.certainty is None else f' ({report.gap.certainty.told})'}."
         )
+    advice = f"<p>{shown(f'{ADVICE} {report.advice}', 500)}</p>\n" if report.advice else ""
     return (
+        f"<p><b>{shown(report.headline, 200)}</b></p>\n{advice}"
         f"<p><b>{100 * report.sparsity:.2f} %</b> of {report.weights:,} prunable weights are "
         f"{'zero' if report.gone == 'zeros' else 'removed'} "
         f"({100 * report.zeros_before / max(report.weights, 1):.2f} % before).{error}</p>\n"
@@ -208,10 +212,12 @@ def _curve(report: Report) -> str:
         drop = [f"{point.drop:.2f} points"] if point.drop is not None else []
         verdict = "within" if point.within else "beyond"
         share = _share(0.0, point.sparsity, point.within)
-        rows.append([share, f"{point.error:.4g}", *drop, verdict])
+        high = "" if point.high is None else f"{point.high:.4g}"
+        rows.append([share, f"{point.error:.4g}", high, *drop, verdict])
     if not rows:
         return ""
-    columns = ["sparsity", "relative error>", *(["accuracy drop>"] if dropped else []), "target"]
+    columns = ["sparsity", "relative error>", "up to (95 %)>"]
+    columns += [*(["accuracy drop>"] if dropped else []), "target"]
     return f"{table(curve_title(report.curve), columns, rows)}\n<p>{CURVE_NOTE}</p>"
 
 
@@ -306,6 +312,7 @@ def _origin(report: Report) -> str:
         **{name: str(value) for name, value in _recipe(report).items()},
         "seed": str(report.seed),
         "predicted error": number(report.predicted_error),
+        "error on the samples it learnt from": number(report.learnt_error),
         "seconds": f"{report.seconds:.1f}",
         **{f"{name} version": value for name, value in encode(report.versions).items()},
     }

@@ -639,7 +639,7 @@ def _check_rows(layer: Layer, a: np.ndarray, g: np.ndarray) -> None:
     Raises:
         ModelError: the adjoint (P, *shape of z) has other rows than the layer's input.
     """
-    if layer.reads_vectors and a.size * layer.shape[0] * len(g) != g.size * layer.shape[1]:
+    if not layer.fits(a.shape, g.shape[1:]):
         raise ModelError(
             f"the adjoint of layer {printable(layer.name)!r} has shape {g.shape[1:]} where its "
             f"input has {a.shape}: in this batch sizes are broadcast that were not in the first.",

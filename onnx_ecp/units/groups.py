@@ -280,23 +280,45 @@ def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]
         at if at > 0 else len(walk.shape(tensor)) + at for tensor in (data, node.outputs[0])
     )
     index, axes = layer.weight_axes(node)
+    if layer.makes_number:
+        walk.marks.pin(rows, f"{node.op} {layer.name!r}: it makes a single number")
+        _follow_columns(walk, node, layer, axis, place, columns)
+        return {}
+    made = _of_one_group(walk, layer, rows)
     try:
-        walk.slot(node, index, axes[0], rows)
-        _follow_bias(walk, node, layer, rows)
+        walk.slot(node, index, axes[0], made)
+        _follow_bias(walk, node, layer, made)
     except NotFollowed as refusal:
         walk.marks.pin(rows, f"{node.op} {layer.name!r}: {refusal}")
-    if layer.groups > 1:
-        walk.marks.pin(columns, "a group of channels is read as it is")
-        _follow_groups(walk, node, layer, axis, rows)
-    elif axis is None:
-        walk.marks.pin(columns, "they are not made by a layer that is pruned")
-    elif axis.index != place:
-        walk.marks.pin(axis.marks, f"{node.op} {layer.name!r} reads another axis")
-        walk.marks.pin(columns, "they are not made by a layer that is pruned")
+    if layer.groups > 1 and layer.groups_side_by_side:
+        _follow_groups(walk, node, layer, rows, columns)
     else:
-        walk.marks.join(columns, np.repeat(axis.marks, width // len(axis.marks)))
-        walk.slot(node, index, axes[1], axis.marks)
-    return {node.outputs[0].name: Axis(output, rows)}
+        _follow_columns(walk, node, layer, axis, place, columns)
+    return {node.outputs[0].name: Axis(output, made)}
+
+
+def _of_one_group(walk: Walk, layer: Layer, rows: np.ndarray) -> np.ndarray:
+    """The marks along the output's axis: of a batch of matrices, the k-th rows of all share it."""
+    if layer.groups_side_by_side:
+        return rows
+    first, *others = rows.reshape(layer.groups, -1)
+    for other in others:
+        walk.marks.join(first, other)
+    return np.asarray(first)
+
+
+def _follow_columns(
+    walk: Walk, node: gs.Node, layer: Layer, axis: Axis | None, place: int, columns: np.ndarray
+) -> None:
+    """Columns are the units that lie where a layer reads its inputs."""
+    if axis is not None and axis.index != place:
+        walk.marks.pin(axis.marks, f"{node.op} {layer.name!r} reads another axis")
+    if axis is None or axis.index != place:
+        walk.marks.pin(columns, "they are not made by a layer that is pruned")
+        return
+    index, (_, along) = layer.weight_axes(node)
+    walk.marks.join(columns, np.repeat(axis.marks, len(columns) // len(axis.marks)))
+    walk.slot(node, index, along, axis.marks)
 
 
 def _follow_bias(walk: Walk, node: gs.Node, layer: Layer, rows: np.ndarray) -> None:
@@ -313,17 +335,39 @@ def _follow_bias(walk: Walk, node: gs.Node, layer: Layer, rows: np.ndarray) -> N
 
 
 def _follow_groups(
-    walk: Walk, node: gs.Node, layer: Layer, axis: Axis | None, rows: np.ndarray
+    walk: Walk, node: gs.Node, layer: Layer, rows: np.ndarray, columns: np.ndarray
 ) -> None:
-    """A grouped Conv: its rows are the units of its input if every channel is a group."""
-    if axis is None or axis.index != 1 or layer.reduction != 1:
-        reason = f"{node.op} {layer.name!r}: channels of a group are not followed"
-        walk.marks.pin(rows, reason)
-        if axis is not None:
-            walk.marks.pin(axis.marks, reason)
+    """A grouped Conv: whole groups go, or as many channels of every group.
+
+    Whole groups where there are at least as many as a group has channels (depthwise: one), and
+    both their channels and their rows are units; else the k-th channel of all groups is one unit,
+    and so is the k-th row.
+    """
+    index, axes = layer.weight_axes(node)
+    axis, groups = walk.axis(node.inputs[0]), layer.groups
+    of_groups = rows.reshape(groups, -1)
+    if axis is not None and axis.index != 1:
+        walk.marks.pin(axis.marks, f"{node.op} {layer.name!r} reads another axis")
+        axis = None
+    channels = None if axis is None else axis.marks.reshape(groups, -1)
+    if channels is not None and channels.shape[1] <= groups:
+        walk.marks.pin(columns, "a group of channels is read as it is")
+        whole = channels[:, 0]
+        for other in (*channels.T[1:], *of_groups.T):
+            walk.marks.join(whole, other)
+        walk.counts.append(Count(node.outputs[0].name, "group", 0, whole))
         return
-    walk.marks.join(rows, np.repeat(axis.marks, len(rows) // len(axis.marks)))
-    walk.counts.append(Count(node.outputs[0].name, "group", 0, axis.marks))
+    if of_groups.shape[1] == 1:
+        walk.marks.pin(rows, f"{node.op} {layer.name!r} makes one channel of every group")
+    for other in of_groups[1:]:
+        walk.marks.join(of_groups[0], other)
+    if channels is None:
+        walk.marks.pin(columns, "they are not made by a layer that is pruned")
+        return
+    for other in channels[1:]:
+        walk.marks.join(channels[0], other)
+    walk.marks.join(columns, np.repeat(channels[0], len(columns) // channels.shape[1]))
+    walk.slot(node, index, axes[1], channels[0])
 
 
 def _share(found: _Found, layers: Sequence[Layer]) -> None:
