@@ -573,7 +573,11 @@ def compare(
 @click.option(
     "--sparsity", type=float, metavar="S", help="Of --method.  [default: 0.1]",
 )  # fmt: skip
-@_with(BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
+@_choice(
+    "--metric", "l2|l2-raw", "l2",
+    "Gaps with every output column in units of its spread over the inputs, or as it is.",
+)  # fmt: skip
+@_with(OUTPUT_WEIGHTS, BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
 def bound(
     model_a: str,
     model_b: str | None,
@@ -589,7 +593,7 @@ def bound(
 ) -> None:
     """Bound how far the outputs of MODEL_B can be from those of MODEL_A.
 
-    The gap of an input is the L2 norm of the difference of the outputs.
+    The gap of an input is the distance of the outputs, every column in units of its own spread.
 
     \b
     onnx-ecp bound in.onnx out.onnx -d held-out.npz --confidence 0.95
@@ -599,10 +603,12 @@ def bound(
         raise UsageError(
             "a bound is for MODEL_B or for a --method.", hint="Name exactly one of the two."
         )
-    if method is not None and (data is not None or input_range):
+    options["output_weights"] = dict(options["output_weights"])
+    if method is not None and (data is not None or input_range or options["output_weights"]):
         raise UsageError(
             "--method bounds all inputs, from the weights alone.",
-            hint="Leave out --data and --input-range, or prune first and name MODEL_B.",
+            hint="Leave out --data, --input-range and --output-weights, or prune first and name "
+            "MODEL_B.",
         )
     if model_b is not None and sparsity is not None:
         raise UsageError(
