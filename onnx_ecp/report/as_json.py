@@ -1,8 +1,9 @@
 """Reports as JSON: schema 2, keys in the order of the dataclasses' fields.
 
 The schema is the dataclasses: an object per dataclass, a list per tuple, ``null`` for None. JSON
-has no NaN and no infinities: they are the strings "NaN", "Infinity" and "-Infinity". ``totals``,
-``sparsity`` of a layer and ``warnings`` of bounds are computed, for readers that only read.
+has no NaN and no infinities: they are the strings "NaN", "Infinity" and "-Infinity".
+``headline``, ``totals``, ``sparsity`` of a layer and ``warnings`` of bounds are computed, for
+readers that only read.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from onnx_ecp.report.diagnosis import Diagnosis
 from onnx_ecp.report.inspection import Inspection
 
 SCHEMA = 2
+_COMPUTED = ("schema", "headline", "totals")
 _TOTALS = ("weights", "zeros_before", "zeros_after", "sparsity")
 
 
@@ -36,7 +38,7 @@ def report_to_dict(report: Report) -> dict[str, Any]:
     if report.bounds is not None:
         values["bounds"] = to_dict(report.bounds)
     totals = {name: getattr(report, name) for name in _TOTALS}
-    return {"schema": SCHEMA, "totals": totals, **values}
+    return {"schema": SCHEMA, "headline": report.headline, "totals": totals, **values}
 
 
 def report_from_dict(values: Mapping[str, Any]) -> Report:
@@ -46,7 +48,7 @@ def report_from_dict(values: Mapping[str, Any]) -> Report:
             f"a report of schema {values.get('schema')!r}; this version reads schema {SCHEMA}.",
             hint="Read it with the version of onnx-ecp that wrote it (see its `versions`).",
         )
-    fields = {name: v for name, v in values.items() if name not in ("schema", "totals")}
+    fields = {name: v for name, v in values.items() if name not in _COMPUTED}
     if "layers" in fields:
         fields["layers"] = [
             {name: v for name, v in row.items() if name != "sparsity"} for row in fields["layers"]

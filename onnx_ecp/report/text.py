@@ -48,6 +48,7 @@ from onnx_ecp.report import (
     latency_rows,
 )
 from onnx_ecp.report.diagnosis import Diagnosis
+from onnx_ecp.report.headline import ADVICE
 from onnx_ecp.report.inspection import Inspection, Prunable
 from onnx_ecp.report.names import LEAST, Names, cut
 from onnx_ecp.units.rows import MEET, UnitGroup
@@ -145,7 +146,10 @@ def report_tables(report: Report, *, verbose: bool = False) -> Group:
         report: what to show.
         verbose: show all layers and skips, however many.
     """
-    parts: list[RenderableType] = [_summary(report), _layer_table(report, verbose)]
+    parts: list[RenderableType] = [Text(report.headline, style="bold")]
+    if report.advice:
+        parts.append(Text(f"{ADVICE} {report.advice}"))
+    parts += [_summary(report), _layer_table(report, verbose)]
     if any(row.note for row in report.layers):
         parts.append(_notes(report.layers, verbose))
     if report.units:
@@ -355,7 +359,7 @@ def _score_rows(table: Table, gap: Gap) -> None:
 def _latency_rows(table: Table, latency: Latency) -> None:
     for what, x, y in latency_rows(latency):
         table.add_row(what, f"{1e3 * x:.3g} ms", f"{1e3 * y:.3g} ms", f"x{y / x:.2f}")
-    table.add_row("measured with", "", "", latency.conditions)
+    table.add_row("measured with", "", latency.conditions, "")
 
 
 def _layer_table(report: Report, verbose: bool) -> Table:
