@@ -31,7 +31,7 @@ from onnx_ecp.report import CalibrationFacts
 from onnx_ecp.runtime.limits import free_memory, workers
 from onnx_ecp.runtime.progress import Progress
 from onnx_ecp.statistics.collection import batch_size
-from onnx_ecp.statistics.layerwise import Network
+from onnx_ecp.statistics.layerwise import GRANTED, Network
 from onnx_ecp.statistics.observer import Observer, original_state
 from onnx_ecp.units import Structure
 from onnx_ecp.units.latency import Watch
@@ -395,7 +395,9 @@ def observe_network(
     size = batch_size(observer, original, data.train, options.batch_size, options.positions)
     observer.normalise_outputs(original, data.seen(size), options.output_weights)
     memory = options.max_memory or free_memory() // 2
-    return Network(observer, original, data.train, data.validation, size, memory), skips
+    granted = options.max_memory or GRANTED
+    train, validation = data.train, data.validation
+    return Network(observer, original, train, validation, size, memory, granted), skips
 
 
 def with_free_batch(dense: Model, data: Data, options: Options) -> tuple[Model, Data]:
