@@ -110,6 +110,12 @@ VARIANTS = {
     ),
     "a speedup": report(speedup=Speedup(2.0, 2.2, Latency(1e-3, 4.8e-4, 0.48, 1, 64))),
     "latency": report(latency=Latency(1e-3, 4.8e-4, 0.48, 2, 64, 1.1e-3, 5e-4)),
+    "no faster": report(
+        latency=Latency(1e-3, 9e-4, 0.9, 2, 64, 1.1e-3, 1e-3, (1e-3, 1.2e-3), (9e-4, 1.1e-3)),
+        work_before=Work(31_370, 31_370),
+        work_after=Work(31_370, 31_370),
+        advice="whole units: half of them would leave 15,000 of 31,370 multiplications.",
+    ),
     "units that stay": report(
         units=(UnitRow(("fc1",), ("fc2",), 1, 40, 40), UnitRow(("fc2",), ("fc3",), 1, 10, 8)),
         skips=(Skip("fc2", "Gemm", "an output reads it"), Skip("head", "MatMul", "constant")),
@@ -145,6 +151,7 @@ def test_json_schema_is_this_one():
     values = report().to_dict()
     assert {key: _keys(value) for key, value in values.items()} == {
         "schema": None,
+        "headline": None,
         "totals": ["weights", "zeros_before", "zeros_after", "sparsity"],
         "original": ["path", "sha256", "bytes", "compressed_bytes", "parameters", "zeros"],
         "result": ["path", "sha256", "bytes", "compressed_bytes", "parameters", "zeros"],
@@ -174,8 +181,10 @@ def test_json_schema_is_this_one():
         "speedup": None,
         "sparse_kernels": None,
         "latency": None,
+        "advice": None,
     }  # fmt: skip
-    assert list(values) == ["schema", "totals", *[f.name for f in dataclasses.fields(Report)]]
+    computed = ["schema", "headline", "totals"]
+    assert list(values) == [*computed, *[f.name for f in dataclasses.fields(Report)]]
 
 
 def _keys(value):
@@ -207,6 +216,7 @@ def test_a_shared_tensor_counts_once():
 
 
 GOLDEN = """\
+latency not measured; size x1.000, gzip x0.333
 
                                original            result       change
  ─────────────────────────────────────────────────────────────────────

@@ -118,6 +118,37 @@ NETWORKS = {
         {"W": (6, 2, 3, 3), "b": (6,), "D": (12, 1, 3, 3), "e": (12,), "V": (4, 12, 1, 1)},
         [6],
     ),
+    "grouped Conv: whole groups": (
+        "float[N, 2, 6, 6] x",
+        """h = Conv(x, W, b)
+        a = Relu(h)
+        d = Conv<group = 3, pads = [1, 1, 1, 1]>(a, D, e)
+        r = Sigmoid(d)
+        k = Conv(r, V)
+        y = GlobalAveragePool(k)""",
+        {"W": (6, 2, 3, 3), "b": (6,), "D": (12, 2, 3, 3), "e": (12,), "V": (4, 12, 1, 1)},
+        [3],
+    ),
+    "grouped Conv: channels of every group": (
+        "float[N, 2, 6, 6] x",
+        """h = Conv(x, W, b)
+        a = Relu(h)
+        d = Conv<group = 2, pads = [1, 1, 1, 1]>(a, D, e)
+        r = Sigmoid(d)
+        k = Conv(r, V)
+        y = GlobalAveragePool(k)""",
+        {"W": (12, 2, 3, 3), "b": (12,), "D": (8, 6, 3, 3), "e": (8,), "V": (4, 8, 1, 1)},
+        [6, 4],
+    ),
+    "grouped Conv of an input": (
+        "float[N, 4, 6, 6] x",
+        """d = Conv<group = 2>(x, D)
+        r = Relu(d)
+        k = Conv(r, V)
+        y = GlobalAveragePool(k)""",
+        {"D": (8, 2, 3, 3), "V": (4, 8, 1, 1)},
+        [4],
+    ),
     "residual addition": (
         "float[N, 2, 6, 6] x",
         """h = Conv(x, W, b)
@@ -1326,15 +1357,15 @@ def test_a_speedup_is_one_of_multiplications(rng):
     assert report.work_after.flops <= report.work_before.flops / 1.5
 
 
-def test_the_report_measures_latency_where_it_is_asked_for(rng):
+def test_the_report_measures_latency_unless_told_otherwise(rng):
     model = build(NETWORKS["Gemm chain"], rng)
     data = inputs(model, rng, 40)
     choices = {"granularity": "unit", "sparsity": 0.2, "method": "magnitude", "threads": 1}
-    report = onnx_ecp.optimize(model.proto, data, measure=True, **choices).report
-    assert re.search(
-        r"need 0\.\d+ of the multiplications.*Measured: x\d.*, batch 4, 1 thread ", report.speed
-    )
-    assert "Measured" not in onnx_ecp.optimize(model.proto, data, **choices).report.speed
+    for measure in (True, None, False):
+        report = onnx_ecp.optimize(model.proto, data, measure=measure, **choices).report
+        assert re.search(r"need 0\.\d+ of the multiplications", report.speed)
+        assert (report.latency is None) == (measure is False)
+        assert report.latency is None or report.latency.conditions == "batch 4, 1 thread"
 
 
 def test_an_excluded_layer_keeps_its_units_and_loses_inputs(rng):

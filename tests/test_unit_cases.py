@@ -1,12 +1,14 @@
 """Units found in small networks of the field, against the number that a person expects."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from onnx_ecp.api.inspect import inspect
 
-CASES = Path(__file__).parents[2] / "shared" / "cases"
+ROOT = Path(__file__).parents[1]
+CASES = Path(os.environ.get("ONNX_ECP_SHARED", ROOT.parent / "shared")) / "cases"
 # By case, the number of units in each group; in ascending order.
 UNITS = {
     "chunk_by_shape": [16],
@@ -17,6 +19,7 @@ UNITS = {
     "expand_shape_gate": [8, 12],
     "gemm_c_forms": [12, 16],
     "glu_slice": [16],
+    "grouped_conv": [4, 12],  # whole groups: of four channels, and the four that they make
     "groupnorm_native": [4],
     "resize_sizes": [8],
     "same_names": [6],

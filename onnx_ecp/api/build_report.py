@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from onnx_ecp import graph as modelling
+from onnx_ecp.api.gain import Gain
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.output_paths import same_file
 from onnx_ecp.api.preparation import NO_FIT, Data, Job
@@ -58,6 +59,7 @@ def build_report(
     *,
     output: str | Path | None,
     predicted: float | None,
+    worth: Gain,
     speedup: Speedup | None,
     curve: tuple[Point, ...],
     bounded: Bounds | None,
@@ -77,6 +79,7 @@ def build_report(
         options: what was asked for.
         output: the file that was written, if any.
         predicted: relative output error that the importances expect, if they expect one.
+        worth: multiplications and latency of both models.
         speedup: what was measured where latency was the target.
         curve: points of a search, or of a gate.
         bounded: bounds on the gap, where asked for.
@@ -110,12 +113,13 @@ def build_report(
             *replaced(given, output, options),
         ),
         units=made.rows,
-        work_before=made.before,
-        work_after=made.after,
-        speed=speed_of(made, comparison, speedup, options),
+        work_before=worth.before,
+        work_after=worth.after,
+        speed=speed_of(made, speedup, options),
         speedup=speedup,
         sparse_kernels=tuple(sparse_kernels(made.model)) if options.patterns else (),
-        latency=comparison.latency if speedup is None else speedup.measured,
+        latency=worth.latency,
+        advice=worth.advice,
     )
 
 
@@ -181,20 +185,15 @@ def predicted_error(network: Network, plan: Plan, pruned: Pruned) -> float | Non
     return float(np.sqrt(sum(pruned.removed.values()) / energy)) if energy else None
 
 
-def speed_of(
-    made: Smaller, comparison: Comparison, speedup: Speedup | None, options: Options
-) -> str:
-    """What the result does for latency, in words, and in numbers where they were asked for."""
-    expected = made.speed or (PATTERN_SPEED if options.patterns else UNSTRUCTURED_SPEED)
-    latency = comparison.latency if speedup is None else speedup.measured
-    if latency is None:
-        return expected
+def speed_of(made: Smaller, speedup: Speedup | None, options: Options) -> str:
+    """What to expect of the result for latency, in words; how near it came to a target."""
+    if speedup is None:
+        return made.speed or (PATTERN_SPEED if options.patterns else UNSTRUCTURED_SPEED)
+    latency = speedup.measured
     runs = (
         f"{latency.conditions} "
         f"({1e3 * latency.seconds_a:.3g} ms, {1e3 * latency.seconds_b:.3g} ms)."
     )
-    if speedup is None:
-        return f"{expected} Measured: x{latency.ratio:.3f} of the latency, {runs}"
     return (
         f"{speedup.asked:g} times as fast was asked for; {speedup.predicted:.2f} times is what the "
         f"layers that lost units promise, timed one by one; {speedup.reached:.2f} times was "

@@ -102,7 +102,7 @@ class Choices(CommonChoices, total=False):
         format: "dense", "sparse" or "packed".
         labels: one per calibration sample, a path or an array.
         bound: whether the report bounds the output gap.
-        measure: whether latency is measured.
+        measure: whether latency is measured; None: briefly, True: for a second.
         masks: .npz file to write the keep masks to (True = stays).
         apply_masks: .npz file of masks that say which weights are removed.
         force: whether files may be overwritten.
@@ -127,7 +127,7 @@ class Choices(CommonChoices, total=False):
     format: str
     labels: LabelsLike | None
     bound: bool
-    measure: bool
+    measure: bool | None
     masks: PathLike | None
     apply_masks: PathLike | None
     force: bool

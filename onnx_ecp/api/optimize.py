@@ -16,6 +16,7 @@ import onnx
 from onnx_ecp.api.build_report import build_report, predicted_error
 from onnx_ecp.api.choices import Choices
 from onnx_ecp.api.effort import within_budget
+from onnx_ecp.api.gain import gain
 from onnx_ecp.api.metric import settle_metric
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.output import (
@@ -150,6 +151,8 @@ def optimize(
         pruned = replace(pruned, state=replace(pruned.state, weights=network.original.weights))
         measure = network.observer.measure
         comparison = compare(given, result, data, options, original, measure)
+        known = None if speedup is None else speedup.measured
+        worth = gain(given, made, data, options, measured=known, began=began)
         place = None if final is None else str(final)
         comparison = replace(comparison, b=replace(comparison.b, path=place))
         bounded = bound(given, result, data, options) if options.bound else None
@@ -165,6 +168,7 @@ def optimize(
             options,
             output=output,
             predicted=predicted,
+            worth=worth,
             speedup=speedup,
             curve=curve,
             bounded=bounded,
@@ -316,10 +320,7 @@ def compare(
         batch_size=options.batch_size,
         measure=measure,
     )
-    latency = None
-    if options.measure:
-        latency = measure_latency(source, result, timed_batch(data, options), **options.session)
-    return Comparison(original, model_facts(result), gap, latency)
+    return Comparison(original, model_facts(result), gap)
 
 
 def bound(source: Model, result: Model, data: Data, options: Options) -> bounds.Bounds:

@@ -90,7 +90,7 @@ class Options:
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     labels: str | Path | np.ndarray | None = None
     bound: bool = False
-    measure: bool = False
+    measure: bool | None = None
     masks: str | Path | None = None
     apply_masks: str | Path | None = None
     force: bool = False

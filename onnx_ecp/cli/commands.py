@@ -313,8 +313,9 @@ OPTIONS = (
         "then take the curvature of the loss.",
     ),
     click.option(
-        "--measure", is_flag=True,
-        help="Measure the latency of both models on the held-out samples, in turns.",
+        "--measure/--no-measure", default=None,
+        help="Measure the latency of both models on the held-out samples, in turns, for a second.  "
+        "[default: briefly; not where weights take more than 2 GB]",
     ),
     click.option(
         "--bound", is_flag=True,

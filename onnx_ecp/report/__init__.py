@@ -190,12 +190,13 @@ class Report:
         warnings: what the user must know, one sentence each.
         speed: what the result does for latency, one sentence.
         units: what every group of units lost; empty where only single weights went.
-        work_before: what the layers took, None where no unit went.
+        work_before: what the layers took, None where it could not be told.
         work_after: what the layers of the result take.
         curve: the points that a search for a target visited, in order.
         bounds: on the gap, from the held-out samples; None where none were asked for.
         speedup: what was asked for and what was measured, where latency was the target.
         latency: of both models, where it was measured.
+        advice: what would be faster, where the result was measured and is not; else empty.
         sparse_kernels: which layers of the result TensorRT's 2:4 kernels may take; empty without
             N:M.
     """
@@ -222,6 +223,7 @@ class Report:
     speedup: Speedup | None = None
     sparse_kernels: tuple[SparseKernel, ...] = ()
     latency: Latency | None = None
+    advice: str = ""
 
     @property
     def weights(self) -> int:
@@ -265,6 +267,13 @@ class Report:
     def sparsity(self) -> float:
         """Share of zeros among the weights of the prunable layers of the result."""
         return self.zeros_after / self.weights if self.weights else 0.0
+
+    @property
+    def headline(self) -> str:
+        """Latency, size and multiplications before and after, in one line."""
+        from onnx_ecp.report.headline import headline
+
+        return headline(self)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values in a stable order; see ``as_json`` for the schema."""

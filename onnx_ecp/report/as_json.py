@@ -1,8 +1,8 @@
 """Reports as JSON: schema 2, keys in the order of the dataclasses' fields.
 
 The schema is the dataclasses: an object per dataclass, a list per tuple, ``null`` for None. JSON
-has no NaN and no infinities: they are the strings "NaN", "Infinity" and "-Infinity". ``totals``
-and ``sparsity`` of a layer are computed, for readers that only read.
+has no NaN and no infinities: they are the strings "NaN", "Infinity" and "-Infinity".
+``headline``, ``totals`` and ``sparsity`` of a layer are computed, for readers that only read.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from onnx_ecp.errors import UsageError
 from onnx_ecp.report import Report
 
 SCHEMA = 2
+_COMPUTED = ("schema", "headline", "totals")
 _TOTALS = ("weights", "zeros_before", "zeros_after", "sparsity")
 
 
@@ -29,7 +30,7 @@ def report_to_dict(report: Report) -> dict[str, Any]:
     for row, layer in zip(report.layers, values["layers"], strict=True):
         layer["sparsity"] = row.sparsity
     totals = {name: getattr(report, name) for name in _TOTALS}
-    return {"schema": SCHEMA, "totals": totals, **values}
+    return {"schema": SCHEMA, "headline": report.headline, "totals": totals, **values}
 
 
 def report_from_dict(values: Mapping[str, Any]) -> Report:
@@ -39,7 +40,7 @@ def report_from_dict(values: Mapping[str, Any]) -> Report:
             f"a report of schema {values.get('schema')!r}; this version reads schema {SCHEMA}.",
             hint="Read it with the version of onnx-ecp that wrote it (see its `versions`).",
         )
-    fields = {name: v for name, v in values.items() if name not in ("schema", "totals")}
+    fields = {name: v for name, v in values.items() if name not in _COMPUTED}
     if "layers" in fields:
         fields["layers"] = [
             {name: v for name, v in row.items() if name != "sparsity"} for row in fields["layers"]

@@ -27,6 +27,7 @@ from onnx_ecp.report import (
     latency_rows,
 )
 from onnx_ecp.report.as_json import dumps, encode
+from onnx_ecp.report.headline import ADVICE
 from onnx_ecp.units.rows import MEET
 
 # Rows at either end of a table; a row takes at most 2 kB, whatever the names are.
@@ -124,7 +125,9 @@ def _headline(report: Report) -> str:
             f" Relative output error on {counted(report.gap.samples, 'held-out sample')}: "
             f"<b>{report.gap.relative_error:.4g}</b>."
         )
+    advice = f"<p>{shown(f'{ADVICE} {report.advice}', 500)}</p>\n" if report.advice else ""
     return (
+        f"<p><b>{shown(report.headline, 200)}</b></p>\n{advice}"
         f"<p><b>{100 * report.sparsity:.2f} %</b> of {report.weights:,} prunable weights are "
         f"{'zero' if report.gone == 'zeros' else 'removed'} "
         f"({100 * report.zeros_before / max(report.weights, 1):.2f} % before).{error}</p>\n"

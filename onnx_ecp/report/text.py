@@ -48,6 +48,7 @@ from onnx_ecp.report import (
     latency_rows,
 )
 from onnx_ecp.report.diagnosis import Diagnosis
+from onnx_ecp.report.headline import ADVICE
 from onnx_ecp.report.inspection import Inspection, Prunable
 from onnx_ecp.units.rows import MEET, UnitGroup
 
@@ -144,7 +145,10 @@ def report_tables(report: Report, *, verbose: bool = False) -> Group:
         report: what to show.
         verbose: show all layers and skips, however many.
     """
-    parts: list[RenderableType] = [_summary(report), _layer_table(report, verbose)]
+    parts: list[RenderableType] = [Text(report.headline, style="bold")]
+    if report.advice:
+        parts.append(Text(f"{ADVICE} {report.advice}"))
+    parts += [_summary(report), _layer_table(report, verbose)]
     if any(row.note for row in report.layers):
         parts.append(_notes(report.layers, verbose))
     if report.units:

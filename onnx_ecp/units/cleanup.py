@@ -199,7 +199,7 @@ def _without_dead(
     unread = ~_any(structure, columns, structure.columns)
     seen = _numbers(model, structure, layers, alive, values)
     constant = ~unread & ~_any(
-        structure, {n: np.isnan(x) for n, x in seen.items()}, structure.columns
+        structure, {n: np.isnan(x).any(axis=0) for n, x in seen.items()}, structure.columns
     )
     keep = at_least_one(structure, ~unread & ~constant)
     if keep.all():
@@ -239,17 +239,17 @@ def _numbers(
     alive: Mapping[str, _Alive],
     values: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """By layer, the one number that every column sees whatever comes in, (in,); NaN where none."""
+    """By layer, the one number that every column sees, (groups, in); NaN where it may change."""
     dead = {name: ~part.rows for name, part in alive.items()}
     steady = steady_columns(main_scope(model.proto), structure, layers, dead, values)
     found = {}
     for layer in layers:
-        found[layer.name] = np.full(layer.shape[1], np.nan)
+        found[layer.name] = np.full((layer.groups, layer.shape[1]), np.nan)
         chosen = steady.get(layer.name, np.zeros(layer.shape[1], np.bool_))
         if chosen.any():
-            rows = layer.rows_in(values[layer.input])[0].astype(np.float64)
-            chosen &= (rows == rows[0]).all(axis=0)
-            found[layer.name][chosen] = rows[0][chosen]
+            rows = layer.rows_in(values[layer.input]).astype(np.float64)
+            chosen &= (rows == rows[:, :1]).all(axis=(0, 1))
+            found[layer.name][:, chosen] = rows[:, 0, chosen]
     return found
 
 
@@ -270,7 +270,8 @@ def _shift(
     if not columns.any():
         return np.zeros(layer.shape[0])
     weight = _matrix(model, layer)[:, columns].astype(np.float64)
-    return np.asarray(weight @ values[layer.name][columns])
+    of_groups = weight.reshape(layer.groups, -1, weight.shape[1])
+    return np.asarray((of_groups @ values[layer.name][:, columns, None]).reshape(-1))
 
 
 def at_least_one(structure: Structure, keep: np.ndarray) -> np.ndarray:

@@ -79,6 +79,8 @@ def steady_columns(
         if layer is not None:
             data = next(x for x in node.inputs if x.name == layer.input)
             seen = state.zero(data) if is_padded(node.attrs) else state.of(data)
+            if seen is not None and len(seen) % layer.groups == 0:
+                seen = np.asarray(seen.reshape(layer.groups, -1).all(axis=0))
             if seen is not None and layer.shape[1] % len(seen) == 0:
                 columns[layer.name] = np.repeat(seen, layer.shape[1] // len(seen))
         for output in (y for y in node.outputs if y.name in structure.axes):

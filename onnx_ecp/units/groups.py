@@ -286,8 +286,7 @@ def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]
     except NotFollowed as refusal:
         walk.marks.pin(rows, f"{node.op} {layer.name!r}: {refusal}")
     if layer.groups > 1:
-        walk.marks.pin(columns, "a group of channels is read as it is")
-        _follow_groups(walk, node, layer, axis, rows)
+        _follow_groups(walk, node, layer, rows, columns)
     elif axis is None:
         walk.marks.pin(columns, "they are not made by a layer that is pruned")
     elif axis.index != place:
@@ -333,19 +332,39 @@ def _follow_bias(walk: Walk, node: gs.Node, layer: Layer, rows: np.ndarray) -> N
 
 
 def _follow_groups(
-    walk: Walk, node: gs.Node, layer: Layer, axis: Axis | None, rows: np.ndarray
+    walk: Walk, node: gs.Node, layer: Layer, rows: np.ndarray, columns: np.ndarray
 ) -> None:
-    """A grouped Conv: its rows are the units of its input if every channel is a group."""
-    constant = walk.constant(node.inputs[1])
-    depthwise = constant is not None and constant.seen_shape[1] == 1
-    if axis is None or axis.index != 1 or not depthwise:
-        reason = f"{node.op} {layer.name!r}: channels of a group are not followed"
-        walk.marks.pin(rows, reason)
-        if axis is not None:
-            walk.marks.pin(axis.marks, reason)
+    """A grouped Conv: whole groups go, or as many channels of every group.
+
+    Whole groups where there are at least as many as a group has channels (depthwise: one), and
+    both their channels and their rows are units; else the k-th channel of all groups is one unit,
+    and so is the k-th row.
+    """
+    index, axes = weight_axes(node, layer)
+    axis, groups = walk.axis(node.inputs[0]), layer.groups
+    of_groups = rows.reshape(groups, -1)
+    if axis is not None and axis.index != 1:
+        walk.marks.pin(axis.marks, f"{node.op} {layer.name!r} reads another axis")
+        axis = None
+    channels = None if axis is None else axis.marks.reshape(groups, -1)
+    if channels is not None and channels.shape[1] <= groups:
+        walk.marks.pin(columns, "a group of channels is read as it is")
+        whole = channels[:, 0]
+        for other in (*channels.T[1:], *of_groups.T):
+            walk.marks.join(whole, other)
+        walk.counts.append(Count(node.outputs[0].name, "group", 0, whole))
         return
-    walk.marks.join(rows, np.repeat(axis.marks, len(rows) // len(axis.marks)))
-    walk.counts.append(Count(node.outputs[0].name, "group", 0, axis.marks))
+    if of_groups.shape[1] == 1:
+        walk.marks.pin(rows, f"{node.op} {layer.name!r} makes one channel of every group")
+    for other in of_groups[1:]:
+        walk.marks.join(of_groups[0], other)
+    if channels is None:
+        walk.marks.pin(columns, "they are not made by a layer that is pruned")
+        return
+    for other in channels[1:]:
+        walk.marks.join(channels[0], other)
+    walk.marks.join(columns, np.repeat(channels[0], len(columns) // channels.shape[1]))
+    walk.slot(node, index, axes[1], channels[0])
 
 
 def _share(found: _Found, layers: Sequence[Layer]) -> None:

@@ -141,6 +141,7 @@ class Watch:
             return known[key]
 
         scope, found = main_scope(self.model.proto), dict[str, Times]()
+        counts = self.structure.counts
         for node, layer in with_layers(scope, self.layers):
             if layer is None:
                 continue
@@ -151,7 +152,12 @@ class Watch:
                 stored = scope.trace(node.inputs[weight_axes(node, layer)[0]])
                 assert isinstance(stored, Traced), "the weight of a layer is stored"
                 single = Alone(
-                    layer, node, self.model.proto, stored.seen_shape, shapes[layer.input]
+                    layer,
+                    node,
+                    self.model.proto,
+                    stored.seen_shape,
+                    shapes[layer.input],
+                    any(c.kind == "group" and c.node == node.outputs[0].name for c in counts),
                 )
                 table = [[seconds(single, r, c) for c in columns.tolist()] for r in rows.tolist()]
                 found[layer.name] = Times.of_table(rows, columns, np.array(table))
@@ -200,6 +206,7 @@ class Alone:
         proto: the model in which it was found.
         weight: shape of the weight as the operator sees it.
         read: shape of what the layer reads.
+        by_group: whether rows go with the group of channels that they read.
     """
 
     layer: Layer
@@ -207,6 +214,7 @@ class Alone:
     proto: onnx.ModelProto
     weight: tuple[int, ...]
     read: tuple[int, ...]
+    by_group: bool = False
 
     def resized(self, rows: int, columns: int) -> tuple[onnx.ModelProto, np.ndarray]:
         """The model with so many rows and columns of W, and its input."""
@@ -215,11 +223,11 @@ class Alone:
         per_channel = layer.shape[1] // weight[column_axis]
         weight[row_axis], weight[column_axis] = rows, columns // per_channel
         attributes = dict(self.node.attrs)
-        if layer.groups == 1:
-            read[units_axis(layer)] = weight[column_axis]
-        else:  # depthwise
+        if self.by_group:
             read[1] = read[1] * rows // layer.shape[0]
-            attributes["group"] = read[1]
+            attributes["group"] = layer.groups * rows // layer.shape[0]
+        else:
+            read[units_axis(layer)] = weight[column_axis] * layer.groups
         dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.dtype)
         stored = {"w": np.full(weight, 1 / columns, dtype)}
         if len(self.node.inputs) > 2 and self.node.inputs[2].name:

@@ -63,7 +63,7 @@ class Smaller:
         ratio = self.after.flops / max(self.before.flops, 1)
         return (
             f"The layers need {ratio:.3f} of the multiplications: latency follows that wherever "
-            "they take most of the time; `onnx-ecp compare --measure` tells."
+            "they take most of the time."
         )
 
 

@@ -322,8 +322,9 @@ def _after_refit(
                 steps_of(structure, layer, units, keep, going),
             )
             total[list(found)] += list(found.values())
-        keys = np.where(structure.keys[layer.name], structure.dimensions(layer.name), STAYS)
-        total += scores_of_keys(weight, gram, sensitivity, keys, len(total))
+        if structure.keys[layer.name].any():
+            keys = np.where(structure.keys[layer.name], structure.dimensions(layer.name), STAYS)
+            total += scores_of_keys(weight, gram, sensitivity, keys, len(total))
     return total
 
 
