@@ -1,8 +1,8 @@
 """Which layers ONNX Runtime can compute in int8, and the copy of a model in which it can.
 
-Kernels exist for Conv, Gemm and MatMul with a stored weight in float32, one scale per row of W. What
-only stands in the way is put aside in a copy: names that nodes lack, weights in Constant nodes or
-behind a Transpose, Gemm's alpha, an opset before 13.
+Kernels exist for Conv, Gemm and MatMul with a stored weight in float32, one scale per row of W.
+What only stands in the way is put aside in a copy: names that nodes lack, weights and biases in
+Constant nodes or listed as inputs, weights behind a Transpose, Gemm's alpha, an opset before 13.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import Counter
 
 import numpy as np
 import onnx
+from onnx.version_converter import convert_version
 
 from onnx_ecp.data.calibration import Batch
 from onnx_ecp.errors import ModelError
@@ -56,6 +57,7 @@ def prepared(model: Model, batch: Batch, session: dict) -> Model:
         edit.write(proto, name, values, None)
     proto = _raised(proto, batch, session)
     _name_nodes(proto.graph)
+    _store_as_initializers(proto)
     for layer in find_layers(proto).layers:
         _store_as_multiplied(proto, layer)
     return Model(proto, None, None)
@@ -95,8 +97,6 @@ def _refusal(proto: onnx.ModelProto, layer: Layer) -> str:
     tensor = next((t for t in proto.graph.initializer if t.name == node.input[1]), None)
     if tensor is None or tensor.name != layer.weight.tensor:
         return "its weight is computed from what is stored"
-    if tensor.name in {x.name for x in proto.graph.input}:
-        return "its weight is an input of the model too"
     if tensor.data_type != onnx.TensorProto.FLOAT:
         return "its weight is not float32"
     if layer.weight.scale != 1.0 or (len(tensor.dims) != 2 and not isinstance(layer, Conv)):
@@ -112,8 +112,9 @@ def _store_as_multiplied(proto: onnx.ModelProto, layer: Layer) -> None:
     direct = {tensor.name for tensor in proto.graph.initializer}
     if node.input[1] == weight.tensor and weight.tensor in direct and weight.scale == 1.0:
         return
-    moves = all(isinstance(step, Transpose) for step in weight.steps)
-    if weight.tensor not in constants(proto) or not (moves or isinstance(layer, Conv)):
+    # A MatMul may see its weight as a stack of one matrix, which its output then is too.
+    is_matrix = node.op_type != "MatMul" or all(isinstance(x, Transpose) for x in weight.steps)
+    if weight.tensor not in constants(proto) or not is_matrix:
         return
     matrix = weight.matrix(edit.read(proto, weight.tensor, None))
     if node.op_type == "MatMul":
@@ -128,6 +129,24 @@ def _store_as_multiplied(proto: onnx.ModelProto, layer: Layer) -> None:
     matrix = np.ascontiguousarray(matrix)
     name = edit.add_constant(proto, stem, matrix, weight.dtype, before=node.output[0])
     edit.set_input(proto, node.output[0], 1, name)
+
+
+def _store_as_initializers(proto: onnx.ModelProto) -> None:
+    """Let weights and biases be initializers that no caller can replace."""
+    read = {name for n in proto.graph.node if n.op_type in _OPS for name in n.input[1:]}
+    found = {name: tensor for name, tensor in constants(proto).items() if name in read}
+    proto.ir_version = max(proto.ir_version, IR_VERSION)
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    for name in sorted(found.keys() - stored):
+        tensor = proto.graph.initializer.add()
+        tensor.CopyFrom(found[name])
+        tensor.name = name
+    nodes = [n for n in proto.graph.node if n.op_type != "Constant" or n.output[0] not in found]
+    inputs = [info for info in proto.graph.input if info.name not in found]
+    for kept, field in ((nodes, proto.graph.node), (inputs, proto.graph.input)):
+        if len(kept) < len(field):
+            del field[:]
+            field.extend(kept)
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
@@ -156,8 +175,7 @@ def _raised(proto: onnx.ModelProto, batch: Batch, session: dict) -> onnx.ModelPr
         return proto
     hint = f"Export the model for opset {OPSET} or later, or leave --quantize out."
     try:
-        raised = onnx.version_converter.convert_version(proto, OPSET)
-        raised.ir_version = max(raised.ir_version, IR_VERSION)
+        raised = convert_version(proto, OPSET)
         onnx.checker.check_model(raised)
     except Exception as error:
         text = printable(str(error).strip().split("\n")[0], 200)

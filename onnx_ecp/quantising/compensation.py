@@ -1,13 +1,13 @@
-"""What rounding takes away is made good for: layer after layer, by weights on the grid and by biases.
+"""What rounding takes away is made good for, layer after layer: by weights on the grid and biases.
 
 Two networks go side by side along the same samples: the pruned one in floats, and the one whose
 activations are rounded as the result will round them, with every layer before this one on its grid
-already. With ``a`` the input of a layer in the first, ``a'`` in the second, and the rows weighted by
-their sensitivities s as in pruning, a layer becomes
+already. With ``a`` the input of a layer in the first, ``a'`` in the second, and E weighing rows by
+their sensitivities as in pruning, a layer becomes
 
-    W*   = argmin E s |(w a' - E w a') - (W a - E W a)|^2    on the support of W   (methods/refit.py)
-    s q  = the point of the grid near W* in that metric                            (grid.py)
-    d    = E s W a - E s (s q) a'                                                  the bias shift
+    W*   = argmin E |(w a' - E w a') - (W a - E W a)|^2   on the support of W  (methods/refit.py)
+    s q  = the point of the grid near W* in that metric                        (grid.py)
+    d    = E W a - E s q a'                                                    the bias shift
 
 and stays so if its error on the validation samples is not larger than that of the nearest integers.
 """
@@ -78,7 +78,7 @@ class Fitted:
         scale: (out,) float32.
         shift: (out,) of the bias.
         cost: squared error of its outputs on the validation samples, rows weighted.
-        error: the same without weights of rows, as a share of the root mean square; relative.
+        error: its root, as a share of that of the squared outputs.
         fitted: whether the refit was kept, and not the nearest integers.
     """
 
@@ -132,9 +132,7 @@ def compensated(
         room: by layer name, (out,): scales that the writer would take.
         progress: called as work goes on.
     """
-    fit, guard = (
-        SideBySide(pruned, rounded, data) for data in (pruned.train, pruned.validation)
-    )
+    fit, guard = (SideBySide(pruned, rounded, data) for data in (pruned.train, pruned.validation))
     weights = _sensitivities(pruned, pruned.train), _sensitivities(pruned, pruned.validation)
     state, found = rounded.original, dict[str, Fitted]()
     tensors = {layer.name: layer.weight.tensor for layer in pruned.layers}

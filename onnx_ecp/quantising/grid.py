@@ -1,8 +1,8 @@
 """Weights on a grid of int8: scales, and the point of the grid that costs the layer least.
 
-A row of W becomes ``s q`` with integers q from -127 to 127 and one scale s per row, zero at zero. In
-the manner of GPTQ (Frantar et al. 2022, arXiv:2210.17323, which is OBQ with one order of columns for
-all rows) columns are rounded from left to right, and what rounding takes away moves the columns
+A row of W becomes ``s q`` with integers q from -127 to 127 and one scale s per row, zero at zero.
+In the manner of GPTQ (Frantar et al. 2022, arXiv:2210.17323, which is OBQ with one order of columns
+for all rows) columns are rounded from left to right, and what rounding takes away moves the columns
 still to come:
 
     e = (W_j - s q_j) / U_jj          W_k -= e U_jk   for k > j          H^-1 = U^T U

@@ -36,12 +36,14 @@ class Quantised:
 
     Args:
         model: the result.
+        pruned: what was quantised, in floats.
         plain: the same layers in int8, every value rounded to the nearest.
         compensated: whether ``model`` is the compensated one.
         rows: of all layers, in graph order.
     """
 
     model: Model
+    pruned: Model
     plain: Model
     compensated: bool
     rows: tuple[Int8Row, ...]
@@ -122,7 +124,7 @@ def quantised(
         plain, made = error(tried.plain), error(tried.made)
     better = made <= plain
     rows = _rows(model.proto, skips, {x.name for x in stays}, first, tried, better)
-    return Quantised(tried.made if better else tried.plain, tried.plain, better, tuple(rows))
+    return Quantised(tried.made if better else tried.plain, model, tried.plain, better, tuple(rows))
 
 
 def error_of(a: Model, b: Model, samples: Samples, settings: Settings) -> float:

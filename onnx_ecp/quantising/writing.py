@@ -8,7 +8,7 @@ only (``_CARRIERS``) are quantised too: that adds no rounding that is not there 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,18 @@ _OWN_SCALE = ("Add", "Concat")
 _SUFFIX = "_quantized"
 
 
-class Reader:
-    """The samples, as onnxruntime.quantization asks for them (a CalibrationDataReader)."""
+def _reader(batches: Iterable[Batch]) -> Any:
+    """The samples, as onnxruntime.quantization asks for them."""
+    from onnxruntime.quantization.calibrate import CalibrationDataReader
 
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self._batches = iter(batches)
+    waiting = iter(batches)
 
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        """The feeds of the next batch; None behind the last."""
-        batch = next(self._batches, None)
-        return None if batch is None else batch.feeds
+    class Reader(CalibrationDataReader):
+        def get_next(self) -> Any:
+            batch = next(waiting, None)
+            return None if batch is None else batch.feeds
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        while (feeds := self.get_next()) is not None:
-            yield feeds
+    return Reader()
 
 
 def written(
@@ -69,7 +67,8 @@ def written(
     """
     onnxruntime()  # sets what must be set before its first import
     try:
-        from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.quant_utils import QuantFormat, QuantType
+        from onnxruntime.quantization.quantize import quantize_static
     except ImportError as error:
         raise ProviderError(
             f"--quantize needs onnxruntime.quantization: {error}.",
@@ -89,7 +88,7 @@ def written(
             quantize_static(
                 source,
                 target,
-                Reader(batches),
+                _reader(batches),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=sorted({node.op_type for node in chosen}),
                 per_channel=True,
@@ -114,7 +113,7 @@ def written(
 
 
 def _override(scale: np.ndarray, axis: int) -> list[dict[str, Any]]:
-    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.quant_utils import QuantType
 
     return [
         {"axis": axis, "quant_type": QuantType.QInt8, "scale": np.float32(s), "zero_point": 0}
