@@ -88,7 +88,7 @@ def test_the_file_beside_the_model_is_taken_without_a_warning(folder):
     result = command("optimize", "in.onnx", "out.onnx")
     assert result.exit_code == 0
     assert "made-up" not in result.stdout
-    assert "in.npz: 36 samples, 4 held out" in result.stdout
+    assert "in.npz: 32 samples, 8 held out" in result.stdout
 
 
 def test_quiet_prints_only_the_last_line(folder):
@@ -132,7 +132,7 @@ def test_reports_say_what_was_printed(folder):
     report = Report.from_dict(json.loads((folder / "r.json").read_text()))
     assert f"sparsity={report.sparsity:.4f}" in last_line(result)
     assert report.result.bytes == (folder / "out.onnx").stat().st_size
-    assert (report.calibration.samples, report.calibration.held_out) == (36, 4)
+    assert (report.calibration.samples, report.calibration.held_out) == (32, 8)
     assert report.result.sha256 in (folder / "r.html").read_text()
 
 

@@ -32,6 +32,7 @@ from onnx_ecp.report import (
     text,
 )
 from onnx_ecp.report.as_json import dumps
+from onnx_ecp.statistics.uncertainty import Certainty
 from onnx_ecp.units.rows import Speedup, UnitRow
 
 HOSTILE = {
@@ -129,6 +130,9 @@ VARIANTS = {
             SparseKernel("fc2", "Gemm", "axis: 4 does not divide 10"),
         )
     ),
+    "an interval": report(
+        gap=gap(certainty=Certainty(0.04, 0.06, 0.95, 200, 41.5, 0.08, 17)), learnt_error=0.03
+    ),
     "bias created, note": report(layers=(layer(bias_created=True, note="refit not kept"),)),
 }
 each_variant = pytest.mark.parametrize("whole", VARIANTS.values(), ids=VARIANTS)
@@ -163,13 +167,14 @@ def test_json_schema_is_this_one():
         "options": ["sparsity", "include", "labels"],
         "seed": None,
         "calibration": ["source", "samples", "held_out", "synthetic", "rows"],
+        "int8": None,
         "layers": [
             "name", "op", "tensor", "shape", "weights", "zeros_before", "zeros_after",
             "importance_removed", "largest_shift", "bias_created", "ess", "note", "sparsity",
         ],
         "skips": ["name", "op", "reason"],
         "predicted_error": None,
-        "gap": ["samples", "relative_error", "outputs", "scores", "centred"],
+        "gap": ["samples", "relative_error", "outputs", "scores", "centred", "certainty"],
         "seconds": None,
         "warnings": None,
         "speed": None,
@@ -182,6 +187,7 @@ def test_json_schema_is_this_one():
         "sparse_kernels": None,
         "latency": None,
         "advice": None,
+        "learnt_error": None,
     }  # fmt: skip
     computed = ["schema", "headline", "totals"]
     assert list(values) == [*computed, *[f.name for f in dataclasses.fields(Report)]]

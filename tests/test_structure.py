@@ -65,6 +65,26 @@ NETWORKS = {
         {"W": (6, 5), "b": (6, 1), "V": (4, 6)},
         [6],
     ),
+    "MatMul with a vector": (
+        "float[N, 5] x",
+        """h = MatMul(x, W)
+        a = Tanh(h)
+        y = MatMul(a, u)""",
+        {"W": (5, 6), "u": (6,)},
+        [6],
+    ),
+    "experts: batches of matrices": (
+        "float[N, 1, 4, 5] x",
+        """h = MatMul(x, W)
+        k = Add(h, b)
+        a = Sigmoid(k)
+        m = MatMul(a, V)
+        c = Relu(m)
+        z = MatMul(c, U)
+        y = ReduceMean<axes = [1], keepdims = 0>(z)""",
+        {"W": (3, 5, 6), "b": (3, 1, 6), "V": (3, 6, 4), "U": (1, 3, 4, 2)},
+        [6, 4],
+    ),
     "BiasGelu": (
         "float[N, 5] x",
         """h = MatMul(x, W)

@@ -69,8 +69,9 @@ def gate(
     assert limit is not None, "a point is held against a limit"
     gaps = [_gap(given, result, part, options, measure) for part in (data.validation, data.test)]
     drops = [s.a - s.b for gap in gaps for s in gap.scores if s.metric == "accuracy"]
-    error = max(gap.relative_error for gap in gaps)
-    point = Point(floats.sparsity, error, max(drops, default=None))
+    worst = max(gaps, key=lambda gap: gap.relative_error)
+    high = None if worst.certainty is None else worst.certainty.high
+    point = Point(floats.sparsity, worst.relative_error, max(drops, default=None), high=high)
     if not limit.allows(point):
         raise QualityError(
             f"the result in int8 misses the target: {point.described}.",
@@ -124,4 +125,5 @@ def _gap(a: Model, b: Model, data: Calibration, options: Options, measure: Measu
         threads=options.threads,
         batch_size=options.batch_size,
         measure=measure,
+        seed=options.seed,
     )

@@ -217,7 +217,8 @@ RUNNING = (
     click.option(
         "--max-memory", metavar="SIZE",
         help="What statistics and activations may take, such as 8G; below it, more passes over "
-        "the data and temporary files.  [default: half of what is free]",
+        "the data and temporary files, and no joint refit where half of it is too little.  "
+        "[default: half of what is free; 8G for what is left out]",
     ),
     click.option(
         "--seed", type=int, metavar="N", default=0, show_default=True,

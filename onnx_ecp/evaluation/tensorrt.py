@@ -64,7 +64,8 @@ def refusal(layer: Layer, storage: str = "dense", weight: np.ndarray | None = No
     if layer.op not in ("Gemm", "MatMul", "Conv"):
         return f"op: {layer.op} is ONNX Runtime's own"
     if layer.groups > 1:
-        return f"op: a convolution of {layer.groups} groups"
+        what = "convolution" if layer.op == "Conv" else "product"
+        return f"op: a {what} of {layer.groups} groups"
     if layer.dtype not in _PRECISIONS:
         return f"precision: {onnx.TensorProto.DataType.Name(layer.dtype)}"
     if layer.reduction % 4:

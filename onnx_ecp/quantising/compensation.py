@@ -77,15 +77,13 @@ class Fitted:
         weight: stored tensor on its grid, float32.
         scale: (out,) float32.
         shift: (out,) of the bias.
-        cost: squared error of its outputs on the validation samples, rows weighted.
-        error: its root, as a share of that of the squared outputs.
+        error: of its outputs on the validation samples, as a share of their root mean square.
         fitted: whether the refit was kept, and not the nearest integers.
     """
 
     weight: np.ndarray
     scale: np.ndarray
     shift: np.ndarray
-    cost: float
     error: float
     fitted: bool
 
@@ -211,7 +209,6 @@ def _chosen(
         segment.layer.weight.unmatrix(weight).astype(np.float32),
         scale,
         shifts[int(errors[best].argmin())],
-        least,
         float(np.sqrt(least / energy)) if energy else 0.0,
         len(tries) > 1 and best == len(tries) - 1,
     )

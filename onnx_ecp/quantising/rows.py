@@ -15,8 +15,8 @@ class Int8Row:
         weights: elements of W in the result.
         int8: whether it is.
         error: how far its outputs are from those of the pruned layer on the validation samples,
-            as a share of their root mean square, inputs and weights rounded; None where that was
-            not measured.
+            as a share of their root mean square, in the network whose layers before it are in int8
+            too; None where that was not measured.
         note: why it stays in floating point, or what was done.
     """
 

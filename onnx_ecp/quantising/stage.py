@@ -1,7 +1,8 @@
 """The stage behind pruning: which layers become int8, compensated, and what it costs.
 
 All layers that can be are quantised first. Where that moves the outputs further than is allowed on
-the validation samples, those that cost most go back to floats, as few as do: found by halving.
+the validation samples, those that cost most go back to floats, as few as do: each is tried in int8
+alone, and how many must go back is found by halving.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from onnx_ecp.layers import Layer, Skip, find_layers
 from onnx_ecp.quantising.candidates import candidates, prepared
 from onnx_ecp.quantising.compensation import Fitted, Settings, compensated, observed
 from onnx_ecp.quantising.rows import Int8Row
-from onnx_ecp.quantising.writing import integers_of, with_float_weights, written
+from onnx_ecp.quantising.writing import integers_of, ranges_of, with_float_weights, written
+from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.statistics.columns import Measure
 
@@ -110,8 +112,15 @@ def quantised(
     first, stays = tried.fits, list[Layer]()
     plain, made = error(tried.plain), error(tried.made)
     if min(plain, made) > samples.allowed:
-        ranked = sorted(layers, key=lambda x: -first[x.name].cost if x.name in first else 0.0)
-        stays = ranked[: _fewest(model, ranked, samples, error)]
+        ranges = ranges_of(tried.plain.proto, model.proto)
+
+        def cost(some: Sequence[Layer]) -> float:
+            one = samples.train.batches(1)  # the ranges are known
+            proto = written(model.proto, some, [next(one)], ranges=ranges)
+            return error(Model(proto, None, None))
+
+        ranked = _ranked(layers, cost, progress)
+        stays = ranked[: _fewest(ranked, cost, samples.allowed)]
         names = {layer.name for layer in stays}
         rest = [layer for layer in layers if layer.name not in names]
         if not rest:
@@ -140,15 +149,26 @@ def error_of(a: Model, b: Model, samples: Samples, settings: Settings) -> float:
     return gap.relative_error
 
 
+def _ranked(
+    layers: Sequence[Layer], cost: Callable[[Sequence[Layer]], float], progress: Progress
+) -> list[Layer]:
+    """The layers, the one that costs most when it alone is in int8 first."""
+    costs = {}
+    for done, layer in enumerate(layers, 1):
+        check_deadline()
+        costs[layer.name] = cost([layer])
+        progress("int8 alone", done, len(layers))
+    return sorted(layers, key=lambda layer: -costs[layer.name])
+
+
 def _fewest(
-    model: Model, ranked: Sequence[Layer], samples: Samples, error: Callable[[Model], float]
+    ranked: Sequence[Layer], cost: Callable[[Sequence[Layer]], float], allowed: float
 ) -> int:
     """How many of the layers, the costliest first, must stay in floats."""
     few, many = 0, len(ranked)
     while many - few > 1:
         middle = (few + many) // 2
-        proto = written(model.proto, ranked[middle:], samples.batches())
-        if error(Model(proto, None, None)) > samples.allowed:
+        if cost(ranked[middle:]) > allowed:
             few = middle
         else:
             many = middle

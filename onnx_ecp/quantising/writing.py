@@ -31,6 +31,9 @@ _FOLDED = ("Clip", "Relu")
 _OWN_SCALE = ("Add", "Concat")
 _SUFFIX = "_quantized"
 
+Ranges = Mapping[str, tuple[np.ndarray, np.ndarray]]
+"""By tensor, scale and zero point."""
+
 
 def _reader(batches: Iterable[Batch]) -> Any:
     """The samples, as onnxruntime.quantization asks for them."""
@@ -51,6 +54,7 @@ def written(
     layers: Sequence[Layer],
     batches: Iterable[Batch],
     scales: Mapping[str, np.ndarray] | None = None,
+    ranges: Ranges | None = None,
 ) -> onnx.ModelProto:
     """The model with these layers in int8, as Q/DQ nodes in the standard's operators.
 
@@ -60,6 +64,7 @@ def written(
         batches: of samples that give the ranges of activations.
         scales: by stored tensor, (out,): of weights that lie on their grid; others get scales with
             which the largest weight of a row fits.
+        ranges: ``ranges_of`` a model written before, which then stand for those of the samples.
 
     Raises:
         ModelError: onnxruntime.quantization cannot quantise the model.
@@ -78,6 +83,8 @@ def written(
     chosen = [*nodes, *carriers(proto, nodes)]
     axes = {x.weight.tensor: unit_axis(proto, x) for x in layers}
     overrides = {name: _override(scale, axes[name]) for name, scale in (scales or {}).items()}
+    for name, (scale, zero) in (ranges or {}).items():
+        overrides[name] = [{"scale": scale, "zero_point": zero}]
     told = onnx.ModelProto()
     told.CopyFrom(proto)
     onnx.helper.set_model_props(told, {"onnx.quant.pre_process": "onnxruntime.quant"})
@@ -119,6 +126,22 @@ def _override(scale: np.ndarray, axis: int) -> list[dict[str, Any]]:
         {"axis": axis, "quant_type": QuantType.QInt8, "scale": np.float32(s), "zero_point": 0}
         for s in scale
     ]
+
+
+def ranges_of(made: onnx.ModelProto, proto: onnx.ModelProto) -> Ranges:
+    """Scale and zero point of the tensors that are quantised, by the name that they had before.
+
+    Args:
+        made: what ``written`` gave.
+        proto: what it was given.
+    """
+    stored = {t.name: numpy_helper.to_array(t) for t in made.graph.initializer}
+    known = {name for node in proto.graph.node for name in (*node.input, *node.output)}
+    return {
+        node.input[0]: (stored[node.input[1]], stored[node.input[2]])
+        for node in made.graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0] in known
+    }
 
 
 def unit_axis(proto: onnx.ModelProto, layer: Layer) -> int:

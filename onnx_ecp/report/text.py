@@ -264,6 +264,8 @@ def comparison_tables(comparison: Comparison) -> Group:
         _latency_rows(table, comparison.latency)
     gap = comparison.gap
     parts: list[RenderableType] = [table, _gap_table(gap), *_column_tables(gap)]
+    if gap.certainty is not None:
+        parts.append(Text(f"relative error {_number(gap.relative_error)} ({gap.certainty.told})"))
     parts += [_warning(text) for text in gap.warnings]
     return Group(*parts)
 
@@ -497,12 +499,15 @@ def _column_tables(gap: Gap) -> list[Table]:
 
 def _curve_table(curve: Sequence[Point]) -> Group:
     dropped = any(point.drop is not None for point in curve)
-    columns = ["sparsity>", "relative error>", *(["accuracy drop>"] if dropped else []), "target"]
+    columns = ["sparsity>", "relative error>", "up to (95 %)>"]
+    columns += [*(["accuracy drop>"] if dropped else []), "target"]
     table = _table(curve_title(curve), *columns)
     for point in curve:
         drop = [] if point.drop is None else [f"{point.drop:.2f} points"]
         verdict = "within" if point.within else "beyond"
-        table.add_row(f"{100 * point.sparsity:.2f} %", _number(point.error), *drop, verdict)
+        high = "" if point.high is None else _number(point.high)
+        share = f"{100 * point.sparsity:.2f} %"
+        table.add_row(share, _number(point.error), high, *drop, verdict)
     return Group(table, Text(f"{CURVE_NOTE}\n"))
 
 
@@ -516,9 +521,7 @@ def _support(recipe: Recipe) -> str:
 
 def _facts(report: Report) -> Table:
     recipe, data = report.recipe, report.calibration
-    errors = {"predicted": report.predicted_error}
-    errors["measured"] = None if report.gap is None else report.gap.relative_error
-    known = [f"{name} {_number(error)}" for name, error in errors.items() if error is not None]
+    known = [f"{name} {words}" for name, words in report.errors.items()]
     origin = printable(data.source, _SENTENCE)
     stages = f"{len(report.curve)} steps" if report.searched else f"stages {recipe.stages}"
     table = Table.grid(padding=(0, 2))
