@@ -163,7 +163,7 @@ def optimize(
         place = None if final is None else str(final)
         comparison = replace(comparison, b=replace(comparison.b, path=place))
         learnt = learnt_error(given, result, data, options, measure)
-        bounded = bound(given, result, data, options) if options.bound else None
+        bounded = bound(given, result, data, options, measure) if options.bound else None
         masks = stored_masks(network.layers, pruned.state)
         account = build_report(
             given,
@@ -358,7 +358,9 @@ def learnt_error(
     return gap.relative_error
 
 
-def bound(source: Model, result: Model, data: Data, options: Options) -> bounds.Bounds:
+def bound(
+    source: Model, result: Model, data: Data, options: Options, measure: Measure
+) -> bounds.Bounds:
     """How far the outputs can be apart on inputs like the held-out samples."""
     return bounds.bound(
         source,
@@ -367,4 +369,6 @@ def bound(source: Model, result: Model, data: Data, options: Options) -> bounds.
         provider=options.provider,
         threads=options.threads,
         batch_size=options.batch_size,
+        metric="l2-raw" if options.resolved_metric == "l2-raw" else "l2",
+        measure=measure,
     )
