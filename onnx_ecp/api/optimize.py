@@ -13,6 +13,7 @@ from typing import Any, Unpack
 import numpy as np
 import onnx
 
+from onnx_ecp.api import quantise
 from onnx_ecp.api.build_report import build_report, predicted_error
 from onnx_ecp.api.choices import Choices
 from onnx_ecp.api.effort import within_budget
@@ -137,7 +138,12 @@ def optimize(
         predicted = predicted_error(network, ready.plan, pruned)
         network.observer.close()
         original = model_facts(given)  # now: the output may be the same file
-        result = made.model
+        result, measure = made.model, network.observer.measure
+        in_int8 = None
+        if options.quantize is not None:
+            in_int8 = quantise.in_int8(given, result, data, options, measure, progress)
+            result = in_int8.model
+            curve = tuple(quantise.gate(given, result, p, data, options, measure) for p in curve)
         staging, final = running.enter_context(Staging()), None
         stale: list[Path] = []
         if output is not None and not options.dry_run:
@@ -151,7 +157,6 @@ def optimize(
         # The weights are in the result; what is told of the state are its masks and shifts.
         made = replace(made, model=result)
         pruned = replace(pruned, state=replace(pruned.state, weights=network.original.weights))
-        measure = network.observer.measure
         comparison = compare(given, result, data, options, original, measure)
         known = None if speedup is None else speedup.measured
         worth = gain(given, made, data, options, measured=known, began=began)
@@ -176,6 +181,9 @@ def optimize(
             speedup=speedup,
             curve=curve,
             bounded=bounded,
+            int8=None
+            if in_int8 is None
+            else quantise.told(in_int8, comparison.gap, given, data, options, measure),
             budget=budget,
             seconds=time.monotonic() - began,
         )
