@@ -23,7 +23,9 @@ from onnx_ecp.layers import Skip
 from onnx_ecp.pruning.loop import Pruned
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.pruning.search import Point
+from onnx_ecp.quantising.rows import Int8
 from onnx_ecp.report import (
+    INT8_SPEED,
     PATTERN_SPEED,
     SYNTHETIC_WARNING,
     UNSTRUCTURED_SPEED,
@@ -66,6 +68,7 @@ def build_report(
     speedup: Speedup | None,
     curve: tuple[Point, ...],
     bounded: Bounds | None,
+    int8: Int8 | None,
     budget: str,
     seconds: float,
 ) -> Report:
@@ -87,10 +90,12 @@ def build_report(
         speedup: what was measured where latency was the target.
         curve: points of a search, or of a gate.
         bounded: bounds on the gap, where asked for.
+        int8: what int8 took away and gave, where asked for.
         budget: what a time budget allowed, where there was one.
         seconds: that all took.
     """
     network, step = ready.network, ready.step
+    kernels = options.patterns and int8 is None  # TensorRT has none behind Q/DQ nodes
     return Report(
         original=comparison.a,
         result=comparison.b,
@@ -106,6 +111,7 @@ def build_report(
         learnt_error=learnt,
         curve=curve,
         bounds=bounded,
+        int8=int8,
         seconds=seconds,
         warnings=(
             *given.notes,
@@ -116,14 +122,15 @@ def build_report(
             *mask_warnings(network, step, options),
             *target_warnings(data, options, curve),
             *made.warnings,
+            *int8_warnings(int8, options),
             *replaced(given, output, options),
         ),
         units=made.rows,
         work_before=worth.before,
         work_after=worth.after,
-        speed=speed_of(made, speedup, options),
+        speed=INT8_SPEED if int8 else speed_of(made, speedup, options),
         speedup=speedup,
-        sparse_kernels=tuple(sparse_kernels(made.model)) if options.patterns else (),
+        sparse_kernels=tuple(sparse_kernels(made.model)) if kernels else (),
         latency=worth.latency,
         advice=worth.advice,
     )
@@ -322,6 +329,22 @@ def target_warnings(data: Data, options: Options, curve: Sequence[Point]) -> Ite
         yield (
             "every step of the search was within the target: it ended where almost nothing is left "
             "to remove, not at the target."
+        )
+
+
+def int8_warnings(int8: Int8 | None, options: Options) -> Iterator[str]:
+    """What the user must know of the layers in int8, one sentence each."""
+    if int8 is None:
+        return
+    if not int8.compensated:
+        yield (
+            "the compensation of int8 was rejected: on the validation samples the nearest integers "
+            "were better."
+        )
+    if options.patterns:
+        yield (
+            "TensorRT takes N:M in int8 without Q/DQ nodes only, and this result has them: for its "
+            "sparse kernels leave --quantize out and let it calibrate."
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any, Unpack
 import numpy as np
 import onnx
 
+from onnx_ecp.api import quantise
 from onnx_ecp.api.build_report import build_report, predicted_error
 from onnx_ecp.api.choices import Choices
 from onnx_ecp.api.effort import within_budget
@@ -137,7 +138,12 @@ def optimize(
         predicted = predicted_error(network, ready.plan, pruned)
         network.observer.close()
         original = model_facts(given)  # now: the output may be the same file
-        result = made.model
+        result, measure = made.model, network.observer.measure
+        in_int8 = None
+        if options.quantize is not None:
+            in_int8 = quantise.in_int8(given, result, data, options, measure, progress)
+            result = in_int8.model
+            curve = tuple(quantise.gate(given, result, p, data, options, measure) for p in curve)
         staging, final = running.enter_context(Staging()), None
         stale: list[Path] = []
         if output is not None and not options.dry_run:
@@ -151,14 +157,13 @@ def optimize(
         # The weights are in the result; what is told of the state are its masks and shifts.
         made = replace(made, model=result)
         pruned = replace(pruned, state=replace(pruned.state, weights=network.original.weights))
-        measure = network.observer.measure
         comparison = compare(given, result, data, options, original, measure)
         known = None if speedup is None else speedup.measured
         worth = gain(given, made, data, options, measured=known, began=began)
         place = None if final is None else str(final)
         comparison = replace(comparison, b=replace(comparison.b, path=place))
         learnt = learnt_error(given, result, data, options, measure)
-        bounded = bound(given, result, data, options) if options.bound else None
+        bounded = bound(given, result, data, options, measure) if options.bound else None
         masks = stored_masks(network.layers, pruned.state)
         account = build_report(
             given,
@@ -176,6 +181,9 @@ def optimize(
             speedup=speedup,
             curve=curve,
             bounded=bounded,
+            int8=None
+            if in_int8 is None
+            else quantise.told(in_int8, comparison.gap, given, data, options, measure),
             budget=budget,
             seconds=time.monotonic() - began,
         )
@@ -350,7 +358,9 @@ def learnt_error(
     return gap.relative_error
 
 
-def bound(source: Model, result: Model, data: Data, options: Options) -> bounds.Bounds:
+def bound(
+    source: Model, result: Model, data: Data, options: Options, measure: Measure
+) -> bounds.Bounds:
     """How far the outputs can be apart on inputs like the held-out samples."""
     return bounds.bound(
         source,
@@ -359,4 +369,6 @@ def bound(source: Model, result: Model, data: Data, options: Options) -> bounds.
         provider=options.provider,
         threads=options.threads,
         batch_size=options.batch_size,
+        metric="l2-raw" if options.resolved_metric == "l2-raw" else "l2",
+        measure=measure,
     )
