@@ -12,10 +12,10 @@ from onnx_ecp.api.gain import Gain
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.output_paths import same_file
 from onnx_ecp.api.preparation import NO_FIT, Data, Job
+from onnx_ecp.api.target import for_target
 from onnx_ecp.data.untrusted import npz_names
 from onnx_ecp.evaluation.bounds import Bounds
 from onnx_ecp.evaluation.compare import Comparison, Gap
-from onnx_ecp.evaluation.tensorrt import sparse_kernels
 from onnx_ecp.gradients.cotangents import SQUARED
 from onnx_ecp.gradients.selections import Selection
 from onnx_ecp.graph import Model
@@ -117,7 +117,7 @@ def build_report(
         work_after=worth.after,
         speed=speed_of(made, speedup, options),
         speedup=speedup,
-        sparse_kernels=tuple(sparse_kernels(made.model)) if options.patterns else (),
+        target=for_target(made, given, (*skips, *ready.skips), output, options),
         latency=worth.latency,
         advice=worth.advice,
     )

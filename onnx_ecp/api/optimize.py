@@ -39,6 +39,7 @@ from onnx_ecp.api.preparation import (
     prepare,
     timed_batch,
 )
+from onnx_ecp.api.target import check_taken, taken
 from onnx_ecp.data import calibration as calibrating
 from onnx_ecp.errors import CalibrationError, QualityError
 from onnx_ecp.evaluation import bounds
@@ -114,6 +115,7 @@ def optimize(
         running.enter_context(threads_of(options.threads))
         given = load(model)
         check_outputs(given, calibration, output, reports, options)
+        check_taken(given, options.target)
         layers, skips = choose_layers(given, options)
         data = gather(given, calibration, options)
         options = settle_metric(given, layers, data, options, progress)
@@ -135,7 +137,7 @@ def optimize(
         predicted = predicted_error(network, ready.plan, pruned)
         network.observer.close()
         original = model_facts(given)  # now: the output may be the same file
-        result = made.model
+        result = taken(made.model, options.target)
         staging, final = running.enter_context(Staging()), None
         stale: list[Path] = []
         if output is not None and not options.dry_run:

@@ -12,11 +12,11 @@ from html import escape
 from onnx_ecp.graph import printable
 from onnx_ecp.report import (
     CURVE_NOTE,
-    KERNELS,
     ROUNDING,
     UNITS_STAY,
     WORK,
     WORST_COLUMNS,
+    ForTarget,
     LayerRow,
     Report,
     bounding,
@@ -70,7 +70,7 @@ def page(report: Report) -> str:
         _bounds(report),
         _layers(report),
         _units(report),
-        _kernels(report),
+        _target(report.target),
         _skips(report),
         _origin(report),
     ]
@@ -273,17 +273,23 @@ def _units(report: Report) -> str:
     return table("Units", ["made by", "read by", "before>", "after>", ""], rows)
 
 
-def _kernels(report: Report) -> str:
+def _target(target: ForTarget | None) -> str:
+    if target is None:
+        return ""
     rows = [
         [
             shown(x.name),
             shown(x.op, 30),
+            f"{100 * x.zeros:.0f} %",
             "no" if x.refused else "yes",
             shown(x.refused or x.advice, 200),
         ]
-        for x in report.sparse_kernels
+        for x in target.layers
     ]
-    return table(KERNELS, ["layer", "op", "possible", "why"], rows)
+    words = [f"{target.title}: {target.gains}.", target.changes, f"next: {target.next_step}"]
+    notes = "\n".join(f"<p>{shown(sentence, 500)}</p>" for sentence in words if sentence)
+    columns = ["layer", "op", "zeros>", "gains", "why"]
+    return f"{table(target.heading, columns, rows)}\n{notes}"
 
 
 def _skips(report: Report) -> str:
