@@ -38,6 +38,9 @@ EXPECTED = {
     "resize_sizes": (2, 8),
     "groupnorm_native": (2, 4),
     "embedding_bag_first": (2, 16),
+    "experts_3d": (2, 16),
+    "grouped_conv": (4, 16),
+    "vector_weight": (2, 16),
     "cumsum_ssm": (2, 16),
 }
 

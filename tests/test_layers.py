@@ -151,6 +151,21 @@ LAYERS = {
     "matmul on the left of a vector, add": Case(
         "z = MatMul(W, x) y = Add(z, b)", W | {"x": (4,), "b": (3,)}, has_bias=True
     ),
+    "matmul with a vector": Case("y = MatMul(x, W)", X | {"W": (3,)}),
+    "matmul with a vector, tokens": Case("y = MatMul(x, W)", TOKENS | {"W": (3,)}),
+    "matmul with a vector, add": Case(
+        "z = MatMul(x, W) y = Add(z, b)", X | {"W": (3,), "b": (1,)}, has_bias=True
+    ),
+    "matmul with a vector on the left": Case("y = MatMul(W, x)", {"W": (4,), "x": (2, 4, 5)}),
+    "matmul, batch of matrices": Case("y = MatMul(x, W)", {"x": (5, 2, 6, 3), "W": (2, 3, 4)}),
+    "matmul, batch of matrices on one input": Case(
+        "y = MatMul(x, W)", {"x": (5, 1, 6, 3), "W": (1, 2, 3, 4)}
+    ),
+    "matmul, batch of matrices on the left, add": Case(
+        "z = MatMul(W, x) y = Add(z, b)",
+        {"x": (5, 2, 3, 6), "W": (2, 4, 3), "b": (2, 4, 1)},
+        has_bias=True,
+    ),
     "weight behind Identity": Case("w = Identity(W) y = MatMul(x, w)", X | W),
     "weight behind Transpose": Case("w = Transpose(W) y = MatMul(x, w)", X | {"W": (4, 3)}),
     "weight behind a chain": Case(
@@ -576,7 +591,7 @@ SKIPS = {
     "Gemm of constants": ("y = Gemm(W, W)", "Gemm", "both operands are constant"),
     "MatMul of constants": ("y = MatMul(W, W)", "MatMul", "both operands are constant"),
     "batch of matrices": ("y = MatMul(x, B)", "MatMul", "batch of matrices"),
-    "vector": ("y = MatMul(x, V)", "MatMul", "vector"),
+    "vector times a vector": ("y = MatMul(alone, V)", "MatMul", "its weight is a vector"),
     "rank not known": ("r = Reshape(x, s) y = MatMul(W, r)", "MatMul", "rank"),
     "empty": ("y = MatMul(x, E)", "MatMul", "empty"),
     "integers": ("y = MatMul(n, I)", "MatMul", "INT32"),
@@ -687,6 +702,7 @@ def test_what_is_not_pruned_says_why(body, op, words):
         body,
         x="float[3,3]",
         t="float[2,3,3]",
+        alone="float[3]",
         n="int32[3,3]",
         s="int64[n]",
         c="bool",

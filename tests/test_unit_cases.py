@@ -17,6 +17,7 @@ UNITS = {
     "e3sm32": [64, 96],
     "embedding_bag_first": [16],
     "expand_shape_gate": [8, 12],
+    "experts_3d": [16],  # of each of the three experts
     "gemm_c_forms": [12, 16],
     "glu_slice": [16],
     "grouped_conv": [4, 12],  # whole groups: of four channels, and the four that they make
@@ -26,6 +27,7 @@ UNITS = {
     "saturated_softmax": [64, 96],
     "shufflenet": [6, 6, 12, 12, 12, 32],
     "softmax_other_axis": [16],
+    "vector_weight": [16],
     "weight_by_transpose_conv": [12],
     "zipmap": [16],
 }

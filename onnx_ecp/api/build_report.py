@@ -15,7 +15,7 @@ from onnx_ecp.api.preparation import NO_FIT, Data, Job
 from onnx_ecp.api.target import for_target
 from onnx_ecp.data.untrusted import npz_names
 from onnx_ecp.evaluation.bounds import Bounds
-from onnx_ecp.evaluation.compare import Comparison, Gap
+from onnx_ecp.evaluation.compare import ROUNDED, Comparison, Gap
 from onnx_ecp.gradients.cotangents import SQUARED
 from onnx_ecp.gradients.selections import Selection
 from onnx_ecp.graph import Model
@@ -41,6 +41,8 @@ from onnx_ecp.units.stages import UnitStep
 
 # From this relative error on little of the network is left: constant outputs have 1.
 DESTROYED = 0.9
+# Errors are told to be larger elsewhere from so many times the held-out one on.
+BEYOND_HELD_OUT = 1.5
 # An error beyond so many times the predicted one is told, if it is no trifle.
 FAR_BEYOND, TRIFLE = 2.0, 0.01
 # Below this effective sample size the user is warned that few samples carry all the weight.
@@ -60,6 +62,7 @@ def build_report(
     output: str | Path | None,
     predicted: float | None,
     worth: Gain,
+    learnt: float | None,
     speedup: Speedup | None,
     curve: tuple[Point, ...],
     bounded: Bounds | None,
@@ -80,6 +83,7 @@ def build_report(
         output: the file that was written, if any.
         predicted: relative output error that the importances expect, if they expect one.
         worth: multiplications and latency of both models.
+        learnt: relative output error on samples that the result was computed from.
         speedup: what was measured where latency was the target.
         curve: points of a search, or of a gate.
         bounded: bounds on the gap, where asked for.
@@ -99,6 +103,7 @@ def build_report(
         skips=(*skips, *ready.skips),
         predicted_error=predicted,
         gap=comparison.gap,
+        learnt_error=learnt,
         curve=curve,
         bounds=bounded,
         seconds=seconds,
@@ -106,6 +111,7 @@ def build_report(
             *given.notes,
             *warnings(data, network, pruned, comparison),
             *prediction_warning(predicted, comparison.gap),
+            *learnt_warning(learnt, comparison.gap),
             *misfit_warnings(skips),
             *mask_warnings(network, step, options),
             *target_warnings(data, options, curve),
@@ -259,6 +265,17 @@ def prediction_warning(predicted: float | None, gap: Gap) -> Iterator[str]:
         )
 
 
+def learnt_warning(learnt: float | None, gap: Gap) -> Iterator[str]:
+    """Says so where the held-out samples lack what makes the error of others."""
+    high = gap.relative_error if gap.certainty is None else gap.certainty.high
+    if learnt is not None and learnt > max(BEYOND_HELD_OUT * gap.relative_error, high, ROUNDED):
+        yield (
+            f"on the samples that the result was computed from the error is {learnt:.3g}, on those "
+            f"held out it is {gap.relative_error:.3g}: samples that matter are rare, and those held"
+            " out have too few of them. Expect the larger error, and give more samples."
+        )
+
+
 def misfit_warnings(skips: Sequence[Skip]) -> Iterator[str]:
     """Says so where layers stayed dense because a pattern does not fit them."""
     dense = [skip for skip in skips if NO_FIT in skip.reason]
@@ -300,10 +317,26 @@ def target_warnings(data: Data, options: Options, curve: Sequence[Point]) -> Ite
                 f"{100 / samples:.2g} percentage points: --max-accuracy-drop "
                 f"{options.max_accuracy_drop:g} needs more labelled samples to mean something."
             )
+    yield from limit_warning(options, curve)
     if options.searches and all(point.within for point in curve):
         yield (
             "every step of the search was within the target: it ended where almost nothing is left "
             "to remove, not at the target."
+        )
+
+
+def limit_warning(options: Options, curve: Sequence[Point]) -> Iterator[str]:
+    """Says so where the error is within the limit and its interval is not."""
+    held = [point for point in curve if point.within]
+    limit = None if options.limit is None else options.limit.error
+    if not held or limit is None:
+        return
+    last = max(held, key=lambda point: point.sparsity)
+    if last.high is not None and last.high > limit:
+        yield (
+            f"the measured error {last.error:.3g} is within --max-error {limit:g}, but so few "
+            f"samples tell it that it may be up to {last.high:.3g} (upper end of its 95 % "
+            "interval): give more samples, or a smaller limit."
         )
 
 

@@ -65,6 +65,8 @@ from onnx_ecp.units.stages import PrunedUnits, too_slow
 ATTEMPTS = 5
 # Seconds for which a model that seems to miss its target is measured once more.
 LONGER = 3.0
+# So many of the samples that the result was computed from are looked at again.
+LEARNT = 1024
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def optimize(
         worth = gain(given, made, data, options, measured=known, began=began)
         place = None if final is None else str(final)
         comparison = replace(comparison, b=replace(comparison.b, path=place))
-        bounded = bound(given, result, data, options) if options.bound else None
+        learnt = learnt_error(given, result, data, options, measure)
+        bounded = bound(given, result, data, options, measure) if options.bound else None
         masks = stored_masks(network.layers, pruned.state)
         account = build_report(
             given,
@@ -171,6 +174,7 @@ def optimize(
             output=output,
             predicted=predicted,
             worth=worth,
+            learnt=learnt,
             speedup=speedup,
             curve=curve,
             bounded=bounded,
@@ -242,7 +246,7 @@ def judge_of(network: Network, data: Data, options: Options) -> Judge | None:
         return None
     parts = (data.validation, data.test)
     try:
-        return Judge(network.observer, network.original, parts, network.size)
+        return Judge(network.observer, network.original, parts, network.size, options.seed)
     except CalibrationError as error:
         assert options.labels is not None, "they fit no output"
         name = calibrating.labels_name(options.labels)
@@ -321,11 +325,36 @@ def compare(
         threads=options.threads,
         batch_size=options.batch_size,
         measure=measure,
+        seed=options.seed,
     )
     return Comparison(original, model_facts(result), gap)
 
 
-def bound(source: Model, result: Model, data: Data, options: Options) -> bounds.Bounds:
+def learnt_error(
+    source: Model, result: Model, data: Data, options: Options, measure: Measure
+) -> float | None:
+    """The error on samples that the result was computed from, LEARNT at most.
+
+    It is mostly smaller than the error of others. Where it is larger than the held-out samples
+    allow, these lack what makes it. None where there is one sample only.
+    """
+    if data.test is data.train:
+        return None
+    gap = evaluate.measure_gap(
+        source,
+        result,
+        data.train.limit(LEARNT, options.seed),
+        provider=options.provider,
+        threads=options.threads,
+        batch_size=options.batch_size,
+        measure=measure,
+    )
+    return gap.relative_error
+
+
+def bound(
+    source: Model, result: Model, data: Data, options: Options, measure: Measure
+) -> bounds.Bounds:
     """How far the outputs can be apart on inputs like the held-out samples."""
     return bounds.bound(
         source,
@@ -334,4 +363,6 @@ def bound(source: Model, result: Model, data: Data, options: Options) -> bounds.
         provider=options.provider,
         threads=options.threads,
         batch_size=options.batch_size,
+        metric="l2-raw" if options.resolved_metric == "l2-raw" else "l2",
+        measure=measure,
     )

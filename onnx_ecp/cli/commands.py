@@ -12,11 +12,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, TypeVar
 
 import click
 
+from onnx_ecp.cli.grouped import Grouped
 from onnx_ecp.cli.progress import bars
 from onnx_ecp.errors import (
     Interrupted,
@@ -132,9 +133,9 @@ CONFIG = click.option(
 )  # fmt: skip
 CALIBRATION = click.option(
     "-c", "--calibration", metavar="PATH",
-    help="Calibration inputs: .npz (one array per input, first axis = sample), .npy, a folder "
-    "of them, test_data_set_N/input_*.pb, Polygraphy .json, SCRIPT.py[:function].  [default: "
-    "MODEL.npz beside the model, else made-up inputs]",
+    help="Calibration inputs: .npz, .npy, a folder, SCRIPT.py[:function]; .npz has one array per "
+    "input, first axis = sample. Folders of these, of test_data_set_N/input_*.pb, and Polygraphy "
+    ".json work too.  [default: MODEL.npz beside the model, else made-up inputs]",
 )  # fmt: skip
 
 INPUT_SHAPES = click.option(
@@ -223,7 +224,8 @@ RUNNING = (
     click.option(
         "--max-memory", metavar="SIZE",
         help="What statistics and activations may take, such as 8G; below it, more passes over "
-        "the data and temporary files.  [default: half of what is free]",
+        "the data and temporary files, and no joint refit where half of it is too little.  "
+        "[default: half of what is free; 8G for what is left out]",
     ),
     click.option(
         "--seed", type=int, metavar="N", default=0, show_default=True,
@@ -349,6 +351,7 @@ PRESENTATION = (
         "--report", metavar="FILE.json|FILE.html", multiple=True,
         help="Write a report (repeatable).",
     ),
+    JSON,
     QUIET,
     VERBOSE,
     TRACEBACK,
@@ -479,13 +482,14 @@ def main() -> None:
     """  # noqa: D301 - the \b is for click
 
 
-@main.command()
+@main.command(cls=Grouped)
 @click.argument("model")
 @click.argument("output", required=False)
 @_with(*OPTIONS, *PRESENTATION)
 def optimize(
     model: str,
     output: str | None,
+    as_json: bool,
     quiet: bool,
     verbose: bool,
     traceback: bool,
@@ -502,8 +506,11 @@ def optimize(
 
     options |= {name: dict(options[name]) for name in PAIRS}
     calibration = options.pop("calibration")
-    with bars(quiet) as progress:
+    with bars(quiet) as progress, _stdout_for_json(as_json):
         result = pipeline.optimize(model, calibration, output=output, progress=progress, **options)
+    if as_json:
+        _print_json(result.report)
+        return
     if quiet:
         _warn(result.report.warnings)
     else:
@@ -527,7 +534,8 @@ def inspect(
     from onnx_ecp.api import inspect as inspection
 
     shapes = dict(input_shapes)
-    found = inspection.inspect(model, calibration, input_shapes=shapes, target=target)
+    with _stdout_for_json(as_json):
+        found = inspection.inspect(model, calibration, input_shapes=shapes, target=target)
     if as_json:
         _print_json(found)
         return
@@ -550,7 +558,8 @@ def compare(
     from onnx_ecp.evaluation import compare as evaluate
 
     options["output_weights"] = dict(options["output_weights"])
-    comparison = evaluate.compare(model_a, model_b, data, **options)
+    with _stdout_for_json(as_json):
+        comparison = evaluate.compare(model_a, model_b, data, **options)
     if as_json:
         _print_json(comparison)
         return
@@ -582,7 +591,11 @@ def compare(
 @click.option(
     "--sparsity", type=float, metavar="S", help="Of --method.  [default: 0.1]",
 )  # fmt: skip
-@_with(BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
+@_choice(
+    "--metric", "l2|l2-raw", "l2",
+    "Gaps with every output column in units of its spread over the inputs, or as it is.",
+)  # fmt: skip
+@_with(OUTPUT_WEIGHTS, BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
 def bound(
     model_a: str,
     model_b: str | None,
@@ -598,7 +611,7 @@ def bound(
 ) -> None:
     """Bound how far the outputs of MODEL_B can be from those of MODEL_A.
 
-    The gap of an input is the L2 norm of the difference of the outputs.
+    The gap of an input is the distance of the outputs, every column in units of its own spread.
 
     \b
     onnx-ecp bound in.onnx out.onnx -d held-out.npz --confidence 0.95
@@ -608,10 +621,12 @@ def bound(
         raise UsageError(
             "a bound is for MODEL_B or for a --method.", hint="Name exactly one of the two."
         )
-    if method is not None and (data is not None or input_range):
+    options["output_weights"] = dict(options["output_weights"])
+    if method is not None and (data is not None or input_range or options["output_weights"]):
         raise UsageError(
             "--method bounds all inputs, from the weights alone.",
-            hint="Leave out --data and --input-range, or prune first and name MODEL_B.",
+            hint="Leave out --data, --input-range and --output-weights, or prune first and name "
+            "MODEL_B.",
         )
     if model_b is not None and sparsity is not None:
         raise UsageError(
@@ -630,16 +645,17 @@ def bound(
             text.show(text.planning_tables(plan))
         return
     ranges = dict(bounds.parse_range(text_of) for text_of in input_range)
-    found = bounds.bound(
-        model_a, model_b, data, confidence=confidence, eps=eps, input_range=ranges, **options
-    )
+    with _stdout_for_json(as_json):
+        found = bounds.bound(
+            model_a, model_b, data, confidence=confidence, eps=eps, input_range=ranges, **options
+        )
     if as_json:
         _print_json(found)
     else:
         text.show(text.bound_tables(found))
 
 
-@main.command(short_help="Compare several methods and sparsities on MODEL.")
+@main.command(cls=Grouped, short_help="Compare several methods and sparsities on MODEL.")
 @click.argument("model")
 @_with(CALIBRATION)
 @click.option(
@@ -676,14 +692,20 @@ def bound(
     multiple=True,
     help="Write the points; .html has curves (repeatable).",
 )
-@_with(*PRUNING, *RUNNING, FORCE, CONFIG, QUIET, TRACEBACK)
+@_with(*PRUNING, *RUNNING, FORCE, CONFIG, JSON, QUIET, TRACEBACK)
 def sweep(
-    model: str, output: Sequence[str], quiet: bool, force: bool, traceback: bool, **options: Any
+    model: str,
+    output: Sequence[str],
+    as_json: bool,
+    quiet: bool,
+    force: bool,
+    traceback: bool,
+    **options: Any,
 ) -> None:
     """Prune MODEL with several methods to several sparsities, and compare.
 
     \b
-    onnx-ecp sweep in.onnx -c calibration.npz --eval test.npz --labels test.npz -o sweep.html
+    onnx-ecp sweep in.onnx -c in.npz --eval t.npz --labels t.npz -o sweep.html
     """  # noqa: D301 - the \b is for click
     from onnx_ecp.api import sweep as sweeping
     from onnx_ecp.report import sweeps, text
@@ -694,9 +716,12 @@ def sweep(
         sweeps.check_target(path, force=force)
     options |= {name: dict(options[name]) for name in PAIRS}
     calibration = options.pop("calibration")
-    with bars(quiet) as progress:
+    with bars(quiet) as progress, _stdout_for_json(as_json):
         swept = sweeping.sweep(model, calibration, progress=progress, **options)
     sweeps.write(swept, output)
+    if as_json:
+        click.echo(sweeps.as_json(swept), nl=False)
+        return
     if quiet:
         _warn(swept.warnings)
     else:
@@ -726,7 +751,17 @@ def _warn(warnings: Sequence[str]) -> None:
         click.echo(f"warning: {_one_line(warning)}", err=True)
 
 
-def _print_json(value: Any) -> None:
-    from onnx_ecp.report.as_json import dumps, encode
+@contextmanager
+def _stdout_for_json(wanted: bool) -> Iterator[None]:
+    """Send what others print meanwhile, such as a reader of inputs, to stderr."""
+    if not wanted:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
 
-    click.echo(dumps(encode(value)), nl=False)
+
+def _print_json(found: Any) -> None:
+    from onnx_ecp.report.as_json import dumps, to_dict
+
+    click.echo(dumps(to_dict(found)), nl=False)

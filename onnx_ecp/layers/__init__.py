@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_ecp.graph.operators import MICROSOFT
 from onnx_ecp.layers import attention, conv, fused, gemm, matmul, opaque
+from onnx_ecp.layers.batched import Batched
 from onnx_ecp.layers.conv import Conv
 from onnx_ecp.layers.dense import Dense
 from onnx_ecp.layers.fused import preactivation
@@ -78,7 +79,7 @@ def _answers(
         answer = None if match is None else match(node, scope)
         if answer is not None and scope.refusal:
             yield scope.skip(node, scope.refusal)
-        elif isinstance(answer, Conv | Dense):
+        elif isinstance(answer, Conv | Dense | Batched):
             yield whole.settled(scope, node, answer)
         elif answer is not None:
             yield answer

@@ -44,6 +44,24 @@ class Dense(Affine):
         return dense_units(self.shape[0], self.axis)
 
 
+@dataclass(frozen=True)
+class Dot(Dense):
+    """MatMul with a stored vector, W (1, in): the output has no axis of units.
+
+    Args:
+        axis: where inputs lie: -1, or -2 where the weight is the left operand.
+    """
+
+    def rows_out(self, z: np.ndarray) -> np.ndarray:
+        """(P, ...) as (P, 1, rows, 1)."""
+        return z.reshape(len(z), 1, -1, 1)
+
+    @property
+    def shift_shape(self) -> tuple[int, ...]:
+        """(1,): the output has no axis of units."""
+        return (1,)
+
+
 def dense_units(out: int, axis: int) -> tuple[int, ...]:
     """Shape in which a vector (out,) meets the units on ``axis`` (-1 or -2).
 

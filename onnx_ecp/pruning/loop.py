@@ -24,7 +24,7 @@ from onnx_ecp.pruning.joint_refit import ROUNDS, memory_needed, refit_jointly
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.pruning.selection import NM, select
 from onnx_ecp.pruning.standing import is_worse
-from onnx_ecp.runtime.lazy import LazyArrays, Spill
+from onnx_ecp.runtime.lazy import LazyArrays, Spill, size_text
 from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.statistics.collection import (
@@ -35,7 +35,7 @@ from onnx_ecp.statistics.collection import (
 )
 from onnx_ecp.statistics.curvature import CurvatureObserver
 from onnx_ecp.statistics.gram import Gram
-from onnx_ecp.statistics.layerwise import Network, grams_of, matrix
+from onnx_ecp.statistics.layerwise import GRANTED, Network, grams_of, matrix
 from onnx_ecp.statistics.objective import BATCH
 from onnx_ecp.statistics.observer import State
 
@@ -159,12 +159,12 @@ def jointly_refitted(
     if not network.observer.reverses:
         text = "the joint refit was left out: it would take too long by finite differences."
         return _warned(result, text)
-    needed = memory_needed(network.layers, result.state.keep)
-    share = network.share(2)
-    if share is not None and needed > share:
+    needed = memory_needed(network.layers, result.state)
+    if needed > network.granted // 2:
         text = (
-            f"the joint refit was left out: it takes {needed / 2**20:.3g} MiB, and half of "
-            f"--max-memory is {share / 2**20:.3g} MiB."
+            f"the joint refit was left out: it takes {size_text(needed)}, more than half of "
+            f"--max-memory, which is {size_text(network.granted)} ({size_text(GRANTED)} where none "
+            f"is given). With --max-memory {size_text(2 * needed)} it is done."
         )
         return _warned(result, text)
     found = refit_jointly(

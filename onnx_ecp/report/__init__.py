@@ -32,7 +32,8 @@ PATTERN_SPEED = (
 # What a reader needs to know to compare the points of a search with the error of the report.
 CURVE_NOTE = (
     "Each point is the worse of two parts: the samples that judge refits, and those held out. The "
-    "output error of this report is that of the held-out samples alone, so it may be lower."
+    "output error of this report is that of the held-out samples alone, so it may be lower. Limits "
+    "are held against the error, not against the upper end of its interval."
 )
 SYNTHETIC_WARNING = (
     "calibrated on made-up inputs drawn from the model's signature: importances and errors say "
@@ -210,6 +211,7 @@ class Report:
         skips: the candidates that were not pruned, and the layers whose units must stay.
         predicted_error: relative output error that the method expected, None if it does not say.
         gap: original against result on held-out data, None if it was not measured.
+        learnt_error: relative output error on samples that the result was computed from.
         seconds: elapsed time.
         warnings: what the user must know, one sentence each.
         speed: what the result does for latency, one sentence.
@@ -247,6 +249,21 @@ class Report:
     target: ForTarget | None = None
     latency: Latency | None = None
     advice: str = ""
+    learnt_error: float | None = None
+
+    @property
+    def errors(self) -> dict[str, str]:
+        """What is known of the output error, in words by kind."""
+        found = {}
+        if self.predicted_error is not None:
+            found["predicted"] = f"{self.predicted_error:.4g}"
+        if self.gap is not None:
+            known = self.gap.certainty
+            interval = "" if known is None else f" ({known.told})"
+            found["measured"] = f"{self.gap.relative_error:.4g}{interval}"
+        if self.learnt_error is not None:
+            found["on the samples it learnt from"] = f"{self.learnt_error:.4g}"
+        return found
 
     @property
     def weights(self) -> int:

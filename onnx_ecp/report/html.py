@@ -123,7 +123,8 @@ def _headline(report: Report) -> str:
     if report.gap is not None:
         error = (
             f" Relative output error on {counted(report.gap.samples, 'held-out sample')}: "
-            f"<b>{report.gap.relative_error:.4g}</b>."
+            f"<b>{report.gap.relative_error:.4g}</b>"
+            f"{'' if report.gap.certainty is None else f' ({report.gap.certainty.told})'}."
         )
     advice = f"<p>{shown(f'{ADVICE} {report.advice}', 500)}</p>\n" if report.advice else ""
     return (
@@ -211,10 +212,12 @@ def _curve(report: Report) -> str:
         drop = [f"{point.drop:.2f} points"] if point.drop is not None else []
         verdict = "within" if point.within else "beyond"
         share = _share(0.0, point.sparsity, point.within)
-        rows.append([share, f"{point.error:.4g}", *drop, verdict])
+        high = "" if point.high is None else f"{point.high:.4g}"
+        rows.append([share, f"{point.error:.4g}", high, *drop, verdict])
     if not rows:
         return ""
-    columns = ["sparsity", "relative error>", *(["accuracy drop>"] if dropped else []), "target"]
+    columns = ["sparsity", "relative error>", "up to (95 %)>"]
+    columns += [*(["accuracy drop>"] if dropped else []), "target"]
     return f"{table(curve_title(report.curve), columns, rows)}\n<p>{CURVE_NOTE}</p>"
 
 
@@ -315,6 +318,7 @@ def _origin(report: Report) -> str:
         **{name: str(value) for name, value in _recipe(report).items()},
         "seed": str(report.seed),
         "predicted error": number(report.predicted_error),
+        "error on the samples it learnt from": number(report.learnt_error),
         "seconds": f"{report.seconds:.1f}",
         **{f"{name} version": value for name, value in encode(report.versions).items()},
     }

@@ -1,4 +1,4 @@
-"""Reports for the terminal: tables of at most 100 columns, readable without colour.
+"""Reports for the terminal: tables of at most 80 columns, readable without colour.
 
 Names come from files that others made: they pass through ``printable``, and the console takes
 nothing as markup.
@@ -49,15 +49,16 @@ from onnx_ecp.report import (
 from onnx_ecp.report.diagnosis import Diagnosis
 from onnx_ecp.report.headline import ADVICE
 from onnx_ecp.report.inspection import Inspection, Prunable
+from onnx_ecp.report.names import LEAST, Names, cut
 from onnx_ecp.units.rows import MEET, UnitGroup
 
-WIDTH = 100
+WIDTH = 80
 # Rows of a long table that are shown at its beginning and at its end.
 _HEAD = _TAIL = 15
 # Columns of an output that are shown.
 _WORST = 3
-# Characters of a name that a narrow terminal has room for in a line.
-_NAME = 14
+# Characters of a name in a sentence, and of the name of a file.
+_NAME, _FILE = 40, 24
 # Characters of a sentence that are shown; names get fewer.
 _SENTENCE = 400
 
@@ -67,7 +68,7 @@ Row = TypeVar("Row")
 def show(renderable: RenderableType, file: TextIO | None = None) -> None:
     """Print tables on stdout, or into ``file``.
 
-    Where that is no terminal, they are 100 columns wide, without colour and trailing blanks.
+    Where that is no terminal, they are 80 columns wide, without colour and trailing blanks.
     """
     file = sys.stdout if file is None else file
     plain_text: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
@@ -77,7 +78,7 @@ def show(renderable: RenderableType, file: TextIO | None = None) -> None:
         return
     console = Console(file=file, width=WIDTH, color_system=None, **plain_text)
     with console.capture() as captured:
-        console.print(renderable)
+        console.print(fitted(renderable, console))
     file.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
@@ -92,7 +93,7 @@ def fitted(renderable: RenderableType, console: Console) -> RenderableType:
         return renderable
     table = copy.copy(renderable)
     table.columns = [
-        _at_least(column, _NAME if k == 0 else None) for k, column in enumerate(table.columns)
+        _at_least(column, LEAST if k == 0 else None) for k, column in enumerate(table.columns)
     ]
     options = console.options.update(max_width=100 * WIDTH)  # a measurement ends there
     while Measurement.get(console, options, table).minimum > console.width and table.columns[2:]:
@@ -175,7 +176,7 @@ def inspection_tables(inspection: Inspection, *, verbose: bool = False) -> Group
     stored = any(row.storage != "dense" for row in inspection.layers)
     columns = ["layer", "op", "out x in>", "weights>", "zeros>", "fits 2:4"]
     columns += [*(["stored"] if stored else []), "sensitivity"]
-    table = _table("Prunable layers", *columns)
+    table, name = _table("Prunable layers", *columns), Names()
     for row in _cut(inspection.layers, verbose):
         if isinstance(row, int):
             table.add_row(_omitted(row))
@@ -185,7 +186,14 @@ def inspection_tables(inspection: Inspection, *, verbose: bool = False) -> Group
         if row.tensorrt and not row.two_four:
             two_four = f"yes, but TensorRT: {row.tensorrt}"
         size = f"{row.weights:,}"
-        cells = [printable(row.name), row.op, _shape(row.shape), size, zeros, two_four]
+        cells: list[RenderableType] = [
+            name(row.name),
+            row.op,
+            _shape(row.shape),
+            size,
+            zeros,
+            two_four,
+        ]
         table.add_row(*cells, *([row.storage] if stored else []), row.sensitivity)
     total, zeros_now = inspection.weights, inspection.zeros
     table.add_section()
@@ -221,7 +229,7 @@ def _blocked(layers: Sequence[Prunable]) -> list[RenderableType]:
     found: dict[tuple[str, str], list[str]] = {}
     for row in layers:
         if row.sensitivity in _WAYS:
-            found.setdefault((row.sensitivity, row.blocked), []).append(printable(row.name))
+            found.setdefault((row.sensitivity, row.blocked), []).append(cut(row.name, _NAME))
     return [
         Text(
             f"{_WAYS[way]}: {names[0]}"
@@ -234,13 +242,14 @@ def _blocked(layers: Sequence[Prunable]) -> list[RenderableType]:
 
 def _group_table(groups: Sequence[UnitGroup], verbose: bool) -> Table:
     table = _table("Units (--granularity unit)", "made by", "read by", "units>", "width>")
+    maker, reader = Names(), Names()
     for group in _cut(groups, verbose):
         if isinstance(group, int):
             table.add_row(_omitted(group))
             continue
         ends = (group.producers, group.consumers or (MEET,))
-        made, read = (" + ".join(map(printable, names)) for names in ends)
-        table.add_row(made, read, f"{group.units:,}", f"{group.width:,}")
+        made, read = (" + ".join(names) for names in ends)
+        table.add_row(maker(made), reader(read), f"{group.units:,}", f"{group.width:,}")
     return table
 
 
@@ -256,6 +265,8 @@ def comparison_tables(comparison: Comparison) -> Group:
         _latency_rows(table, comparison.latency)
     gap = comparison.gap
     parts: list[RenderableType] = [table, _gap_table(gap), *_column_tables(gap)]
+    if gap.certainty is not None:
+        parts.append(Text(f"relative error {_number(gap.relative_error)} ({gap.certainty.told})"))
     parts += [_warning(text) for text in gap.warnings]
     return Group(*parts)
 
@@ -273,14 +284,14 @@ def bound_tables(bounds: Bounds) -> Group:
 def planning_tables(plan: Planning) -> Group:
     """What pruning costs at most, layer by layer."""
     columns = ["layer", "out x in>", "share>", "typical>", "expected <=>", "limit>"]
-    table = _table("Norm of what goes, relative to the layer", *columns)
+    table, name = _table("Norm of what goes, relative to the layer", *columns), Names()
     for row in _cut(plan.layers, verbose=False):
         if isinstance(row, int):
             table.add_row(_omitted(row))
             continue
         numbers = [_number(x) for x in (row.typical, row.expected, row.limit)]
         share = f"{100 * row.share:.2f} %"
-        table.add_row(printable(row.name), _shape(row.shape), share, *numbers)
+        table.add_row(name(row.name), _shape(row.shape), share, *numbers)
     facts = Table.grid(padding=(0, 2))
     vacuous = " (vacuous)" if plan.vacuous else ""
     gap = f"{_number(plan.gap)}{vacuous} with probability {plan.confidence:.6g}"
@@ -351,7 +362,7 @@ def _score_rows(table: Table, gap: Gap) -> None:
 def _latency_rows(table: Table, latency: Latency) -> None:
     for what, x, y in latency_rows(latency):
         table.add_row(what, f"{1e3 * x:.3g} ms", f"{1e3 * y:.3g} ms", f"x{y / x:.2f}")
-    table.add_row("measured with", "", "", latency.conditions)
+    table.add_row("measured with", "", latency.conditions, "")
 
 
 def _layer_table(report: Report, verbose: bool) -> Table:
@@ -362,8 +373,11 @@ def _layer_table(report: Report, verbose: bool) -> Table:
     columns += ["zeros\nafter>" if report.gone == "zeros" else "removed>"]
     columns += ["sparsity>", "imp.\nremoved>", "bias\nshift>"]
     table = _table("Layers", *columns, *(["effective\nsamples>"] if has_ess else []))
+    name = Names()
 
-    def add(layer: str, op: str, shape: str, before: int, after: int, *rest: str) -> None:
+    def add(
+        layer: RenderableType, op: str, shape: str, before: int, after: int, *rest: str
+    ) -> None:
         table.add_row(layer, op, shape, *([f"{before:,}"] * pruned_before), f"{after:,}", *rest)
 
     for row in _cut(report.layers, verbose):
@@ -378,7 +392,7 @@ def _layer_table(report: Report, verbose: bool) -> Table:
         ]
         share = _percent(row.zeros_after, row.weights)
         add(
-            printable(row.name), printable(row.op), _shape(row.shape),
+            name(row.name), printable(row.op), _shape(row.shape),
             row.zeros_before, row.zeros_after, share, *rest,
         )  # fmt: skip
     table.add_section()
@@ -393,7 +407,7 @@ def _notes(layers: Sequence[LayerRow], verbose: bool) -> Text:
     lines = [
         _omitted(row)
         if isinstance(row, int)
-        else f"{printable(row.name)}: {printable(row.note, _SENTENCE)}"
+        else f"{cut(row.name, _NAME)}: {printable(row.note, _SENTENCE)}"
         for row in _cut(noted, verbose)
     ]
     return Text("\n".join([*lines, ""]))
@@ -401,13 +415,14 @@ def _notes(layers: Sequence[LayerRow], verbose: bool) -> Text:
 
 def _unit_table(report: Report, verbose: bool) -> Table:
     table = _table("Units", "made by", "read by", "before>", "after>", "why")
+    maker, reader = Names(), Names()
     for row in _cut(report.units, verbose):
         if isinstance(row, int):
             table.add_row(_omitted(row))
             continue
         ends = (row.producers, row.consumers or (MEET,))
-        made, read = (" + ".join(map(printable, names)) for names in ends)
-        table.add_row(made, read, f"{row.before:,}", f"{row.after:,}", fate(row))
+        made, read = (" + ".join(names) for names in ends)
+        table.add_row(maker(made), reader(read), f"{row.before:,}", f"{row.after:,}", fate(row))
     before, after = report.work_before, report.work_after
     if before is not None and after is not None:
         table.add_section()
@@ -419,14 +434,14 @@ def _unit_table(report: Report, verbose: bool) -> Table:
 
 def target_tables(target: ForTarget, *, verbose: bool = False) -> Group:
     """Which layers a runtime gains from, why not from the others, and what to run next."""
-    table = _table(target.heading, "layer", "op", "zeros>", "gains", "why")
+    table, name = _table(target.heading, "layer", "op", "zeros>", "gains", "why"), Names()
     for row in _cut(target.layers, verbose):
         if isinstance(row, int):
             table.add_row(_omitted(row))
         else:
             why = printable(row.refused or row.advice, _SENTENCE)
             gains, zeros = "no" if row.refused else "yes", f"{100 * row.zeros:.0f} %"
-            table.add_row(printable(row.name), row.op, zeros, gains, why)
+            table.add_row(name(row.name), row.op, zeros, gains, why)
     words = [f"{target.title}: {target.gains}."]
     words += [target.changes] if target.changes else []
     words += [f"next: {printable(target.next_step, _SENTENCE)}", ""]
@@ -434,28 +449,26 @@ def target_tables(target: ForTarget, *, verbose: bool = False) -> Group:
 
 
 def _skip_table(skips: Sequence[Skip], verbose: bool, title: str = "Not pruned") -> Table:
-    table = _table(title, "node", "op", "reason")
+    table, name = _table(title, "node", "op", "reason"), Names()
     for skip in _cut(skips, verbose):
         if isinstance(skip, int):
             table.add_row(_omitted(skip))
         else:
-            table.add_row(
-                printable(skip.name), printable(skip.op), printable(skip.reason, _SENTENCE)
-            )
+            reason = printable(skip.reason, _SENTENCE)
+            table.add_row(name(skip.name), printable(skip.op), reason)
     return table
 
 
 def _gap_table(gap: Gap) -> Table:
-    columns = ["output", "relative error>", "mean squared error>", "largest deviation>"]
+    columns = ["output", "relative\nerror>", "mean squared\nerror>", "largest\ndeviation>"]
     agrees = gap.agreement is not None
-    title = f"Outputs on {counted(gap.samples, 'sample')}"
-    table = _table(title, *columns, *(["top-1 agreement>"] if agrees else []))
+    title, name = f"Outputs on {counted(gap.samples, 'sample')}", Names()
+    table = _table(title, *columns, *(["top-1\nagreement>"] if agrees else []))
     for d in gap.outputs:
         largest = f"{_number(d.largest)} (sample {d.largest_at})"
         agreement = "" if d.agreement is None else f"{d.agreement:.2f} %"
         error, squared = _number(d.relative_error), _number(d.mean_squared_error)
-        row = [printable(d.output), error, squared, largest]
-        table.add_row(*row, *([agreement] if agrees else []))
+        table.add_row(name(d.output), error, squared, largest, *([agreement] if agrees else []))
     if len(gap.outputs) > 1:
         table.add_section()
         table.add_row("all", _number(gap.relative_error))
@@ -465,22 +478,25 @@ def _gap_table(gap: Gap) -> Table:
 def _column_tables(gap: Gap) -> list[Table]:
     """The worst columns of the outputs that have several."""
     columns = ["output", "column>", "relative error>", "standard deviation>"]
-    table = _table(WORST_COLUMNS, *columns)
+    table, name = _table(WORST_COLUMNS, *columns), Names()
     for d in gap.outputs:
         for c in d.worst[:_WORST]:
             spread, error = _number(c.spread), _number(c.relative_error)
-            table.add_row(printable(d.output), column_of(d, c), error, spread)
+            table.add_row(name(d.output), column_of(d, c), error, spread)
     return [table] if table.row_count else []
 
 
 def _curve_table(curve: Sequence[Point]) -> Group:
     dropped = any(point.drop is not None for point in curve)
-    columns = ["sparsity>", "relative error>", *(["accuracy drop>"] if dropped else []), "target"]
+    columns = ["sparsity>", "relative error>", "up to (95 %)>"]
+    columns += [*(["accuracy drop>"] if dropped else []), "target"]
     table = _table(curve_title(curve), *columns)
     for point in curve:
         drop = [] if point.drop is None else [f"{point.drop:.2f} points"]
         verdict = "within" if point.within else "beyond"
-        table.add_row(f"{100 * point.sparsity:.2f} %", _number(point.error), *drop, verdict)
+        high = "" if point.high is None else _number(point.high)
+        share = f"{100 * point.sparsity:.2f} %"
+        table.add_row(share, _number(point.error), high, *drop, verdict)
     return Group(table, Text(f"{CURVE_NOTE}\n"))
 
 
@@ -494,9 +510,7 @@ def _support(recipe: Recipe) -> str:
 
 def _facts(report: Report) -> Table:
     recipe, data = report.recipe, report.calibration
-    errors = {"predicted": report.predicted_error}
-    errors["measured"] = None if report.gap is None else report.gap.relative_error
-    known = [f"{name} {_number(error)}" for name, error in errors.items() if error is not None]
+    known = [f"{name} {words}" for name, words in report.errors.items()]
     origin = printable(data.source, _SENTENCE)
     stages = f"{len(report.curve)} steps" if report.searched else f"stages {recipe.stages}"
     table = Table.grid(padding=(0, 2))
@@ -551,12 +565,10 @@ def _omitted(count: int) -> str:
 
 def _signature_table(inspection: Inspection) -> Group:
     path = Text(printable(inspection.path or "model in memory", _SENTENCE), style="bold")
-    table = _table(None, "", "name", "type", "shape")
+    table, name = _table(None, "", "name", "type", "shape"), Names()
     for role, values in (("input", inspection.inputs), ("output", inspection.outputs)):
         for value in values:
-            table.add_row(
-                role, printable(value.name), str(value.dtype or "other"), _axes(value.shape)
-            )
+            table.add_row(role, name(value.name), str(value.dtype or "other"), _axes(value.shape))
     return Group(path, table)
 
 
@@ -569,7 +581,7 @@ def _axes(shape: Sequence[int | str | None] | None) -> str:
 def _path(facts: ModelFacts) -> str:
     if facts.path is None:
         return "(in memory)"
-    return printable(Path(facts.path).name)
+    return cut(Path(facts.path).name, _FILE)
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -21,8 +21,9 @@ from onnx_ecp.gradients.builder import Builder, Fact
 from onnx_ecp.gradients.rules.convolution import Window, margins, pad_spatial
 from onnx_ecp.graph.surgery import export_graph, import_graph
 from onnx_ecp.layers import Layer
+from onnx_ecp.layers.batched import Batched
 from onnx_ecp.layers.conv import Conv
-from onnx_ecp.layers.dense import Dense
+from onnx_ecp.layers.dense import Dense, Dot
 from onnx_ecp.statistics.moments import Moments
 
 
@@ -189,7 +190,9 @@ def _rows_in(op: Builder, layer: Layer, a: gs.Tensor, tensors: Mapping[str, gs.T
     """The layer's input, in float64, as (groups, rows, in)."""
     if isinstance(layer, Conv):
         return _patches(op, layer, a, tensors[layer.output])
-    assert isinstance(layer, Dense), "there are two kinds"
+    if isinstance(layer, Batched):
+        return _of_batch(op, layer, a)
+    assert isinstance(layer, Dense), "there are no other kinds"
     if layer.axis == -2:
         a = _swapped(op, a, len(op.facts[layer.input].shape))
     return op.Reshape(a, [1, -1, layer.shape[1]])
@@ -202,10 +205,25 @@ def _rows_out(op: Builder, layer: Layer, g: gs.Tensor) -> Any:
         maps = op.Reshape(g, [0, 0, groups, out // groups, -1])
         by_unit = op.Transpose(maps, perm=[0, 2, 3, 1, 4])
         return op.Reshape(by_unit, [0, groups, out // groups, -1])
-    assert isinstance(layer, Dense), "there are two kinds"
-    if layer.axis == -2:
-        g = _swapped(op, g, 1 + len(op.facts[layer.output].shape))
+    rank = 1 + len(op.facts[layer.output].shape)
+    if isinstance(layer, Batched):
+        last = [rank - 1, rank - 2] if layer.axis == -1 else [rank - 2, rank - 1]
+        front = op.Transpose(g, perm=[0, rank - 3, last[0], *range(1, rank - 3), last[1]])
+        return op.Reshape(front, [0, groups, out // groups, -1])
+    assert isinstance(layer, Dense), "there are no other kinds"
+    if layer.axis == -2 and not isinstance(layer, Dot):
+        g = _swapped(op, g, rank)
     return op.Transpose(op.Reshape(g, [0, 1, -1, out]), perm=[0, 1, 3, 2])
+
+
+def _of_batch(op: Builder, layer: Batched, a: gs.Tensor) -> Any:
+    """(..., groups or 1, rows, in) as (groups, rows, in)."""
+    shape = op.facts[layer.input].shape
+    rank = len(shape)
+    last = [rank - 2, rank - 1] if layer.axis == -1 else [rank - 1, rank - 2]
+    front = op.Transpose(a, perm=[rank - 3, *range(rank - 3), *last])
+    rows = op.Reshape(front, [shape[-3], -1, layer.shape[1]])
+    return op.Expand(rows, [layer.groups, 1, 1]) if shape[-3] == 1 else rows
 
 
 def _swapped(op: Builder, x: gs.Tensor, rank: int) -> Any:

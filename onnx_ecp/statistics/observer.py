@@ -29,6 +29,7 @@ from onnx_ecp.graph import Model, constants, is_external, printable, read_tensor
 from onnx_ecp.graph.columns import column_axes
 from onnx_ecp.graph.operators import OPERATORS, Moves, moving
 from onnx_ecp.layers import Layer
+from onnx_ecp.layers.batched import Batched
 from onnx_ecp.layers.dense import Dense
 from onnx_ecp.runtime.lazy import LazyArrays
 from onnx_ecp.runtime.session import Session, Value
@@ -640,7 +641,10 @@ def _check_rows(layer: Layer, a: np.ndarray, g: np.ndarray) -> None:
     Raises:
         ModelError: the adjoint (P, *shape of z) has other rows than the layer's input.
     """
-    if isinstance(layer, Dense) and a.size * layer.shape[0] * len(g) != g.size * layer.shape[1]:
+    repeats = layer.groups if isinstance(layer, Batched) and a.shape[-3] == 1 else 1
+    out = layer.shape[0] // (layer.groups if repeats == 1 else 1)
+    dense = isinstance(layer, Dense | Batched)
+    if dense and a.size * out * len(g) != g.size * layer.shape[1]:
         raise ModelError(
             f"the adjoint of layer {printable(layer.name)!r} has shape {g.shape[1:]} where its "
             f"input has {a.shape}: in this batch sizes are broadcast that were not in the first.",

@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_ecp.graph.operators import Moves, find, is_padded
 from onnx_ecp.layers import Layer
+from onnx_ecp.layers.batched import Batched
 from onnx_ecp.layers.trace import Scope
 from onnx_ecp.layers.views import operator
 from onnx_ecp.units.groups import Structure, is_conv, with_layers
@@ -79,7 +80,7 @@ def steady_columns(
         if layer is not None:
             data = next(x for x in node.inputs if x.name == layer.input)
             seen = state.zero(data) if is_padded(node.attrs) else state.of(data)
-            if seen is not None and len(seen) % layer.groups == 0:
+            if seen is not None and is_conv(layer):
                 seen = np.asarray(seen.reshape(layer.groups, -1).all(axis=0))
             if seen is not None and layer.shape[1] % len(seen) == 0:
                 columns[layer.name] = np.repeat(seen, layer.shape[1] // len(seen))
@@ -95,8 +96,9 @@ def steady_columns(
 def _of_layer(state: Steady, node: gs.Node, layer: Layer, dead: np.ndarray) -> np.ndarray:
     """A row is its bias where it has no weights, or where a depthwise Conv reads one number."""
     output, data = node.outputs[0], state.of(node.inputs[0])
-    steady = dead.copy()
-    if data is not None and layer.groups == len(data) > 1:
+    of_groups = layer.groups if isinstance(layer, Batched) else 1
+    steady: np.ndarray = np.logical_and.reduce(dead.reshape(of_groups, -1))
+    if data is not None and is_conv(layer) and layer.groups == len(data) > 1:
         seen = state.zero(node.inputs[0]) if is_padded(node.attrs) else data
         assert seen is not None, "its input has units"
         steady |= np.repeat(seen, len(dead) // len(data))

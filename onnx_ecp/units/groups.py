@@ -23,6 +23,8 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnx_ecp.layers import Layer, Skip, preactivation
+from onnx_ecp.layers.batched import Batched
+from onnx_ecp.layers.dense import Dense, Dot
 from onnx_ecp.layers.trace import Scope, Traced, main_scope
 from onnx_ecp.layers.views import operator
 from onnx_ecp.units.propagation import Count, NotFollowed, Slot, Walk
@@ -280,22 +282,45 @@ def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]
         at if at > 0 else len(walk.shape(tensor)) + at for tensor in (data, node.outputs[0])
     )
     index, axes = weight_axes(node, layer)
+    if isinstance(layer, Dot):
+        walk.marks.pin(rows, f"{node.op} {layer.name!r}: it makes a single number")
+        _follow_columns(walk, node, layer, axis, place, columns)
+        return {}
+    made = _of_one_group(walk, layer, rows)
     try:
-        walk.slot(node, index, axes[0], rows)
-        _follow_bias(walk, node, layer, rows)
+        walk.slot(node, index, axes[0], made)
+        _follow_bias(walk, node, layer, made)
     except NotFollowed as refusal:
         walk.marks.pin(rows, f"{node.op} {layer.name!r}: {refusal}")
-    if layer.groups > 1:
+    if layer.groups > 1 and is_conv(layer):
         _follow_groups(walk, node, layer, rows, columns)
-    elif axis is None:
-        walk.marks.pin(columns, "they are not made by a layer that is pruned")
-    elif axis.index != place:
-        walk.marks.pin(axis.marks, f"{node.op} {layer.name!r} reads another axis")
-        walk.marks.pin(columns, "they are not made by a layer that is pruned")
     else:
-        walk.marks.join(columns, np.repeat(axis.marks, width // len(axis.marks)))
-        walk.slot(node, index, axes[1], axis.marks)
-    return {node.outputs[0].name: Axis(output, rows)}
+        _follow_columns(walk, node, layer, axis, place, columns)
+    return {node.outputs[0].name: Axis(output, made)}
+
+
+def _of_one_group(walk: Walk, layer: Layer, rows: np.ndarray) -> np.ndarray:
+    """The marks along the output's axis: of a batch of matrices, the k-th rows of all share it."""
+    if not isinstance(layer, Batched):
+        return rows
+    first, *others = rows.reshape(layer.groups, -1)
+    for other in others:
+        walk.marks.join(first, other)
+    return np.asarray(first)
+
+
+def _follow_columns(
+    walk: Walk, node: gs.Node, layer: Layer, axis: Axis | None, place: int, columns: np.ndarray
+) -> None:
+    """Columns are the units that lie where a layer reads its inputs."""
+    if axis is not None and axis.index != place:
+        walk.marks.pin(axis.marks, f"{node.op} {layer.name!r} reads another axis")
+    if axis is None or axis.index != place:
+        walk.marks.pin(columns, "they are not made by a layer that is pruned")
+        return
+    index, (_, along) = weight_axes(node, layer)
+    walk.marks.join(columns, np.repeat(axis.marks, len(columns) // len(axis.marks)))
+    walk.slot(node, index, along, axis.marks)
 
 
 def is_conv(layer: Layer) -> bool:
@@ -305,14 +330,16 @@ def is_conv(layer: Layer) -> bool:
 
 def units_axis(layer: Layer) -> int:
     """Where inputs lie in what a layer reads, and units in what it makes: from the end if < 0."""
-    return 1 if is_conv(layer) else -len(layer.shift_shape)
+    return layer.axis if isinstance(layer, Dense | Batched) else 1
 
 
 def weight_axes(node: gs.Node, layer: Layer) -> tuple[int, tuple[int, int]]:
-    """Which input is the weight, and its axes of rows and columns."""
+    """Which input is the weight, and its axes of rows and columns; a vector has only columns."""
     if is_conv(layer):
         return 1, (0, 1)
     left = node.inputs[0].name != layer.input
+    if isinstance(layer, Dot):
+        return (0 if left else 1), (0, 0)
     turned = bool(node.attrs.get("transA" if left else "transB", 0))
     return (0 if left else 1), ((-2, -1) if left != turned else (-1, -2))
 

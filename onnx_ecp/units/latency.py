@@ -25,6 +25,8 @@ from onnx_ecp.evaluation.latency import measure_latency
 from onnx_ecp.graph import Model
 from onnx_ecp.graph.shapes import Shapes, shapes_of_a_run
 from onnx_ecp.layers import Layer
+from onnx_ecp.layers.batched import Batched
+from onnx_ecp.layers.dense import Dot
 from onnx_ecp.layers.trace import Traced, main_scope
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.runtime.session import Session
@@ -221,13 +223,16 @@ class Alone:
         layer, weight, read = self.layer, list(self.weight), list(self.read)
         index, (row_axis, column_axis) = weight_axes(self.node, layer)
         per_channel = layer.shape[1] // weight[column_axis]
-        weight[row_axis], weight[column_axis] = rows, columns // per_channel
+        if not isinstance(layer, Dot):
+            weight[row_axis] = rows // (layer.groups if isinstance(layer, Batched) else 1)
+        weight[column_axis] = columns // per_channel
         attributes = dict(self.node.attrs)
         if self.by_group:
             read[1] = read[1] * rows // layer.shape[0]
             attributes["group"] = layer.groups * rows // layer.shape[0]
         else:
-            read[units_axis(layer)] = weight[column_axis] * layer.groups
+            groups = layer.groups if is_conv(layer) else 1
+            read[units_axis(layer)] = weight[column_axis] * groups
         dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.dtype)
         stored = {"w": np.full(weight, 1 / columns, dtype)}
         if len(self.node.inputs) > 2 and self.node.inputs[2].name:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnx_ecp.evaluation.targets.target import STANDARD, Target, each
+from onnx_ecp.evaluation.targets.target import STANDARD, Target, each, in_groups
 from onnx_ecp.layers import Layer
 
 
@@ -11,7 +11,7 @@ def refusal(layer: Layer) -> str:
     if layer.op not in STANDARD:
         return f"op: {layer.op} is ONNX Runtime's own"
     if layer.groups > 1:
-        return f"op: a convolution of {layer.groups} groups"
+        return in_groups(layer)
     return ""
 
 

@@ -41,6 +41,12 @@ def nothing(layer: Layer, weight: np.ndarray) -> str:
     return ""
 
 
+def in_groups(layer: Layer) -> str:
+    """What speaks against a layer of several groups."""
+    what = "convolution" if layer.op == "Conv" else "product"
+    return f"op: a {what} of {layer.groups} groups"
+
+
 def no_advice(layer: Layer) -> str:
     """There is nothing to add."""
     return ""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from onnx_ecp.evaluation.targets.target import STANDARD, Target, each, most_in_groups
+from onnx_ecp.evaluation.targets.target import STANDARD, Target, each, in_groups, most_in_groups
 from onnx_ecp.layers import Layer
 
 # Below so many inputs or outputs dense kernels are mostly faster.
@@ -25,7 +25,7 @@ def refusal(layer: Layer) -> str:
     if layer.op not in STANDARD:
         return f"op: {layer.op} is ONNX Runtime's own"
     if layer.groups > 1:
-        return f"op: a convolution of {layer.groups} groups"
+        return in_groups(layer)
     if layer.dtype not in TENSORRT.types:
         return f"precision: {onnx.TensorProto.DataType.Name(layer.dtype)}"
     if layer.reduction % 4:

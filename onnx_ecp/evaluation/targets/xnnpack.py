@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
 
-from onnx_ecp.evaluation.targets.target import STANDARD, Target
+from onnx_ecp.evaluation.targets.target import STANDARD, Target, in_groups
 from onnx_ecp.graph import printable
 from onnx_ecp.layers import Layer
 
@@ -38,7 +38,7 @@ def _kind(layer: Layer) -> str:
     if layer.op != "Conv":
         return f"op: {layer.op}, only 1x1 convolutions gain"
     if layer.groups > 1:
-        return f"op: a convolution of {layer.groups} groups, only 1x1 convolutions gain"
+        return f"{in_groups(layer)}, only 1x1 convolutions gain"
     window = getattr(layer, "window", None)
     if window is None or window.kernel != (1, 1):
         kernel = "x".join(map(str, window.kernel)) if window else "unknown"
