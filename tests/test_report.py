@@ -175,6 +175,7 @@ def test_json_schema_is_this_one():
         "options": ["sparsity", "include", "labels"],
         "seed": None,
         "calibration": ["source", "samples", "held_out", "synthetic", "rows"],
+        "int8": None,
         "layers": [
             "name", "op", "tensor", "shape", "weights", "zeros_before", "zeros_after",
             "importance_removed", "largest_shift", "bias_created", "ess", "note", "sparsity",

@@ -284,3 +284,16 @@ def test_a_model_of_which_no_layer_gains_is_an_error_with_the_reasons(rng):
     x = {"x": rng.normal(size=(20, 8)).astype(np.float32)}
     with pytest.raises(TargetError, match="only 1x1 convolutions gain"):
         onnx_ecp.optimize(model, x, target="xnnpack")
+
+
+def test_in_int8_layers_are_listed_as_they_were_in_floats(rng):
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[N, 64] x) => (float[N, 8] y) {
+        h = Gemm<transB = 1>(x, W) a = Relu(h) y = Gemm<transB = 1>(a, V) }"""
+    model = build(text, {"W": (64, 64), "V": (8, 64)}, rng)
+    x = {"x": rng.normal(size=(60, 64)).astype(np.float32)}
+    choices = {"method": "magnitude", "measure": False, "cleanup": False, "quantize": "int8"}
+    found = onnx_ecp.optimize(model, x, target="openvino", **choices).report.target
+    assert [(row.name, row.refused) for row in found.layers] == [("h", ""), ("y", "")]
+    assert found.next_step.startswith("compile OUTPUT with CPU_SPARSE_WEIGHTS")
+    report = onnx_ecp.optimize(model, x, sparsity="2:4", **choices).report
+    assert report.target is None

@@ -100,6 +100,7 @@ class Choices(CommonChoices, total=False):
         permute: with N:M, reorder inputs so that the pattern loses less.
         cbs_select: with cbs, whether masks are searched.
         cbs_update: with cbs, whether the weights that remain are updated.
+        quantize: "int8", or None: what the layers of the result compute in.
         format: "dense", "sparse" or "packed".
         labels: one per calibration sample, a path or an array.
         bound: whether the report bounds the output gap.
@@ -126,6 +127,7 @@ class Choices(CommonChoices, total=False):
     permute: bool
     cbs_select: bool
     cbs_update: bool
+    quantize: str | None
     format: str
     labels: LabelsLike | None
     bound: bool

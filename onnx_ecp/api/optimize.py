@@ -13,6 +13,7 @@ from typing import Any, Unpack
 import numpy as np
 import onnx
 
+from onnx_ecp.api import quantise
 from onnx_ecp.api.build_report import build_report, predicted_error
 from onnx_ecp.api.choices import Choices
 from onnx_ecp.api.effort import within_budget
@@ -139,7 +140,14 @@ def optimize(
         predicted = predicted_error(network, ready.plan, pruned)
         network.observer.close()
         original = model_facts(given)  # now: the output may be the same file
-        result = taken(made.model, options.target)
+        floats, measure = made.model, network.observer.measure
+        result = floats
+        in_int8 = None
+        if options.quantize is not None:
+            in_int8 = quantise.in_int8(given, result, data, options, measure, progress)
+            result = in_int8.model
+            curve = tuple(quantise.gate(given, result, p, data, options, measure) for p in curve)
+        result = taken(result, options.target)
         staging, final = running.enter_context(Staging()), None
         stale: list[Path] = []
         if output is not None and not options.dry_run:
@@ -153,7 +161,6 @@ def optimize(
         # The weights are in the result; what is told of the state are its masks and shifts.
         made = replace(made, model=result)
         pruned = replace(pruned, state=replace(pruned.state, weights=network.original.weights))
-        measure = network.observer.measure
         comparison = compare(given, result, data, options, original, measure)
         known = None if speedup is None else speedup.measured
         worth = gain(given, made, data, options, measured=known, began=began)
@@ -171,6 +178,7 @@ def optimize(
             made,
             comparison,
             options,
+            floats=floats,
             output=output,
             predicted=predicted,
             worth=worth,
@@ -178,6 +186,9 @@ def optimize(
             speedup=speedup,
             curve=curve,
             bounded=bounded,
+            int8=None
+            if in_int8 is None
+            else quantise.told(in_int8, comparison.gap, given, data, options, measure),
             budget=budget,
             seconds=time.monotonic() - began,
         )

@@ -34,6 +34,8 @@ from onnx_ecp.units.cleanup import UNREAD
 STAGED, EFFORT = "ecp-refit", "balanced"
 # What is removed: single weights, or whole neurons, channels and heads.
 GRANULARITIES = ("weight", "unit")
+# What the numbers of the result may become.
+QUANTIZE = ("int8",)
 # Beside a larger ridge nothing that was measured is left in double precision.
 MOST_DAMPING = 1 / float(np.finfo(np.float64).eps)
 # No limit can be larger: percentage points of accuracy, and any number that is one.
@@ -80,6 +82,7 @@ class Options:
     cbs_select: bool = True
     cbs_update: bool = True
     finetune_steps: int = 0
+    quantize: str | None = None
     format: str = "dense"
     samples: int | None = None
     batch_size: int | None = None
@@ -148,6 +151,7 @@ class Options:
         one_of("unread-inputs", self.unread_inputs, UNREAD)
         one_of("format", self.format, ENCODINGS)
         self._check_target()
+        self._check_int8()
         for name in ("samples", "batch_size", "threads", "stages", "probes", "unit_multiple"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -246,6 +250,24 @@ class Options:
             raise UsageError(
                 f"a search ends where the target is met, not where every group is {pattern}.",
                 hint="Give --sparsity too: the target is then a gate.",
+            )
+
+    def _check_int8(self) -> None:
+        if self.quantize is None:
+            return
+        one_of("quantize", self.quantize, QUANTIZE)
+        refused = {
+            f"--format {self.format}, which stores floats": self.format != "dense",
+            "--cost latency, whose target is one of floats": self.cost == "latency",
+            "--bound, which compares layers in floats": self.bound,
+        }
+        for what, given in refused.items():
+            if given:
+                raise UsageError(f"--quantize does not go with {what}.")
+        if self.searches:
+            raise UsageError(
+                "--quantize does not go with a search: zeros alone would use up the limit.",
+                hint="Give --sparsity too: the limit is then a gate for zeros and int8 together.",
             )
 
     def _check_effort(self) -> None:

@@ -64,22 +64,29 @@ def taken(model: Model, name: str | None) -> Model:
 
 
 def for_target(
-    made: Smaller, given: Model, skips: Sequence[Skip], output: str | Path | None, options: Options
+    made: Smaller,
+    floats: Model,
+    given: Model,
+    skips: Sequence[Skip],
+    output: str | Path | None,
+    options: Options,
 ) -> ForTarget | None:
     """What the runtime that was named makes of the result; with N:M TensorRT, else None.
 
     Args:
         made: the result.
+        floats: the same before anything became int8, where layers are seen as such.
         given: the model.
         skips: layers that were not pruned, and those whose units stayed.
         output: where the result was written.
         options: what was asked for.
     """
-    name = options.target or ("tensorrt" if options.patterns else None)
+    kernels = options.patterns and options.quantize is None  # TensorRT has none behind Q/DQ nodes
+    name = options.target or ("tensorrt" if kernels else None)
     if name is None:
         return None
     target = TARGETS[name]
-    layers = eligible(made.model, target)
+    layers = eligible(floats, target)
     if target.granularity == "unit" and options.by_units:
         lost = {x for row in made.rows if row.after < row.before for x in _layers_of(row)}
         layers = tuple(_by_units(layers, lost, skips, "none of its units went"))
@@ -87,7 +94,7 @@ def for_target(
     changes = ""
     if before != after:
         changes = f"IR version {after} instead of {before}, so that {target.title} takes the file."
-    return _for(name, layers, output, changes)
+    return _for(name, layers, output, changes, int8=options.quantize is not None)
 
 
 def foreseen(model: Model, name: str, structure: Structure) -> ForTarget:
@@ -101,10 +108,16 @@ def foreseen(model: Model, name: str, structure: Structure) -> ForTarget:
 
 
 def _for(
-    name: str, layers: tuple[Eligible, ...], output: str | Path | None, changes: str
+    name: str,
+    layers: tuple[Eligible, ...],
+    output: str | Path | None,
+    changes: str,
+    *,
+    int8: bool = False,
 ) -> ForTarget:
     target: Target = TARGETS[name]
-    command = target.next_step.replace("{model}", str(output or "OUTPUT"))
+    step = target.after_int8 if int8 and target.after_int8 else target.next_step
+    command = step.replace("{model}", str(output or "OUTPUT"))
     return ForTarget(name, target.title, target.gains, layers, command, changes)
 
 

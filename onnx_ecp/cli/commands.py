@@ -314,6 +314,11 @@ OPTIONS = (
         help="cbs: update the weights that stay, or leave them.",
     ),
     *PRUNING,
+    click.option(
+        "--quantize", metavar="int8",
+        help="Then put layers into int8: zeros stay zeros, what rounding takes away is made good "
+        "for, and layers that cost too much stay in floats.",
+    ),
     _choice("--format", "dense|sparse|packed", "dense", "Storage of zeros; dense loads anywhere."),
     *RUNNING,
     click.option(

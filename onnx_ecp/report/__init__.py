@@ -17,6 +17,7 @@ from onnx_ecp.evaluation.work import Work
 from onnx_ecp.graph import check_output, write_whole
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.pruning.search import Point
+from onnx_ecp.quantising.rows import Int8, Int8Row
 from onnx_ecp.runtime.versions import Versions
 from onnx_ecp.units.rows import MEET, Speedup, UnitRow
 
@@ -28,6 +29,11 @@ PATTERN_SPEED = (
     "N:M makes the compressed file smaller; ONNX Runtime multiplies its zeros like other numbers. "
     "Kernels for 2:4, such as those of TensorRT on NVIDIA's GPUs, can be faster; no other pattern "
     "has any there."
+)
+INT8_SPEED = (
+    "int8 makes the file four times smaller, and faster where the processor has int8 products "
+    "(AVX-512 VNNI, AVX-VNNI, ARM dot products); what it does here is measured above, unless "
+    "--no-measure was said."
 )
 # What a reader needs to know to compare the points of a search with the error of the report.
 CURVE_NOTE = (
@@ -51,6 +57,8 @@ UNIT_WORDS = (
     f"of a dimension of every head, the number of heads. {MEET}: no layer reads these units, the "
     "products of attention do."
 )
+# Title of the list of ``Int8.layers``.
+INT8 = "int8"
 # Shifts below this are what is left of sums that cancel.
 ROUNDING = 1e-12
 # Words for the fields of ``Work``.
@@ -76,6 +84,20 @@ def latency_rows(latency: Latency) -> Iterator[tuple[str, float, float]]:
     yield "latency, least", latency.seconds_a, latency.seconds_b
     if latency.median_a is not None and latency.median_b is not None:
         yield "latency, median", latency.median_a, latency.median_b
+
+
+def int8_errors(int8: Int8) -> Iterator[tuple[str, float]]:
+    """The errors of the outputs that zeros and rounding leave, with what they are."""
+    yield "error of zeros alone", int8.zeros
+    yield "error of rounding alone", int8.rounding
+    if int8.compensated:
+        yield "error of rounding alone, not compensated", int8.uncompensated
+    yield "error of both", int8.both
+
+
+def int8_layer(row: Int8Row) -> str:
+    """Which type the products of a layer are taken in."""
+    return "int8" if row.int8 else "float"
 
 
 def fate(row: UnitRow) -> str:
@@ -223,6 +245,7 @@ class Report:
         speedup: what was asked for and what was measured, where latency was the target.
         latency: of both models, where it was measured.
         advice: what would be faster, where the result was measured and is not; else empty.
+        int8: what int8 took away and gave; None where all layers stayed in floats.
         target: what the runtime that was named makes of it; with N:M, where none was, TensorRT.
     """
 
@@ -246,6 +269,7 @@ class Report:
     curve: tuple[Point, ...] = ()
     bounds: Bounds | None = None
     speedup: Speedup | None = None
+    int8: Int8 | None = None
     target: ForTarget | None = None
     latency: Latency | None = None
     advice: str = ""

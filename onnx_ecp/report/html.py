@@ -12,6 +12,7 @@ from html import escape
 from onnx_ecp.graph import printable
 from onnx_ecp.report import (
     CURVE_NOTE,
+    INT8,
     ROUNDING,
     UNITS_STAY,
     WORK,
@@ -24,6 +25,8 @@ from onnx_ecp.report import (
     counted,
     curve_title,
     fate,
+    int8_errors,
+    int8_layer,
     latency_rows,
 )
 from onnx_ecp.report.as_json import dumps, encode
@@ -70,6 +73,7 @@ def page(report: Report) -> str:
         _bounds(report),
         _layers(report),
         _units(report),
+        _int8(report),
         _target(report.target),
         _skips(report),
         _origin(report),
@@ -274,6 +278,30 @@ def _units(report: Report) -> str:
             x, y = getattr(before, field), getattr(after, field)
             rows.append([f"{what} of the layers", "", f"{x:,}", f"{y:,}", f"x{y / max(x, 1):.3f}"])
     return table("Units", ["made by", "read by", "before>", "after>", ""], rows)
+
+
+def _int8(report: Report) -> str:
+    int8 = report.int8
+    if int8 is None:
+        return ""
+    rows = [
+        [
+            shown(row.name),
+            shown(row.op, 30),
+            f"{row.weights:,}",
+            int8_layer(row),
+            number(row.error),
+            shown(row.note, 200),
+        ]
+        for row in int8.layers
+    ]
+    layers = table(INT8, ["layer", "op", "weights>", "type", "error>", "why"], rows)
+    worth = [[what, number(error)] for what, error in int8_errors(int8)]
+    worth += [
+        ["bytes in floats", f"{int8.bytes:,}"],
+        ["bytes in floats after gzip", f"{int8.compressed_bytes:,}"],
+    ]
+    return layers + table("Zeros and rounding", ["", ">"], worth)
 
 
 def _target(target: ForTarget | None) -> str:

@@ -28,8 +28,10 @@ from onnx_ecp.evaluation.latency import Latency
 from onnx_ecp.graph import printable
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.pruning.search import Point
+from onnx_ecp.quantising.rows import Int8
 from onnx_ecp.report import (
     CURVE_NOTE,
+    INT8,
     ROUNDING,
     UNIT_WORDS,
     UNITS_STAY,
@@ -44,6 +46,8 @@ from onnx_ecp.report import (
     counted,
     curve_title,
     fate,
+    int8_errors,
+    int8_layer,
     latency_rows,
 )
 from onnx_ecp.report.diagnosis import Diagnosis
@@ -132,6 +136,9 @@ def ok_line(report: Report) -> str:
             fields["agreement"] = f"{report.gap.agreement:.2f}"
     if report.speedup is not None:
         fields["speedup"] = f"{report.speedup.reached:.3f}"
+    if report.int8 is not None:
+        chosen = sum(row.int8 for row in report.int8.layers)
+        fields["int8"] = f"{chosen}/{len(report.int8.layers)}"
     fields["zeros"] = f"{report.zeros_after}/{report.weights}"
     fields["bytes"] = str(report.result.bytes)
     fields["gzip"] = str(report.result.compressed_bytes)
@@ -153,6 +160,8 @@ def report_tables(report: Report, *, verbose: bool = False) -> Group:
         parts.append(_notes(report.layers, verbose))
     if report.units:
         parts.append(_unit_table(report, verbose))
+    if report.int8 is not None:
+        parts.append(_int8_tables(report.int8, report.result, verbose))
     if report.target is not None:
         parts.append(target_tables(report.target, verbose=verbose))
     if report.dense:
@@ -430,6 +439,25 @@ def _unit_table(report: Report, verbose: bool) -> Table:
             x, y = getattr(before, field), getattr(after, field)
             table.add_row(f"{what} of the layers", "", f"{x:,}", f"{y:,}", f"x{y / max(x, 1):.3f}")
     return table
+
+
+def _int8_tables(int8: Int8, result: ModelFacts, verbose: bool) -> Group:
+    table = _table(INT8, "layer", "op", "weights>", "type", "error>", "why")
+    for row in _cut(int8.layers, verbose):
+        if isinstance(row, int):
+            table.add_row(_omitted(row))
+            continue
+        error = "" if row.error is None else _number(row.error)
+        cells = [printable(row.name), row.op, f"{row.weights:,}", int8_layer(row), error]
+        table.add_row(*cells, printable(row.note, _SENTENCE))
+    worth = Table.grid(padding=(0, 2))
+    for what, share in int8_errors(int8):
+        worth.add_row(what, _number(share))
+    sizes = {"size": (int8.bytes, result.bytes)}
+    sizes["size, gzip"] = int8.compressed_bytes, result.compressed_bytes
+    for what, (x, y) in sizes.items():
+        worth.add_row(f"{what} in floats, in int8", f"{_bytes(x)}, {_bytes(y)} ({_ratio(x, y)})")
+    return Group(table, worth, Text(""))
 
 
 def target_tables(target: ForTarget, *, verbose: bool = False) -> Group:

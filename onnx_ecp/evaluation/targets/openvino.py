@@ -26,8 +26,10 @@ OPENVINO = Target(
     "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE or more; elsewhere whole units (--speedup)",
     evidence="its documentation of the CPU device; floats measured without a gain: "
     "docs/targets.md; no CPU with AMX was at hand",
-    next_step="quantize {model} to int8 (nncf.quantize), compile it with "
-    "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE=0.75, and time it with benchmark_app",
+    next_step="the same with --quantize int8, or quantize {model} by nncf.quantize; compile that "
+    "with CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE=0.75, and time it with benchmark_app",
+    after_int8="compile {model} with CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE=0.75, and time it with "
+    "benchmark_app",
     refusals=each(refusal),
     sparsity="0.8",
     scope="layer",
