@@ -1437,7 +1437,7 @@ def test_the_report_measures_latency_unless_told_otherwise(rng):
         report = onnx_ecp.optimize(model.proto, data, measure=measure, **choices).report
         assert re.search(r"need 0\.\d+ of the multiplications", report.speed)
         assert (report.latency is None) == (measure is False)
-        assert report.latency is None or report.latency.conditions == "batch 4, 1 thread"
+        assert report.latency is None or report.latency.conditions.endswith(", 1 thread")
 
 
 def test_an_excluded_layer_keeps_its_units_and_loses_inputs(rng):

@@ -13,6 +13,7 @@ from typing import Any, Unpack
 import numpy as np
 import onnx
 
+from onnx_ecp.api import quantise
 from onnx_ecp.api.build_report import build_report, predicted_error
 from onnx_ecp.api.choices import Choices
 from onnx_ecp.api.effort import within_budget
@@ -39,6 +40,7 @@ from onnx_ecp.api.preparation import (
     prepare,
     timed_batch,
 )
+from onnx_ecp.api.target import check_taken, taken
 from onnx_ecp.data import calibration as calibrating
 from onnx_ecp.errors import CalibrationError, QualityError
 from onnx_ecp.evaluation import bounds
@@ -116,6 +118,7 @@ def optimize(
         running.enter_context(threads_of(options.threads))
         given = load(model)
         check_outputs(given, calibration, output, reports, options)
+        check_taken(given, options.target)
         layers, skips = choose_layers(given, options)
         data = gather(given, calibration, options)
         options = settle_metric(given, layers, data, options, progress)
@@ -137,7 +140,14 @@ def optimize(
         predicted = predicted_error(network, ready.plan, pruned)
         network.observer.close()
         original = model_facts(given)  # now: the output may be the same file
-        result = made.model
+        floats, measure = made.model, network.observer.measure
+        result = floats
+        in_int8 = None
+        if options.quantize is not None:
+            in_int8 = quantise.in_int8(given, result, data, options, measure, progress)
+            result = in_int8.model
+            curve = tuple(quantise.gate(given, result, p, data, options, measure) for p in curve)
+        result = taken(result, options.target)
         staging, final = running.enter_context(Staging()), None
         stale: list[Path] = []
         if output is not None and not options.dry_run:
@@ -151,7 +161,6 @@ def optimize(
         # The weights are in the result; what is told of the state are its masks and shifts.
         made = replace(made, model=result)
         pruned = replace(pruned, state=replace(pruned.state, weights=network.original.weights))
-        measure = network.observer.measure
         comparison = compare(given, result, data, options, original, measure)
         known = None if speedup is None else speedup.measured
         worth = gain(given, made, data, options, measured=known, began=began)
@@ -169,6 +178,7 @@ def optimize(
             made,
             comparison,
             options,
+            floats=floats,
             output=output,
             predicted=predicted,
             worth=worth,
@@ -176,6 +186,9 @@ def optimize(
             speedup=speedup,
             curve=curve,
             bounded=bounded,
+            int8=None
+            if in_int8 is None
+            else quantise.told(in_int8, comparison.gap, given, data, options, measure),
             budget=budget,
             seconds=time.monotonic() - began,
         )
