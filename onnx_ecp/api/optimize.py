@@ -40,6 +40,7 @@ from onnx_ecp.api.preparation import (
     prepare,
     timed_batch,
 )
+from onnx_ecp.api.target import check_taken, taken
 from onnx_ecp.data import calibration as calibrating
 from onnx_ecp.errors import CalibrationError, QualityError
 from onnx_ecp.evaluation import bounds
@@ -117,6 +118,7 @@ def optimize(
         running.enter_context(threads_of(options.threads))
         given = load(model)
         check_outputs(given, calibration, output, reports, options)
+        check_taken(given, options.target)
         layers, skips = choose_layers(given, options)
         data = gather(given, calibration, options)
         options = settle_metric(given, layers, data, options, progress)
@@ -138,12 +140,14 @@ def optimize(
         predicted = predicted_error(network, ready.plan, pruned)
         network.observer.close()
         original = model_facts(given)  # now: the output may be the same file
-        result, measure = made.model, network.observer.measure
+        floats, measure = made.model, network.observer.measure
+        result = floats
         in_int8 = None
         if options.quantize is not None:
             in_int8 = quantise.in_int8(given, result, data, options, measure, progress)
             result = in_int8.model
             curve = tuple(quantise.gate(given, result, p, data, options, measure) for p in curve)
+        result = taken(result, options.target)
         staging, final = running.enter_context(Staging()), None
         stale: list[Path] = []
         if output is not None and not options.dry_run:
@@ -174,6 +178,7 @@ def optimize(
             made,
             comparison,
             options,
+            floats=floats,
             output=output,
             predicted=predicted,
             worth=worth,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -35,9 +34,6 @@ class Affine(ABC):
         bias: where a shift of z goes.
         groups: see ``Layer.groups``.
     """
-
-    # Operators of the standard domain with this spelling that TensorRT has 2:4 kernels for.
-    SPARSE_KERNELS: ClassVar[tuple[str, ...]] = ()
 
     name: str
     op: str
@@ -118,11 +114,6 @@ class Affine(ABC):
     def units_refusal(self) -> str:
         """Units are followed."""
         return ""
-
-    @property
-    def sparse_kernel_refusal(self) -> str:
-        """Fused operators are ONNX Runtime's own."""
-        return "" if self.op in self.SPARSE_KERNELS else f"{self.op} is ONNX Runtime's own"
 
     @property
     def has_bias(self) -> bool:

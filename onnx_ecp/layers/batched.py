@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -27,8 +26,6 @@ class Batched(Affine):
         axis: where inputs and units lie, in the input as in the output: -1, or -2 where the weight
             is the left operand.
     """
-
-    SPARSE_KERNELS: ClassVar[tuple[str, ...]] = ("MatMul",)
 
     axis: int
 

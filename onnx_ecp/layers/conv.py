@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -58,8 +58,6 @@ class Conv(Affine):
 
     W is (out, in): the channels of one group times the kernel, kernel positions varying fastest.
     """
-
-    SPARSE_KERNELS: ClassVar[tuple[str, ...]] = ("Conv",)
 
     window: Window
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from onnx_ecp.graph.builder import Builder
+
+if TYPE_CHECKING:
+    from onnx_ecp.layers.bias import Bias
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,10 @@ class Layer(Protocol):
         """How many parts of the input have a part of the output each: 1, mostly."""
 
     @property
+    def bias(self) -> Bias:
+        """Where a shift of z goes."""
+
+    @property
     def has_bias(self) -> bool:
         """Whether the model already has a bias that ``store`` can edit."""
 
@@ -214,10 +221,6 @@ class Layer(Protocol):
     @property
     def units_refusal(self) -> str:
         """Why whole units of the layer cannot be followed; empty where they can."""
-
-    @property
-    def sparse_kernel_refusal(self) -> str:
-        """Why TensorRT has no 2:4 kernel for this operator; empty where it may have one."""
 
     @property
     def shift_shape(self) -> tuple[int, ...]:

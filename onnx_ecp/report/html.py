@@ -13,11 +13,11 @@ from onnx_ecp.graph import printable
 from onnx_ecp.report import (
     CURVE_NOTE,
     INT8,
-    KERNELS,
     ROUNDING,
     UNITS_STAY,
     WORK,
     WORST_COLUMNS,
+    ForTarget,
     LayerRow,
     Report,
     bounding,
@@ -74,7 +74,7 @@ def page(report: Report) -> str:
         _layers(report),
         _units(report),
         _int8(report),
-        _kernels(report),
+        _target(report.target),
         _skips(report),
         _origin(report),
     ]
@@ -304,17 +304,23 @@ def _int8(report: Report) -> str:
     return layers + table("Zeros and rounding", ["", ">"], worth)
 
 
-def _kernels(report: Report) -> str:
+def _target(target: ForTarget | None) -> str:
+    if target is None:
+        return ""
     rows = [
         [
             shown(x.name),
             shown(x.op, 30),
+            f"{100 * x.zeros:.0f} %",
             "no" if x.refused else "yes",
             shown(x.refused or x.advice, 200),
         ]
-        for x in report.sparse_kernels
+        for x in target.layers
     ]
-    return table(KERNELS, ["layer", "op", "possible", "why"], rows)
+    words = [f"{target.title}: {target.gains}.", target.changes, f"next: {target.next_step}"]
+    notes = "\n".join(f"<p>{shown(sentence, 500)}</p>" for sentence in words if sentence)
+    columns = ["layer", "op", "zeros>", "gains", "why"]
+    return f"{table(target.heading, columns, rows)}\n{notes}"
 
 
 def _skips(report: Report) -> str:
