@@ -26,6 +26,7 @@ from onnx_ecp.errors import (
     did_you_mean,
     named_as_options,
 )
+from onnx_ecp.runtime.supervision import supervised
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -112,6 +113,7 @@ THREADS = click.option(
     "--threads", type=int, metavar="N",
     help="Threads of ONNX Runtime and NumPy.  [default: their own choice]",
 )  # fmt: skip
+TIMEOUT = click.option("--timeout", type=float, metavar="S", help="Give up after S seconds.")
 TRACEBACK = click.option("--traceback", is_flag=True, help="Show the traceback of an error.")
 JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Print only the last line.")
@@ -225,7 +227,7 @@ RUNNING = (
         "the graph where the provider is cuda.",
     ),
     THREADS,
-    click.option("--timeout", type=float, metavar="S", help="Give up after S seconds."),
+    TIMEOUT,
     click.option(
         "--input-shapes", type=Pair(":", _sizes, "x:1,3,224,224"), metavar="NAME:D1,D2,...",
         multiple=True, help="Shape of an input with free dimensions (repeatable).",
@@ -361,17 +363,27 @@ class Program(click.Group):
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **keywords: Any) -> Any:
         """Run and exit; see ``click.Group.main``."""
+        own = args is None  # the process is the command's, not that of a program that calls it
         args = list(sys.argv[1:] if args is None else args) or ["--help"]
         keywords["standalone_mode"] = False
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # not every terminal can show every name
                 stream.reconfigure(errors="backslashreplace")
-        with named_as_options(), _signals_raise():
-            try:
-                code = super().main(args, *rest, **keywords)
-            except Exception as error:
-                code = _failed(error, with_traceback="--traceback" in args)
-        sys.exit(code or 0)
+        run = super().main
+
+        def work() -> int:
+            with named_as_options(), _signals_raise():
+                try:
+                    return run(args, *rest, **keywords) or 0
+                except Exception as error:
+                    return _failed(error, with_traceback="--traceback" in args)
+
+        def explain(error: OnnxEcpError) -> int:
+            return _failed(error, with_traceback=False)
+
+        with named_as_options():
+            code = supervised(work, explain) if own else work()
+        sys.exit(code)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command, or UsageError with the closest names."""
@@ -393,8 +405,12 @@ def _signals_raise() -> Iterator[None]:
         yield  # only the main thread may set handlers
         return
 
+    arrived = []
+
     def interrupt(number: int, frame: Any) -> None:
-        raise _Signal(number)
+        arrived.append(number)
+        if len(arrived) == 1:  # one is enough; a second would disturb the cleaning up
+            raise _Signal(number)
 
     before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -503,12 +519,15 @@ def optimize(
 
 @main.command()
 @click.argument("model")
-@_with(JSON, VERBOSE, TRACEBACK)
-def inspect(model: str, as_json: bool, verbose: bool, traceback: bool) -> None:
+@_with(TIMEOUT, JSON, VERBOSE, TRACEBACK)
+def inspect(
+    model: str, timeout: float | None, as_json: bool, verbose: bool, traceback: bool
+) -> None:
     """Show what of MODEL is prunable, what is not, and why."""
-    from onnx_ecp.api import inspect as inspection
+    with _within(timeout):
+        from onnx_ecp.api import inspect as inspection
 
-    found = inspection.inspect(model)
+        found = inspection.inspect(model)
     if as_json:
         _print_json(found)
         return
@@ -523,15 +542,22 @@ def inspect(model: str, as_json: bool, verbose: bool, traceback: bool) -> None:
 @click.option("-d", "--data", metavar="PATH", required=True, help="Inputs, as of optimize -c.")
 @click.option("--labels", metavar="PATH", help="Labels of the inputs: .npy, or .npz with y.")
 @click.option("--measure", is_flag=True, help="Measure latency too, the models in turns.")
-@_with(OUTPUT_WEIGHTS, BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
+@_with(OUTPUT_WEIGHTS, BATCH_SIZE, PROVIDER, THREADS, TIMEOUT, JSON, TRACEBACK)
 def compare(
-    model_a: str, model_b: str, data: str, as_json: bool, traceback: bool, **options: Any
+    model_a: str,
+    model_b: str,
+    data: str,
+    timeout: float | None,
+    as_json: bool,
+    traceback: bool,
+    **options: Any,
 ) -> None:
     """Compare the outputs of MODEL_B with those of MODEL_A."""
-    from onnx_ecp.evaluation import compare as evaluate
-
     options["output_weights"] = dict(options["output_weights"])
-    comparison = evaluate.compare(model_a, model_b, data, **options)
+    with _within(timeout):
+        from onnx_ecp.evaluation import compare as evaluate
+
+        comparison = evaluate.compare(model_a, model_b, data, **options)
     if as_json:
         _print_json(comparison)
         return
@@ -563,7 +589,7 @@ def compare(
 @click.option(
     "--sparsity", type=float, metavar="S", help="Of --method.  [default: 0.1]",
 )  # fmt: skip
-@_with(BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
+@_with(BATCH_SIZE, PROVIDER, THREADS, TIMEOUT, JSON, TRACEBACK)
 def bound(
     model_a: str,
     model_b: str | None,
@@ -573,6 +599,7 @@ def bound(
     input_range: Sequence[str],
     method: str | None,
     sparsity: float | None,
+    timeout: float | None,
     as_json: bool,
     traceback: bool,
     **options: Any,
@@ -604,16 +631,18 @@ def bound(
     if model_b is None:
         assert method is not None, "one of the two is given"
         share = 0.1 if sparsity is None else sparsity
-        plan = bounds.plan(model_a, method, share, confidence=confidence, eps=eps)
+        with _within(timeout):
+            plan = bounds.plan(model_a, method, share, confidence=confidence, eps=eps)
         if as_json:
             _print_json(plan)
         else:
             text.show(text.planning_tables(plan))
         return
     ranges = dict(bounds.parse_range(text_of) for text_of in input_range)
-    found = bounds.bound(
-        model_a, model_b, data, confidence=confidence, eps=eps, input_range=ranges, **options
-    )
+    with _within(timeout):
+        found = bounds.bound(
+            model_a, model_b, data, confidence=confidence, eps=eps, input_range=ranges, **options
+        )
     if as_json:
         _print_json(found)
     else:
@@ -700,6 +729,17 @@ def doctor(as_json: bool, traceback: bool) -> None:
         text.show(text.diagnosis_tables(diagnosis))
     if not diagnosis.ok:
         raise click.exceptions.Exit(6)
+
+
+@contextmanager
+def _within(seconds: float | None) -> Iterator[None]:
+    """Let everything inside end after so many seconds, what is imported included."""
+    if seconds is not None and not seconds > 0:
+        raise UsageError(f"--timeout is {seconds:g}.", hint="Give a number of seconds above 0.")
+    from onnx_ecp.runtime.limits import deadline
+
+    with deadline(seconds):
+        yield
 
 
 def _warn(warnings: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from threadpoolctl import ThreadpoolController
 
 from onnx_ecp.errors import ProviderError
+from onnx_ecp.runtime.supervision import tell
 
 _DEADLINE: contextvars.ContextVar[tuple[float, float] | None] = contextvars.ContextVar(
     "deadline", default=None
@@ -25,10 +26,15 @@ _THREADS: contextvars.ContextVar[int | None] = contextvars.ContextVar("threads",
 @contextmanager
 def deadline(seconds: float | None) -> Iterator[None]:
     """Let everything inside end with ProviderError after this many seconds (None: no limit)."""
-    token = _DEADLINE.set(None if seconds is None else (time.monotonic() + seconds, seconds))
+    if seconds is None:
+        yield
+        return
+    token = _DEADLINE.set((time.monotonic() + seconds, seconds))
+    tell("limit", repr(seconds))
     try:
         yield
     finally:
+        tell("limit")
         _DEADLINE.reset(token)
 
 
