@@ -1231,9 +1231,7 @@ def test_inputs_that_nobody_reads_are_gathered_away_where_that_pays(outputs, unr
 @each_network
 def test_inspect_shows_the_groups(network, rng):
     model = build(network, rng)
-    if not everything_inferred(model.proto):
-        pytest.skip("onnx infers no shapes of com.microsoft, nor behind a Div of sizes")
-    found = inspect(model.proto)
+    found = inspect(model.proto, inputs(model, rng))
     assert [group.units for group in found.unit_groups] == network[3]
     assert found.unit_refusals
 

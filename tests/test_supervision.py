@@ -6,26 +6,30 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from onnx_ecp.errors import OnnxEcpError
+from onnx_ecp.errors import OnnxEcpError, ProviderError
 from onnx_ecp.runtime import supervision
-from onnx_ecp.runtime.limits import deadline
+from onnx_ecp.runtime.limits import check_deadline, deadline
 from onnx_ecp.runtime.supervision import supervised, tell
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-# Compiled code that heeds no signal: it holds a lock that nobody gives back.
-STUCK = "import ctypes; ctypes.PyDLL(None).sleep(60)"
+# Compiled code that heeds no signal and lets no other thread run.
+STUCK = (
+    "import ctypes; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM}); "
+    "ctypes.PyDLL(None).sleep(60)"
+)
 START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
 PROGRAM = (
     START
     + """
 import os, signal
-from onnx_ecp.errors import OnnxEcpError
+from onnx_ecp.errors import OnnxEcpError, ProviderError
 from onnx_ecp.runtime.limits import deadline
 from onnx_ecp.runtime.supervision import supervised, tell
 def explain(error):
@@ -132,8 +136,6 @@ def test_without_a_parent_nothing_is_told():
 
 def test_threads_are_not_forked():
     """A copy of a process with threads may hold locks for ever: there the work is done at once."""
-    import threading
-
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
     thread.start()
@@ -146,3 +148,17 @@ def test_threads_are_not_forked():
     finally:
         stop.set()
         thread.join()
+
+
+def test_the_limit_of_an_attempt_is_not_that_of_the_process():
+    work = "import time\nwith deadline(0.1, soft=True):\n    time.sleep(1.5)\nprint('done')"
+    assert told(work) == ["done", "code 0"]
+
+
+def test_a_limit_around_holds_inside():
+    with deadline(0.0), deadline(60), pytest.raises(ProviderError, match="time limit of 0 s"):
+        check_deadline()
+    with deadline(60), deadline(0.0), pytest.raises(ProviderError, match="time limit of 0 s"):
+        check_deadline()
+    with deadline(0.0), deadline(None), pytest.raises(ProviderError):
+        check_deadline()

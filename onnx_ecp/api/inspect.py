@@ -1,7 +1,8 @@
 """What of a model is prunable, what is not and why.
 
 Works for models that are newer than the installed ONNX Runtime, or where there is none: only what
-the sensitivities of the layers can be had by needs a run, and is then not told.
+the sensitivities of the layers can be had by needs a run, and is then not told; units are then
+followed as far as shape inference goes.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 
-from onnx_ecp.data import calibration
-from onnx_ecp.errors import CalibrationError, OnnxEcpError, ProviderError
+from onnx_ecp.data import calibration as calibrating
+from onnx_ecp.data.calibration import Batch, Calibration
+from onnx_ecp.errors import CalibrationError, OnnxEcpError, ProviderError, UsageError
 from onnx_ecp.evaluation import tensorrt
 from onnx_ecp.evaluation.facts import model_of
 from onnx_ecp.gradients.reverse import NO_OUTPUT
@@ -27,11 +30,12 @@ from onnx_ecp.graph import (
     runtime_support,
     signature,
 )
+from onnx_ecp.graph.shapes import Shapes
 from onnx_ecp.layers import Layer, find_layers
 from onnx_ecp.report.inspection import Inspection, Prunable
 from onnx_ecp.runtime.limits import deadline
 from onnx_ecp.statistics.observer import Observer
-from onnx_ecp.units import find_structure, inferred_shapes
+from onnx_ecp.units import find_structure, inferred_shapes, shapes_of_a_run
 from onnx_ecp.units.rows import unit_groups
 
 # Sensitivities are looked for in models of so many weights, and for so many seconds.
@@ -39,15 +43,29 @@ MOST_WEIGHTS = 200_000_000
 PATIENCE = 60.0
 
 
-def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
-    """Find the layers of a model that can be pruned.
+def inspect(
+    model: str | Path | onnx.ModelProto,
+    calibration: Any = None,
+    *,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Inspection:
+    """Find the layers of a model that can be pruned, and the units that can be removed.
 
     Args:
         model: path or proto; it is not changed. Where it is not too large, it is run on two
-            made-up samples to find out about sensitivities.
+            samples to find out about sensitivities and about the shapes that units are followed
+            by, as ``optimize`` does.
+        calibration: the samples, like those of ``optimize``; when None, those beside the model,
+            else made-up ones.
+        input_shapes: whole shapes of inputs with free dimensions, by name, for made-up samples.
 
     Raises:
         ModelError: the model is unreadable or invalid.
+        CalibrationError: the calibration data do not fit the model.
+        UsageError: ``input_shapes`` names no input or contradicts the model.
+
+    Example:
+        >>> onnx_ecp.inspect("model.onnx", "calibration.npz").unit_groups  # doctest: +SKIP
     """
     given = model_of(model)
     dense = Model(decode_sparse(given.proto), given.path, given.base)
@@ -58,8 +76,13 @@ def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
         _prunable(layer, read_tensor(dense, stored[layer.weight.tensor]), storage)
         for layer in found.layers
     )
-    layers = _with_sensitivities(layers, dense, found.layers)
-    structure = find_structure(dense.proto, found.layers, inferred_shapes(dense.proto))
+    shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
+    if calibration is None and given.path is not None:
+        calibration = calibrating.sidecar(given.path)
+    samples = None if calibration is None else _given(dense, calibration, shapes)
+    layers = _with_sensitivities(layers, dense, found.layers, samples, shapes)
+    seen = _shapes(dense, samples, shapes, sum(row.weights for row in layers))
+    structure = find_structure(dense.proto, found.layers, seen)
     by_tensor = {layer.tensor: layer for layer in layers}.values()
     return Inspection(
         path=None if given.path is None else str(given.path),
@@ -77,19 +100,57 @@ def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
     )
 
 
+def _given(model: Model, calibration: Any, shapes: Mapping[str, tuple[int, ...]]) -> Calibration:
+    """Two samples of the user's; they fit the model and the shapes."""
+    inputs = signature(model.proto)
+    samples = calibrating.load(calibration, inputs, samples=2)
+    calibrating.check_shapes(samples, inputs, shapes)
+    return samples
+
+
+def _few(model: Model, samples: Calibration | None, shapes: Mapping[str, tuple[int, ...]]) -> Batch:
+    """Two samples: the given ones, else made-up ones."""
+    if samples is None:
+        inputs = signature(model.proto)
+        samples = calibrating.synthetic(model.proto, inputs, samples=2, shapes=shapes)
+    return next(samples.batches(2))
+
+
+def _shapes(
+    model: Model,
+    samples: Calibration | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: int,
+) -> Shapes:
+    """Shapes of all tensors: of a run where that is possible, else as far as inference goes."""
+    if weights <= MOST_WEIGHTS:
+        try:
+            with deadline(PATIENCE, soft=True):
+                return shapes_of_a_run(model, _few(model, samples, shapes).feeds)
+        except UsageError:
+            raise
+        except OnnxEcpError:
+            pass  # the rows of the layers say why it does not run
+    return inferred_shapes(model.proto)
+
+
 def _with_sensitivities(
-    rows: tuple[Prunable, ...], model: Model, layers: Sequence[Layer]
+    rows: tuple[Prunable, ...],
+    model: Model,
+    layers: Sequence[Layer],
+    samples: Calibration | None,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[Prunable, ...]:
-    """The rows with what an attempt to observe the layers, on made-up inputs, tells."""
+    """The rows with what an attempt to observe the layers on a few samples tells."""
     if not layers:
         return rows
     if sum(row.weights for row in rows) > MOST_WEIGHTS:
         return tuple(replace(row, blocked="the model is too large to try it") for row in rows)
     try:
-        with deadline(PATIENCE):
-            inputs = signature(model.proto)
-            made_up = calibration.synthetic(model.proto, inputs, samples=2)
-            observer = Observer(model, layers, next(made_up.batches(2)))
+        with deadline(PATIENCE, soft=True):
+            observer = Observer(model, layers, _few(model, samples, shapes))
+    except UsageError:
+        raise
     except (ProviderError, CalibrationError) as error:  # made-up inputs may be at fault
         return tuple(replace(row, blocked=error.message) for row in rows)
     except OnnxEcpError as error:

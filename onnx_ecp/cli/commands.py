@@ -139,6 +139,11 @@ CALIBRATION = click.option(
     "MODEL.npz beside the model, else made-up inputs]",
 )  # fmt: skip
 
+INPUT_SHAPES = click.option(
+    "--input-shapes", type=Pair(":", _sizes, "x:1,3,224,224"), metavar="NAME:D1,D2,...",
+    multiple=True, help="Shape of an input with free dimensions (repeatable).",
+)  # fmt: skip
+
 OUTPUT_WEIGHTS = click.option(
     "--output-weights", type=Pair("=", float, "y=2 or y:0=2"), metavar="NAME[:COLUMN]=W",
     multiple=True,
@@ -228,10 +233,7 @@ RUNNING = (
     ),
     THREADS,
     TIMEOUT,
-    click.option(
-        "--input-shapes", type=Pair(":", _sizes, "x:1,3,224,224"), metavar="NAME:D1,D2,...",
-        multiple=True, help="Shape of an input with free dimensions (repeatable).",
-    ),
+    INPUT_SHAPES,
 )  # fmt: skip
 
 # One row per option of `optimize`; its name is the keyword of `pipeline.optimize`.
@@ -519,15 +521,21 @@ def optimize(
 
 @main.command()
 @click.argument("model")
-@_with(TIMEOUT, JSON, VERBOSE, TRACEBACK)
+@_with(CALIBRATION, INPUT_SHAPES, TIMEOUT, JSON, VERBOSE, TRACEBACK)
 def inspect(
-    model: str, timeout: float | None, as_json: bool, verbose: bool, traceback: bool
+    model: str,
+    calibration: str | None,
+    input_shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    timeout: float | None,
+    as_json: bool,
+    verbose: bool,
+    traceback: bool,
 ) -> None:
     """Show what of MODEL is prunable, what is not, and why."""
     with _within(timeout):
         from onnx_ecp.api import inspect as inspection
 
-        found = inspection.inspect(model)
+        found = inspection.inspect(model, calibration, input_shapes=dict(input_shapes))
     if as_json:
         _print_json(found)
         return

@@ -24,17 +24,25 @@ _THREADS: contextvars.ContextVar[int | None] = contextvars.ContextVar("threads",
 
 
 @contextmanager
-def deadline(seconds: float | None) -> Iterator[None]:
-    """Let everything inside end with ProviderError after this many seconds (None: no limit)."""
-    if seconds is None:
+def deadline(seconds: float | None, *, soft: bool = False) -> Iterator[None]:
+    """Let everything inside end with ProviderError after this many seconds (None: no limit).
+
+    A limit around it holds too. A ``soft`` one is that of an attempt that may fail: work that
+    cannot be interrupted may exceed it, where any other makes the parent end the process.
+    """
+    outer = _DEADLINE.get()
+    until = None if seconds is None else (time.monotonic() + seconds, seconds)
+    if until is None or (outer is not None and outer <= until):
         yield
         return
-    token = _DEADLINE.set((time.monotonic() + seconds, seconds))
-    tell("limit", repr(seconds))
+    token = _DEADLINE.set(until)
+    if not soft:
+        tell("limit", repr(seconds))
     try:
         yield
     finally:
-        tell("limit")
+        if not soft:
+            tell("limit")
         _DEADLINE.reset(token)
 
 
