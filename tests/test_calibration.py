@@ -721,3 +721,31 @@ def test_synthetic_inputs_depend_on_the_seed_alone():
 
 def test_a_calibration_knows_its_length():
     assert len(Calibration({"x": samples(5, 3)}, True, "here", False, 0)) == 5
+
+
+class Refilling:
+    """A reader that fills one buffer again and again."""
+
+    def __init__(self, x):
+        self._x, self._buffer, self._at = x, np.empty_like(x[:1]), 0
+
+    def get_next(self):
+        if self._at == len(self._x):
+            return None
+        self._buffer[:] = self._x[self._at]
+        self._at += 1
+        return {"x": self._buffer}
+
+
+def refilled(x):
+    buffer = np.empty_like(x[0])
+    for row in x:
+        buffer[:] = row
+        yield {"x": buffer}
+
+
+@pytest.mark.parametrize("make", [Refilling, refilled], ids=["reader", "generator"])
+def test_what_is_yielded_is_copied(make):
+    x = samples(6, 3)
+    data = load(make(x), [X])
+    np.testing.assert_array_equal(together(data), x.ravel())

@@ -638,6 +638,26 @@ def test_the_reference_implementation_agrees(network, rng):
     )
 
 
+@pytest.mark.parametrize("method", ["ecp-refit", "ecp", "magnitude"])
+@pytest.mark.parametrize("share", [0.2, 0.3, 0.4, 0.5])
+def test_zeros_that_are_there_already_count_towards_the_target(share, method, rng):
+    model = build(NETWORKS["Gemm chain"], rng)
+    for weight in model.proto.graph.initializer:
+        values = onnx.numpy_helper.to_array(weight).copy()
+        if values.ndim == 2:
+            values.flat[::4] = 0
+        weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    report = onnx_ecp.optimize(
+        model.proto, inputs(model, rng, 60), method=method, granularity="unit", sparsity=share
+    ).report
+    dense = report.weights
+    assert report.sparsity >= share
+    # No more goes than one unit, the largest of which has ten weights.
+    assert report.zeros_after <= max(share * dense + 10, report.zeros_before)
+    gone = any(row.after < row.before for row in report.units)
+    assert gone == (report.zeros_before < share * dense)
+
+
 @each_network
 @pytest.mark.parametrize("method", ["ecp-refit", "ecp", "magnitude"])
 def test_optimize_reaches_the_share_of_weights_and_what_it_writes_checks(
@@ -918,6 +938,19 @@ def test_fine_tuning_goes_on_without_the_units_that_went(rng):
     )
     assert [row.after for row in tuned.units] == [row.after for row in plain.units]
     assert tuned.gap.relative_error < 0.9 * plain.gap.relative_error
+
+
+def test_who_reads_pooling_indices_is_the_reason_why_channels_stay(rng):
+    body = """h = Conv(x, W)
+        p, i = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(h)
+        u = MaxUnpool<kernel_shape = [2, 2], strides = [2, 2]>(p, i)
+        y = Conv(u, V)"""
+    shapes = {"W": (6, 2, 1, 1), "V": (3, 6, 1, 1)}
+    model = build(("float[N, 2, 4, 4] x", body, shapes, []), rng)
+    structure = structure_of(model, inputs(model, rng))
+    assert structure.units == 0
+    reasons = {row.name: row.reason for row in structure.refusals}
+    assert "MaxPool 'p': its indices, read by MaxUnpool 'u', count all channels" in reasons["h"]
 
 
 def everything_inferred(proto):
@@ -1490,3 +1523,23 @@ def test_a_search_that_can_remove_nothing_says_so(rng):
             max_error=0.9,
             unit_multiple=512,
         )
+
+
+@pytest.mark.parametrize("method", ["ecp-refit", "ecp", "magnitude"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5])
+def test_zeros_that_are_there_already_count_in_the_target_as_in_the_report(method, sparsity, rng):
+    model = build(NETWORKS["Gemm chain"], rng).proto
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor).copy()
+        if values.ndim == 2 and tensor.name in ("W", "V", "U"):
+            values[rng.random(values.shape) < 0.25] = 0
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    data = inputs(Model(model, None, None), rng, 60)
+    found = onnx_ecp.optimize(
+        model, data, method=method, granularity="unit", sparsity=sparsity, stages=2
+    ).report
+    before = sum(layer.zeros_before for layer in found.layers)
+    assert before > 0
+    assert found.sparsity >= sparsity
+    largest = max(5 + 4, 6 + 3) + 1  # the weights of one unit of any group
+    assert found.zeros_after - largest < sparsity * found.weights

@@ -18,7 +18,15 @@ from onnx_ecp.api.choices import Choices
 from onnx_ecp.api.effort import within_budget
 from onnx_ecp.api.metric import settle_metric
 from onnx_ecp.api.options import Options
-from onnx_ecp.api.output import check_outputs, finished, held, save, save_masks, stored_masks
+from onnx_ecp.api.output import (
+    archived,
+    check_outputs,
+    finished,
+    held,
+    staged,
+    stored_masks,
+    written,
+)
 from onnx_ecp.api.preparation import (
     Data,
     Job,
@@ -37,11 +45,12 @@ from onnx_ecp.evaluation import compare as evaluate
 from onnx_ecp.evaluation.compare import Comparison
 from onnx_ecp.evaluation.facts import ModelFacts, model_facts
 from onnx_ecp.evaluation.latency import measure_latency
-from onnx_ecp.graph import Model
+from onnx_ecp.graph import Model, remove, stale_data
+from onnx_ecp.graph.staging import Staging
 from onnx_ecp.pruning.control import not_behind_magnitude
 from onnx_ecp.pruning.loop import Pruned, importances, observe, polished, prune, stage
 from onnx_ecp.pruning.search import Judge, Point, seek
-from onnx_ecp.report import Report
+from onnx_ecp.report import Report, rendered
 from onnx_ecp.runtime.limits import deadline, threads_of
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.statistics.columns import Measure
@@ -126,41 +135,52 @@ def optimize(
         network.observer.close()
         original = model_facts(given)  # now: the output may be the same file
         result = made.model
+        staging, final = running.enter_context(Staging()), None
+        stale: list[Path] = []
         if output is not None and not options.dry_run:
-            result = save(result, ready.source, network.layers, output, options)
+            final = Path(output)
+            stale = stale_data(final, result.proto, ready.source.base, ready.source.path)
+            result = staged(result, ready.source, network.layers, final, options, staging)
         elif result.late:
             folder = running.enter_context(TemporaryDirectory(prefix="onnx-ecp-"))
-            result = save(result, ready.source, network.layers, Path(folder, "r.onnx"), options)
+            aside, here = running.enter_context(Staging()), Path(folder, "r.onnx")
+            result = staged(result, ready.source, network.layers, here, options, aside)
         # The weights are in the result; what is told of the state are its masks and shifts.
         made = replace(made, model=result)
         pruned = replace(pruned, state=replace(pruned.state, weights=network.original.weights))
         measure = network.observer.measure
         comparison = compare(given, result, data, options, original, measure)
+        place = None if final is None else str(final)
+        comparison = replace(comparison, b=replace(comparison.b, path=place))
         bounded = bound(given, result, data, options) if options.bound else None
         masks = stored_masks(network.layers, pruned.state)
+        account = build_report(
+            given,
+            ready,
+            skips,
+            data,
+            pruned,
+            made,
+            comparison,
+            options,
+            output=output,
+            predicted=predicted,
+            speedup=speedup,
+            curve=curve,
+            bounded=bounded,
+            budget=budget,
+            seconds=time.monotonic() - began,
+        )
         if options.masks is not None:
-            save_masks(masks, options.masks)
-        if output is None or options.dry_run:
+            written(Path(options.masks), archived(masks), staging)
+        for path in reports:
+            written(Path(path), rendered(account, path), staging)
+        if final is None:
             result = held(result)
-    account = build_report(
-        given,
-        ready,
-        skips,
-        data,
-        pruned,
-        made,
-        comparison,
-        options,
-        output=output,
-        predicted=predicted,
-        speedup=speedup,
-        curve=curve,
-        bounded=bounded,
-        budget=budget,
-        seconds=time.monotonic() - began,
-    )
-    for path in reports:
-        account.save(path)
+        staging.commit()
+        remove(stale)
+        if final is not None:
+            result = replace(result, path=final, base=final.parent)
     return Result(result.proto, account, masks if ready.source is given else None)
 
 

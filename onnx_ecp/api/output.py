@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,9 @@ from onnx_ecp.api.options import Options
 from onnx_ecp.api.output_paths import Named, check_output_paths, same_file
 from onnx_ecp.api.preparation import Job
 from onnx_ecp.data import calibration as calibrating
+from onnx_ecp.errors import ModelError, OutputError
 from onnx_ecp.graph import Model
+from onnx_ecp.graph.staging import Staging
 from onnx_ecp.layers import Layer, find_layers
 from onnx_ecp.pruning.loop import Pruned
 from onnx_ecp.report import check_target
@@ -146,35 +149,57 @@ def stored_masks(layers: Sequence[Layer], state: State) -> dict[str, np.ndarray]
     return {name: weight.layout(state.keep[name]) for name, weight in by_tensor.items()}
 
 
-def save(
-    result: Model, source: Model, layers: Sequence[Layer], output: str | Path, options: Options
+def staged(
+    result: Model,
+    source: Model,
+    layers: Sequence[Layer],
+    output: Path,
+    options: Options,
+    staging: Staging,
 ) -> Model:
-    """Write the result and read it back.
+    """Write the result beside its place, and read it back from there.
 
     Raises:
         OutputError: it cannot be written.
     """
     names = {layer.name for layer in layers}
-    modelling.save(
+    path, *_ = modelling.stage(
         result.proto,
         output,
+        staging,
         base=source.base,
         late=result.late,
         encoding=options.format,
         # Not the tensors of the layers as they were: a cut may have given one a copy of its own.
         pruned={x.weight.tensor for x in find_layers(result.proto).layers if x.name in names},
-        force=options.force,
-        source=source.path,
     )
-    return modelling.load(output)
+    try:
+        return modelling.load(path)
+    except ModelError as error:  # it names the file where it lies for now
+        here, there = (modelling.printable(x, 200) for x in (path, output))
+        raise ModelError(error.message.replace(here, there), hint=error.hint) from error
 
 
-def save_masks(masks: Mapping[str, np.ndarray], path: str | Path) -> None:
-    """Write keep masks as .npz, whole or not at all.
+def archived(masks: Mapping[str, np.ndarray]) -> bytes:
+    """Keep masks as the content of a .npz file, whatever the names of the tensors are."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, mask in masks.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, mask, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def written(path: Path, content: bytes, staging: Staging) -> None:
+    """Write a file beside its place.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: it cannot be written.
     """
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **masks)
-    modelling.write_whole(path, buffer.getvalue())
+    try:
+        staging.write(path, [content])
+    except OSError as error:
+        raise OutputError(
+            f"{modelling.printable(path, 200)}: {error.strerror or error}.",
+            hint="Free some space or choose another directory; nothing was written.",
+        ) from error

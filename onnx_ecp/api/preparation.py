@@ -20,6 +20,7 @@ from onnx_ecp.errors import ModelError, TargetError, UsageError, did_you_mean
 from onnx_ecp.evaluation import compare as evaluate
 from onnx_ecp.evaluation.facts import model_of
 from onnx_ecp.graph import Model
+from onnx_ecp.graph.free_batch import PROBED, free_batch
 from onnx_ecp.graph.randomness import refuse_random
 from onnx_ecp.layers import Layer, Skip, find_layers
 from onnx_ecp.methods import FORWARD
@@ -356,6 +357,7 @@ def observe_network(
         TargetError: no layer is left.
     """
     dense = replace(source, proto=modelling.decode_sparse(source.proto))
+    dense, data = with_free_batch(dense, data, options)
 
     def observing(chosen: Sequence[Layer]) -> Observer:
         return Observer(
@@ -388,6 +390,25 @@ def observe_network(
     observer.normalise_outputs(original, data.seen(size), options.output_weights)
     memory = options.max_memory or free_memory() // 2
     return Network(observer, original, data.train, data.validation, size, memory), skips
+
+
+def with_free_batch(dense: Model, data: Data, options: Options) -> tuple[Model, Data]:
+    """A copy of a model of batch one that takes many samples a run, and the samples put together.
+
+    Both are as they were where the batch is free, or where no such copy computes the same.
+    """
+    names, few = (
+        data.train.of_one,
+        list(data.train.take(np.arange(len(data.train))[:PROBED]).batches(1)),
+    )
+    if len(few) < 2 or names != data.train.arrays.keys():
+        return dense, data
+    copy = free_batch(dense, [batch.feeds for batch in few], names, **options.session)
+    if copy is None:
+        return dense, data
+    train = data.train.together()
+    validation = train if data.validation is data.train else data.validation.together()
+    return replace(dense, proto=copy), replace(data, train=train, validation=validation)
 
 
 def make_plan(layers: Sequence[Layer], options: Options) -> Plan:

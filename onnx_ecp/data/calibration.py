@@ -89,6 +89,8 @@ class Calibration:
         seed: that the choice of samples, or the samples themselves, were drawn with.
         labels: one per row, by sample (samples, rows of a sample, ...), as ``load_labels`` gives
             them; None where there are none.
+        freed: stacked for a copy of the model with a free batch axis: the model itself takes one
+            sample at a time.
     """
 
     arrays: dict[str, np.ndarray]
@@ -97,6 +99,7 @@ class Calibration:
     synthetic: bool
     seed: int
     labels: np.ndarray | None = None
+    freed: bool = False
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -120,6 +123,26 @@ class Calibration:
         arrays = {name: array[indices] for name, array in self.arrays.items()}
         labels = None if self.labels is None else self.labels[indices]
         return replace(self, arrays=arrays, labels=labels)
+
+    @property
+    def of_one(self) -> frozenset[str]:
+        """Names of the inputs with a batch axis that is fixed to one, none where it is free."""
+        if self.stacked:
+            return frozenset()
+        return frozenset(name for name, array in self.arrays.items() if array.shape[1:2] == (1,))
+
+    def together(self) -> Calibration:
+        """For a copy of the model with a free batch axis; every input must be ``of_one``."""
+        arrays = {name: array[:, 0] for name, array in self.arrays.items()}
+        return replace(self, arrays=arrays, stacked=True, freed=True)
+
+    @property
+    def as_given(self) -> Calibration:
+        """For the model itself, whatever copy of it the samples were put together for."""
+        if not self.freed:
+            return self
+        arrays = {name: array[:, None] for name, array in self.arrays.items()}
+        return replace(self, arrays=arrays, stacked=False, freed=False)
 
     @property
     def row_labels(self) -> np.ndarray | None:
@@ -634,8 +657,10 @@ def _from_reader(source: Any, inputs: Inputs) -> Iterator[Calibration]:
 
 
 def _from_iterable(source: Any, inputs: Inputs, origin: str = "") -> Iterator[Calibration]:
+    """What is yielded is copied: a reader may fill one buffer again and again."""
     for i, feed in enumerate(source):
-        yield _fit_feed(feed, inputs, f"{origin or _origin(source)}: feed {i}")
+        part = _fit_feed(feed, inputs, f"{origin or _origin(source)}: feed {i}")
+        yield replace(part, arrays={name: np.array(x) for name, x in part.arrays.items()})
 
 
 def _from_dict(source: Any, inputs: Inputs) -> Iterator[Calibration]:

@@ -13,7 +13,16 @@ from onnx_ecp.graph.proto import (
     signature,
     sparse_tensors,
 )
-from onnx_ecp.graph.saving import LARGEST_FILE, check_output, save, stored_size, write_whole
+from onnx_ecp.graph.saving import (
+    LARGEST_FILE,
+    check_output,
+    remove,
+    save,
+    stage,
+    stale_data,
+    stored_size,
+    write_whole,
+)
 from onnx_ecp.graph.sparse import LARGEST_DENSE, decode_sparse
 from onnx_ecp.graph.support import runtime_support
 from onnx_ecp.graph.tensors import read_tensor, write_tensor
@@ -36,10 +45,13 @@ __all__ = [
     "packed_tensors",
     "printable",
     "read_tensor",
+    "remove",
     "runtime_support",
     "save",
     "signature",
     "sparse_tensors",
+    "stage",
+    "stale_data",
     "stored_size",
     "write_tensor",
     "write_whole",

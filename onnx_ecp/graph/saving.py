@@ -1,16 +1,15 @@
 """Write a model whole or not at all: the old output stays until the new one is on the disk.
 
-A temporary file in the output's directory is written, synced and renamed; external data first and
-under a name that no file had, then the model that refers to it.
+It is written beside its place (``staging``), external data under a name that no file has, and
+renamed: the data first, then the model that refers to it.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from onnx_ecp.graph.external import is_external
 from onnx_ecp.graph.loading import data_files, read_file
 from onnx_ecp.graph.printable import printable
 from onnx_ecp.graph.proto import tensors
+from onnx_ecp.graph.staging import Staging
 from onnx_ecp.graph.tensors import byte_size, clear_values, has_bytes, renewed, stored_bytes
 
 # Protobuf's limit is 2 GiB; beyond this the weights go into a data file. Tests lower it.
@@ -59,6 +59,8 @@ def check_output(path: str | Path, *, force: bool, source: Path | None) -> None:
     if path.exists() and not path.is_file():
         raise OutputError(f"{label}: is not a regular file.", hint="Choose another output.")
     if force:
+        if path.exists() and not os.access(path, os.W_OK):
+            raise OutputError(f"{label}: is read-only.", hint="Choose another output, or chmod it.")
         return
     if source is not None and path.exists() and os.path.exists(source) and path.samefile(source):
         raise OutputError(
@@ -80,19 +82,15 @@ def save(
 ) -> list[Path]:
     """Write a model; the file is there completely, or what was there before is.
 
-    A model with external tensors, or of more than ``LARGEST_FILE`` bytes, gets one data file
-    ``OUTPUT.data`` (or ``OUTPUT.data.1``, ... if that exists). The data file of an older output of
-    the same name is removed unless it belongs to this proto or to the source.
-
     Args:
         proto: the model; it is not changed.
         path: the output.
-        base: directory of the proto's external data, None if it has none.
-        encoding: a key of ``ENCODINGS``.
-        pruned: names of the stored tensors that are written in that encoding, where it is smaller.
+        base: as of ``stage``.
+        encoding: as of ``stage``.
+        pruned: as of ``stage``.
         force: whether an existing file may be overwritten.
         source: the model file that the proto comes from.
-        late: by name, new values of external initializers of the main graph; read one by one.
+        late: as of ``stage``.
 
     Returns:
         The files written: the model, then its data file if it has one.
@@ -104,24 +102,69 @@ def save(
     """
     path = Path(path)
     check_output(path, force=force, source=source)
+    stale = stale_data(path, proto, base, source)
+    with Staging() as staging:
+        staged = stage(proto, path, staging, base=base, encoding=encoding, pruned=pruned, late=late)
+        staging.commit()
+    remove(stale)
+    return [path.with_name(file.name) for file in staged]
+
+
+def stage(
+    proto: onnx.ModelProto,
+    path: Path,
+    staging: Staging,
+    *,
+    base: Path | None,
+    encoding: str = "dense",
+    pruned: Collection[str] = (),
+    late: Mapping[str, np.ndarray] | None = None,
+) -> list[Path]:
+    """Write a model that will lie at ``path``, so that it can be loaded before it does.
+
+    A model with external tensors, or of more than ``LARGEST_FILE`` bytes, gets one data file
+    ``OUTPUT.data`` (or ``OUTPUT.data.1``, ... if that exists).
+
+    Args:
+        proto: the model; it is not changed.
+        path: the output.
+        staging: where it is written.
+        base: directory of the proto's external data, None if it has none.
+        encoding: a key of ``ENCODINGS``.
+        pruned: names of the stored tensors that are written in that encoding, where it is smaller.
+        late: by name, new values of external initializers of the main graph; read one by one.
+
+    Returns:
+        Where it lies now: the model, then its data file if it has one.
+
+    Raises:
+        UsageError: the encoding does not exist, or the model is too old for it.
+        ModelError: a new value is beyond the range of its element type.
+        OutputError: it cannot be written; nothing was changed.
+    """
     if encoding not in ENCODINGS:
         raise UsageError(
             f"unknown format '{printable(encoding)}'.", hint=did_you_mean(encoding, ENCODINGS)
         )
     encoded = ENCODINGS[encoding](proto, pruned, base)
-    stale = _stale_data(path, keep=_identities(_data_of(source)) | _identities(_files(proto, base)))
     try:
-        written = _write(encoded, path, _Values(base, late or {}))
+        return _write(encoded, path, _Values(base, late or {}), staging)
     except OSError as error:
-        raise OutputError(
-            f"{printable(path, 200)}: {error.strerror or error}.",
-            hint="Free some space or choose another directory; nothing was changed.",
-        ) from error
-    for file in stale:
-        # The output is whole already: an old data file that stays is no failure.
+        raise _unwritable(path, error) from error
+
+
+def stale_data(
+    path: Path, proto: onnx.ModelProto, base: Path | None, source: Path | None
+) -> list[Path]:
+    """The data file of an older output, unless it belongs to this proto or to the source."""
+    return _stale_data(path, keep=_identities(_data_of(source)) | _identities(_files(proto, base)))
+
+
+def remove(files: Iterable[Path]) -> None:
+    """Remove old data files: the output is whole without them, so one that stays is no failure."""
+    for file in files:
         with suppress(OSError):
             file.unlink()
-    return written
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
@@ -132,14 +175,18 @@ def write_whole(path: str | Path, content: bytes) -> None:
     """
     path = Path(path)
     try:
-        with _staged(path.parent, [content]) as stage:
-            os.replace(stage, path)
-            _sync_directory(path.parent)
+        with Staging() as staging:
+            staging.write(path, [content])
+            staging.commit()
     except OSError as error:
-        raise OutputError(
-            f"{printable(path, 200)}: {error.strerror or error}.",
-            hint="Free some space or choose another directory; nothing was changed.",
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{printable(path, 200)}: {error.strerror or error}.",
+        hint="Free some space or choose another directory; nothing was changed.",
+    )
 
 
 @dataclass(frozen=True)
@@ -166,49 +213,16 @@ class _Values:
         return stored_bytes(tensor, self.base)
 
 
-def _write(proto: onnx.ModelProto, path: Path, values: _Values) -> list[Path]:
-    data = _unused(path)
-    proto, places = _divided(proto, data.name, values) if _needs_data(proto) else (proto, [])
-    with ExitStack() as stages:
-        staged = [(stages.enter_context(_staged(path.parent, [_serialised(proto)])), path)]
-        if places:
-            staged.append(
-                (stages.enter_context(_staged(path.parent, _blocks(places, values))), data)
-            )
-        try:
-            for stage, final in reversed(staged):
-                os.replace(stage, final)
-                _sync_directory(path.parent)
-        except BaseException:
-            if places:
-                data.unlink(missing_ok=True)
-            raise
-    return [final for _, final in staged]
-
-
-@contextmanager
-def _staged(directory: Path, blocks: Iterable[bytes | memoryview]) -> Iterator[Path]:
-    """A temporary file with this content, safe on the disk; it is gone in the end, or renamed."""
-    stage = directory / f".onnx-ecp-{secrets.token_hex(8)}.tmp"
-    try:
-        with stage.open("xb") as stream:
-            for block in blocks:
-                stream.write(block)
-            stream.flush()
-            os.fsync(stream.fileno())
-        yield stage
-    finally:
-        stage.unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a renaming last; Windows cannot, and some file systems will not."""
-    with suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _write(proto: onnx.ModelProto, path: Path, values: _Values, staging: Staging) -> list[Path]:
+    if not _needs_data(proto):
+        return [staging.write(path, [_serialised(proto)])]
+    data = _reserved(path, staging)
+    proto, places = _divided(proto, data.name, values)
+    content = [_serialised(proto)]  # before anything is written
+    if not places:
+        return [staging.write(path, content)]
+    staged = staging.write(data, _blocks(places, values))
+    return [staging.write(path, content), staged]
 
 
 def _serialised(proto: onnx.ModelProto) -> bytes:
@@ -303,10 +317,10 @@ def _blocks(places: Iterable[_Place], values: _Values) -> Iterator[bytes | memor
         end = place.offset + raw.size
 
 
-def _unused(path: Path) -> Path:
-    """The first of ``OUTPUT.data``, ``OUTPUT.data.1``, ... that no file has."""
+def _reserved(path: Path, staging: Staging) -> Path:
+    """The first of ``OUTPUT.data``, ``OUTPUT.data.1``, ... that no file has; now it is taken."""
     data, count = path.with_name(f"{path.name}.data"), 0
-    while os.path.lexists(data):
+    while os.path.lexists(data) or not staging.reserve(data):
         count += 1
         data = path.with_name(f"{path.name}.data.{count}")
     return data

@@ -140,8 +140,8 @@ def tuned(
         if not last:
             return result
         text = (
-            "fine-tuning was rejected: it raised the error of the outputs on the validation "
-            "samples, or changed classes there for the worse."
+            "fine-tuning was rejected: on the validation samples fewer classes were right after "
+            "it, or the error of the outputs was larger where they are no classes."
         )
         return _warned(result, text)
     return replace(result, state=found.state)

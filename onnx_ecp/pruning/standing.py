@@ -29,9 +29,13 @@ class Standing:
     correct: tuple[int, ...] = ()
 
     def is_worse_than(self, other: Standing) -> bool:
-        """Whether the error is larger, or fewer classes are right at an output."""
-        fewer = any(a < b for a, b in zip(self.correct, other.correct, strict=True))
-        return self.error > other.error or fewer
+        """Whether fewer classes are right at an output; without classes, the error is larger.
+
+        Where classes are what an output is for, a larger distance of scores is no harm by itself.
+        """
+        if self.correct:
+            return any(a < b for a, b in zip(self.correct, other.correct, strict=True))
+        return self.error > other.error
 
 
 def standing(network: Network, state: State) -> Standing:

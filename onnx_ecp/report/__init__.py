@@ -331,5 +331,9 @@ def write(report: Report, path: str | Path) -> None:
         OutputError: the file cannot be written.
     """
     check_target(path, force=True)
-    text = WRITERS[Path(path).suffix.lower()](report)
-    write_whole(path, text.encode())
+    write_whole(path, rendered(report, path))
+
+
+def rendered(report: Report, path: str | Path) -> bytes:
+    """The content of a report in the format of a path's suffix."""
+    return WRITERS[Path(path).suffix.lower()](report).encode()

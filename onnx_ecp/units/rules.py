@@ -92,7 +92,11 @@ def spatial(walk: Walk, node: gs.Node) -> Outputs:
     """Every channel on its own."""
     axis = _data(walk, node)
     shape = walk.shape(node.outputs[0])
-    if axis.index != 1 or len(node.outputs) > 1 or shape[1] != len(axis.marks):
+    if len(node.outputs) > 1:
+        readers = [f"{x.op} {walk.scope.names[id(x)]!r}" for x in node.outputs[1].outputs]
+        by = f", read by {' and '.join(readers)}," if readers else ""
+        raise NotFollowed(f"its indices{by} count all channels")
+    if axis.index != 1 or shape[1] != len(axis.marks):
         raise NotFollowed("it moves over the axis of the units")
     if node.op == "Resize" and len(node.inputs) > 3 and node.inputs[3].name:
         named = [int(a) % len(shape) for a in node.attrs.get("axes", range(len(shape)))]

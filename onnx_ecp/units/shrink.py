@@ -82,7 +82,7 @@ def units_of(
         TargetError: no unit can be removed.
     """
     dense = replace(source, proto=modelling.decode_sparse(source.proto))
-    feeds = next(network.train.batches(2)).feeds
+    feeds = next(network.train.as_given.batches(2)).feeds
     shapes, held = shapes_of_a_run(dense, feeds, **settings), dict(frozen)
     while True:
         structure = find_structure(dense.proto, network.layers, shapes, held)
@@ -167,7 +167,7 @@ def smaller(
         settings: of the ``Session``.
     """
     dense = modelling.decode_sparse(source.proto)
-    feeds = [batch.feeds for batch in network.validation.batches(network.size)]
+    feeds = [batch.feeds for batch in network.validation.as_given.batches(network.size)]
 
     def without(keep: np.ndarray) -> tuple[Model, frozenset[str]]:
         proto = cut(dense, structure, keep, source.base)
@@ -204,8 +204,8 @@ def cleaned(
 ) -> Smaller:
     """Take out of a pruned model what does nothing any longer; see ``cleanup``."""
     names = {layer.name for layer in network.layers}
-    few = next(network.train.batches(2)).feeds
-    judged = (batch.feeds for batch in network.validation.batches(network.size))
+    few = next(network.train.as_given.batches(2)).feeds
+    judged = (batch.feeds for batch in network.validation.as_given.batches(network.size))
     with TemporaryDirectory(prefix="onnx-ecp-", ignore_cleanup_errors=True) as folder:
         whole = _written(pruned, Path(folder)) if pruned.late else pruned
         done = clean_up(whole, names, [few, *judged], unread, **settings)
@@ -256,14 +256,14 @@ def with_order(
         A model that computes the same, and by layer name what the order gains.
     """
     dense = replace(given, proto=modelling.decode_sparse(given.proto))
-    few = next(network.train.batches(2)).feeds
+    few = next(network.train.as_given.batches(2)).feeds
     shapes = shapes_of_a_run(dense, few, **settings)
     structure = find_structure(dense.proto, network.layers, shapes, inside=False)
     order, gains = best_order(structure, network.layers, scores, patterns)
     if not gains:
         return given, {}
     model = replace(dense, proto=rearranged(dense.proto, structure, order, given.base))
-    feeds = [few, *(batch.feeds for batch in network.validation.batches(network.size))]
+    feeds = [few, *(batch.feeds for batch in network.validation.as_given.batches(network.size))]
     gap = largest_difference(given, model, feeds, **settings)
     if not gap <= tolerance(given, ROUNDING):
         why = f"not reordered: outputs would differ by {gap:.2g} of their largest value"
@@ -296,7 +296,7 @@ def with_turned_heads(
     dense = replace(source, proto=modelling.decode_sparse(source.proto))
     grams = plain_grams(network, {name for x in heads for name in (x.first, x.second)})
     model = replace(dense, proto=turned(dense.proto, heads, network.layers, grams, source.base))
-    feeds = [batch.feeds for batch in network.validation.batches(network.size)]
+    feeds = [batch.feeds for batch in network.validation.as_given.batches(network.size)]
     gap = largest_difference(source, model, feeds, **settings)
     return model if gap <= tolerance(source, ROUNDING) else source
 

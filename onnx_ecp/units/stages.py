@@ -127,7 +127,7 @@ class UnitStep:
             rest = self._on_the_way(scores, keep, share)
         else:
             target, floor = left * self.costs.total(whole), plan.method.floor * left
-            rest = self._chosen(scores, keep, lambda x: self.costs.total(x) <= target, floor)
+            rest = self._chosen(scores, keep, lambda x: self._left(x) <= target, floor)
         state, notes = _without(
             network, plan, self.structure, before.state, rest, measured, progress
         )
@@ -137,6 +137,19 @@ class UnitStep:
             first, units = group.producers[0], group.units[(keep & ~rest)[group.units]]
             removed[first] = removed.get(first, 0.0) + float(scores[units].sum())
         return PrunedUnits(state, removed, ess, notes, before.warnings, keep=rest)
+
+    def _left(self, keep: np.ndarray) -> float:
+        """What is left of the goal's cost; of weights, those that were zero before count as gone.
+
+        So a share of zeros is counted as it is with single weights, and as the report counts it. A
+        search for a limit counts none: units without weights are to go first.
+        """
+        network = self._network
+        counted = self.goal.required and self.goal.target == "params"
+        if not counted or all(x.all() for x in network.original.keep.values()):
+            return self.costs.total(keep)
+        left = masks(self.structure, network, keep)
+        return float(sum(np.count_nonzero(left[x.weight.tensor]) for x in network.layers))
 
     def _chosen(
         self,
@@ -186,7 +199,7 @@ class UnitStep:
         """TargetError where the floors kept more than a required goal allows, but of time."""
         if not self.goal.required:
             return
-        whole, left = self.costs.total(np.ones_like(keep)), self.costs.total(keep)
+        whole, left = self.costs.total(np.ones_like(keep)), self._left(keep)
         if self.goal.target != "latency" and left > (1 - self.goal.share) * whole:
             what = {"params": "weights", "flops": "multiplications"}[self.goal.target]
             raise TargetError(

@@ -1,0 +1,54 @@
+"""Units found in small networks of the field, against the number that a person expects."""
+
+from pathlib import Path
+
+import pytest
+
+from onnx_ecp.api.inspect import inspect
+
+CASES = Path(__file__).parents[2] / "shared" / "cases"
+# By case, the number of units in each group; in ascending order.
+UNITS = {
+    "chunk_by_shape": [16],
+    "cumsum_ssm": [16],
+    "depth_to_space": [6],
+    "e3sm32": [64, 96],
+    "embedding_bag_first": [16],
+    "expand_shape_gate": [8, 12],
+    "gemm_c_forms": [12, 16],
+    "glu_slice": [16],
+    "groupnorm_native": [4],
+    "resize_sizes": [8],
+    "same_names": [6],
+    "saturated_softmax": [64, 96],
+    "shufflenet": [6, 6, 12, 12, 12, 32],
+    "softmax_other_axis": [16],
+    "weight_by_transpose_conv": [12],
+    "zipmap": [16],
+}
+# By case and layer, what the reason for keeping its units says.
+REASONS = {
+    "if_reads_units": ("h", "they are read inside If"),
+    "bn_training": ("h", "training mode"),
+    "segnet": ("h", "MaxUnpool"),
+}
+
+
+def found(case):
+    """What inspect says of a case and its calibration data."""
+    path = CASES / f"{case}.onnx"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    return inspect(path)
+
+
+@pytest.mark.parametrize(("case", "units"), UNITS.items(), ids=UNITS)
+def test_all_units_that_a_person_expects_are_found(case, units):
+    assert sorted(group.units for group in found(case).unit_groups) == units
+
+
+@pytest.mark.parametrize(("case", "layer", "reason"), [(k, *v) for k, v in REASONS.items()])
+def test_units_that_stay_have_the_reason_that_a_person_expects(case, layer, reason):
+    inspection = found(case)
+    assert inspection.unit_groups == ()
+    assert reason in {row.name: row.reason for row in inspection.unit_refusals}[layer]
