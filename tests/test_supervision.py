@@ -102,8 +102,37 @@ def test_what_a_killed_process_leaves_is_removed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+STAGED = """
+from pathlib import Path
+from onnx_ecp.graph.staging import Staging
+with Staging() as staging:
+    assert staging.reserve(Path({folder!r}) / "reserved")
+    staging.write(Path({folder!r}) / "file", [b"x"])
+    {then}
+"""
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def test_what_a_killed_process_staged_is_removed(tmp_path):
+    found = told(STAGED.format(folder=str(tmp_path), then=KILLED))
+    assert "Nothing was written." in found[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_committed_stays_and_is_told(tmp_path):
+    found = told(STAGED.format(folder=str(tmp_path), then=f"staging.commit(); {KILLED}"))
+    assert f"Written: {tmp_path / 'file'}." in found[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_limit_around_holds_after_one_inside():
+    found = told(f"with deadline(0.5):\n    with deadline(0.1):\n        pass\n    {STUCK}")
+    assert found[0].startswith("the time limit of ")
+    assert found[1] == "code 6"
+
+
 def test_files_that_take_their_places_are_not_cut_off():
-    found = told("import time\nwith deadline(0.1):\n    tell('writing')\n    time.sleep(1.6)")
+    found = told("import time\nwith deadline(0.1):\n    tell('committing')\n    time.sleep(1.6)")
     assert found == ["code 0"]
 
 

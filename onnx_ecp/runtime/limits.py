@@ -41,9 +41,9 @@ def deadline(seconds: float | None, *, soft: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        if not soft:
-            tell("limit")
         _DEADLINE.reset(token)
+        if not soft:
+            tell("limit", "" if outer is None else repr(max(0.0, outer[0] - time.monotonic())))
 
 
 def check_deadline() -> float | None:

@@ -37,8 +37,8 @@ def tell(what: str, value: str = "") -> None:
     """Tell the parent something, where there is one.
 
     Args:
-        what: "limit" with its seconds, or none for no limit; "writing" once files take their
-            places; "temporary" or "kept" with the path of a file; "ended".
+        what: "limit" with its seconds, or none for no limit; "committing" while files take their
+            places, "committed" after it; "temporary" or "kept" with an absolute path; "ended".
         value: what belongs to it.
     """
     if _channel is not None:
@@ -118,7 +118,7 @@ class _Watch:
         limit: seconds that were asked for; None without a limit.
         until: when it must have ended; None while it may work on.
         signalled: the signal that was passed on.
-        writing: whether files take their places, which must not be cut off.
+        committing: whether files take their places, which must not be cut off.
         kept: files that stand in their places.
         temporary: files and folders to remove where it no longer can.
     """
@@ -128,7 +128,7 @@ class _Watch:
     limit: float | None = None
     until: float | None = None
     signalled: int = 0
-    writing: bool = False
+    committing: bool = False
     kept: list[str] = field(default_factory=list)
     temporary: set[str] = field(default_factory=set)
     rest: bytes = b""
@@ -157,7 +157,7 @@ class _Watch:
         """Until the child closes the pipe, which its end does; whether it had to be killed."""
         cut = False
         while True:
-            left = None if self.until is None or self.writing else self.until - time.monotonic()
+            left = None if self.until is None or self.committing else self.until - time.monotonic()
             if left is not None and left <= 0:
                 with suppress(ProcessLookupError):
                     os.kill(self.child, signal.SIGKILL)
@@ -181,12 +181,13 @@ class _Watch:
                 if not self.signalled:
                     end = time.monotonic() + GRACE
                     self.until = None if self.limit is None else end + self.limit
-            elif what == "writing":
-                self.writing = True
+            elif what in ("committing", "committed"):
+                self.committing = what == "committing"
             elif what == "temporary":
                 self.temporary.add(value)
             elif what == "kept":
                 self.kept.append(value)
+                self.temporary.discard(value)
 
     def _pass_on(self, number: int, frame: Any) -> None:
         if not self.signalled:
