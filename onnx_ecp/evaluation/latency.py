@@ -128,19 +128,7 @@ def measure_latency(
             break
         for session, taken in zip(sessions, times, strict=True):
             taken.append(session.seconds(batch.feeds))
-    least, medians = [min(x) for x in times], [statistics.median(x) for x in times]
-    spreads = [spread(x) for x in times]
-    return Latency(
-        seconds_a=least[0],
-        seconds_b=least[1],
-        ratio=least[1] / least[0],
-        threads=used,
-        batch=batch.samples,
-        median_a=medians[0],
-        median_b=medians[1],
-        spread_a=spreads[0],
-        spread_b=spreads[1],
-    )
+    return latency_of(times, used, batch.samples)
 
 
 def brief_latency(
@@ -163,6 +151,29 @@ def brief_latency(
         turns=TURNS,
         seconds=min(most, ENOUGH),
         most=most,
+    )
+
+
+def latency_of(times: Sequence[Sequence[float]], threads: int, batch: int) -> Latency:
+    """What is known of two models, given the seconds of their runs, turn by turn.
+
+    Args:
+        times: of model a and of model b.
+        threads: threads within an operator.
+        batch: samples a run.
+    """
+    least, medians = [min(x) for x in times], [statistics.median(x) for x in times]
+    spreads = [spread(x) for x in times]
+    return Latency(
+        seconds_a=least[0],
+        seconds_b=least[1],
+        ratio=least[1] / least[0],
+        threads=threads,
+        batch=batch,
+        median_a=medians[0],
+        median_b=medians[1],
+        spread_a=spreads[0],
+        spread_b=spreads[1],
     )
 
 
