@@ -36,7 +36,7 @@ from onnx_ecp.statistics.layerwise import GRANTED, Network
 from onnx_ecp.statistics.observer import Observer, original_state
 from onnx_ecp.units import Structure
 from onnx_ecp.units.latency import Watch
-from onnx_ecp.units.shrink import units_of, with_order, with_turned_heads
+from onnx_ecp.units.shrink import biases_of, units_of, with_order, with_turned_heads
 from onnx_ecp.units.stages import Goal, UnitStep
 
 # Shares of the calibration samples that are set aside, and how many at most: to judge refits, and
@@ -561,7 +561,8 @@ def unit_step(
             options.session | {"threads": workers()},  # as the result is measured in the end
             progress=progress,
         )
-    return UnitStep(network, structure, goal, watch)
+    biases = biases_of(source, network, structure)
+    return UnitStep(network, structure, goal, watch, biases=biases)
 
 
 def timed_batch(data: Data, options: Options) -> Batch:
