@@ -32,6 +32,7 @@ from onnx_ecp.report import (
     Report,
     counted,
 )
+from onnx_ecp.report.evidence import Evidence
 from onnx_ecp.runtime.versions import versions
 from onnx_ecp.statistics.layerwise import Network
 from onnx_ecp.units.head_rotation import heads_of
@@ -67,6 +68,8 @@ def build_report(
     curve: tuple[Point, ...],
     bounded: Bounds | None,
     budget: str,
+    evidence: Evidence | None,
+    command: str,
     seconds: float,
 ) -> Report:
     """The report of a run.
@@ -88,6 +91,8 @@ def build_report(
         curve: points of a search, or of a gate.
         bounded: bounds on the gap, where asked for.
         budget: what a time budget allowed, where there was one.
+        evidence: for pictures, where they are wanted.
+        command: what repeats it, where a command can.
         seconds: that all took.
     """
     network, step = ready.network, ready.step
@@ -126,6 +131,8 @@ def build_report(
         sparse_kernels=tuple(sparse_kernels(made.model)) if options.patterns else (),
         latency=worth.latency,
         advice=worth.advice,
+        evidence=evidence,
+        command=command,
     )
 
 
