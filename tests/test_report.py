@@ -17,12 +17,13 @@ from onnx_ecp.evaluation.bounds.sampling import Gaps
 from onnx_ecp.evaluation.compare import Deviation, Gap, Score
 from onnx_ecp.evaluation.facts import ModelFacts
 from onnx_ecp.evaluation.latency import Latency
-from onnx_ecp.evaluation.tensorrt import SparseKernel
+from onnx_ecp.evaluation.targets import Eligible
 from onnx_ecp.evaluation.work import Work
 from onnx_ecp.layers import Skip
 from onnx_ecp.pruning.search import Point
 from onnx_ecp.report import (
     CalibrationFacts,
+    ForTarget,
     LayerRow,
     Recipe,
     Report,
@@ -139,10 +140,17 @@ VARIANTS = {
     "one sample": report(
         calibration=CalibrationFacts("in.npz", 1, 1, synthetic=False), gap=gap(samples=1)
     ),
-    "kernels of TensorRT": report(
-        sparse_kernels=(
-            SparseKernel("fc1", "Gemm", "", "build the engine with FP16"),
-            SparseKernel("fc2", "Gemm", "axis: 4 does not divide 10"),
+    "a target": report(
+        target=ForTarget(
+            "tensorrt",
+            "TensorRT",
+            "2:4 along the input axis",
+            (
+                Eligible("fc1", "Gemm", "", "build the engine with FP16", 0.5),
+                Eligible("fc2", "Gemm", "axis: 4 does not divide 10", "", 0.1),
+            ),
+            "trtexec --onnx=out.onnx",
+            "IR version 9 instead of 10.",
         )
     ),
     "an interval": report(
@@ -183,6 +191,7 @@ def test_json_schema_is_this_one():
         "options": ["sparsity", "include", "labels"],
         "seed": None,
         "calibration": ["source", "samples", "held_out", "synthetic", "rows"],
+        "int8": None,
         "layers": [
             "name", "op", "tensor", "shape", "weights", "zeros_before", "zeros_after",
             "importance_removed", "largest_shift", "bias_created", "ess", "note", "sparsity",
@@ -199,7 +208,7 @@ def test_json_schema_is_this_one():
         "work_after": None,
         "bounds": None,
         "speedup": None,
-        "sparse_kernels": None,
+        "target": None,
         "latency": None,
         "advice": None,
         "learnt_error": None,

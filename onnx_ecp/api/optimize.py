@@ -13,6 +13,7 @@ from typing import Any, Unpack
 import numpy as np
 import onnx
 
+from onnx_ecp.api import quantise
 from onnx_ecp.api.build_report import build_report, predicted_error
 from onnx_ecp.api.choices import Choices
 from onnx_ecp.api.command import command_line
@@ -41,6 +42,7 @@ from onnx_ecp.api.preparation import (
     prepare,
     timed_batch,
 )
+from onnx_ecp.api.target import check_taken, taken
 from onnx_ecp.data import calibration as calibrating
 from onnx_ecp.errors import CalibrationError, QualityError
 from onnx_ecp.evaluation import bounds
@@ -118,6 +120,7 @@ def optimize(
         running.enter_context(threads_of(options.threads))
         given = load(model)
         check_outputs(given, calibration, output, reports, options)
+        check_taken(given, options.target)
         layers, skips = choose_layers(given, options)
         data = gather(given, calibration, options)
         options = settle_metric(given, layers, data, options, progress)
@@ -147,7 +150,14 @@ def optimize(
             )
         network.observer.close()
         original = model_facts(given)  # now: the output may be the same file
-        result = made.model
+        floats, measure = made.model, network.observer.measure
+        result = floats
+        in_int8 = None
+        if options.quantize is not None:
+            in_int8 = quantise.in_int8(given, result, data, options, measure, progress)
+            result = in_int8.model
+            curve = tuple(quantise.gate(given, result, p, data, options, measure) for p in curve)
+        result = taken(result, options.target)
         staging, final = running.enter_context(Staging()), None
         stale: list[Path] = []
         if output is not None and not options.dry_run:
@@ -161,14 +171,13 @@ def optimize(
         # The weights are in the result; what is told of the state are its masks and shifts.
         made = replace(made, model=result)
         pruned = replace(pruned, state=replace(pruned.state, weights=network.original.weights))
-        measure = network.observer.measure
         comparison = compare(given, result, data, options, original, measure)
         known = None if speedup is None else speedup.measured
         worth = gain(given, made, data, options, measured=known, began=began)
         place = None if final is None else str(final)
         comparison = replace(comparison, b=replace(comparison.b, path=place))
         learnt = learnt_error(given, result, data, options, measure)
-        bounded = bound(given, result, data, options) if options.bound else None
+        bounded = bound(given, result, data, options, measure) if options.bound else None
         masks = stored_masks(network.layers, pruned.state)
         account = build_report(
             given,
@@ -179,6 +188,7 @@ def optimize(
             made,
             comparison,
             options,
+            floats=floats,
             output=output,
             predicted=predicted,
             worth=worth,
@@ -186,6 +196,9 @@ def optimize(
             speedup=speedup,
             curve=curve,
             bounded=bounded,
+            int8=None
+            if in_int8 is None
+            else quantise.told(in_int8, comparison.gap, given, data, options, measure),
             budget=budget,
             evidence=evidence,
             command=command_line(model, calibration, output, asked),
@@ -362,7 +375,9 @@ def learnt_error(
     return gap.relative_error
 
 
-def bound(source: Model, result: Model, data: Data, options: Options) -> bounds.Bounds:
+def bound(
+    source: Model, result: Model, data: Data, options: Options, measure: Measure
+) -> bounds.Bounds:
     """How far the outputs can be apart on inputs like the held-out samples."""
     return bounds.bound(
         source,
@@ -371,4 +386,6 @@ def bound(source: Model, result: Model, data: Data, options: Options) -> bounds.
         provider=options.provider,
         threads=options.threads,
         batch_size=options.batch_size,
+        metric="l2-raw" if options.resolved_metric == "l2-raw" else "l2",
+        measure=measure,
     )

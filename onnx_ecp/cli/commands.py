@@ -143,6 +143,12 @@ INPUT_SHAPES = click.option(
     multiple=True, help="Shape of an input with free dimensions (repeatable).",
 )  # fmt: skip
 
+TARGET = click.option(
+    "--target", metavar="NAME",
+    help="The runtime that the result is for: onnxruntime, deepsparse, openvino, tensorrt, xnnpack "
+    "or coreml. It sets what is pruned and how, and the report says which layers gain.",
+)  # fmt: skip
+
 OUTPUT_WEIGHTS = click.option(
     "--output-weights", type=Pair("=", float, "y=2 or y:0=2"), metavar="NAME[:COLUMN]=W",
     multiple=True,
@@ -264,6 +270,7 @@ OPTIONS = (
         help="Prune as far as top-1 accuracy on held-out --labels drops P points at most; a gate "
         "as --max-error is.",
     ),
+    TARGET,
     click.option(
         "--granularity", metavar="weight|unit",
         help="unit: remove whole neurons, channels and heads, which makes a smaller dense model.  "
@@ -307,6 +314,11 @@ OPTIONS = (
         help="cbs: update the weights that stay, or leave them.",
     ),
     *PRUNING,
+    click.option(
+        "--quantize", metavar="int8",
+        help="Then put layers into int8: zeros stay zeros, what rounding takes away is made good "
+        "for, and layers that cost too much stay in floats.",
+    ),
     _choice("--format", "dense|sparse|packed", "dense", "Storage of zeros; dense loads anywhere."),
     *RUNNING,
     click.option(
@@ -513,10 +525,11 @@ def optimize(
 
 @main.command()
 @click.argument("model")
-@_with(CALIBRATION, INPUT_SHAPES, JSON, VERBOSE, TRACEBACK)
+@_with(CALIBRATION, INPUT_SHAPES, TARGET, JSON, VERBOSE, TRACEBACK)
 def inspect(
     model: str,
     calibration: str | None,
+    target: str | None,
     input_shapes: tuple[tuple[str, tuple[int, ...]], ...],
     as_json: bool,
     verbose: bool,
@@ -525,8 +538,9 @@ def inspect(
     """Show what of MODEL is prunable, what is not, and why."""
     from onnx_ecp.api import inspect as inspection
 
+    shapes = dict(input_shapes)
     with _stdout_for_json(as_json):
-        found = inspection.inspect(model, calibration, input_shapes=dict(input_shapes))
+        found = inspection.inspect(model, calibration, input_shapes=shapes, target=target)
     if as_json:
         _print_json(found)
         return
@@ -582,7 +596,11 @@ def compare(
 @click.option(
     "--sparsity", type=float, metavar="S", help="Of --method.  [default: 0.1]",
 )  # fmt: skip
-@_with(BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
+@_choice(
+    "--metric", "l2|l2-raw", "l2",
+    "Gaps with every output column in units of its spread over the inputs, or as it is.",
+)  # fmt: skip
+@_with(OUTPUT_WEIGHTS, BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
 def bound(
     model_a: str,
     model_b: str | None,
@@ -598,7 +616,7 @@ def bound(
 ) -> None:
     """Bound how far the outputs of MODEL_B can be from those of MODEL_A.
 
-    The gap of an input is the L2 norm of the difference of the outputs.
+    The gap of an input is the distance of the outputs, every column in units of its own spread.
 
     \b
     onnx-ecp bound in.onnx out.onnx -d held-out.npz --confidence 0.95
@@ -608,10 +626,12 @@ def bound(
         raise UsageError(
             "a bound is for MODEL_B or for a --method.", hint="Name exactly one of the two."
         )
-    if method is not None and (data is not None or input_range):
+    options["output_weights"] = dict(options["output_weights"])
+    if method is not None and (data is not None or input_range or options["output_weights"]):
         raise UsageError(
             "--method bounds all inputs, from the weights alone.",
-            hint="Leave out --data and --input-range, or prune first and name MODEL_B.",
+            hint="Leave out --data, --input-range and --output-weights, or prune first and name "
+            "MODEL_B.",
         )
     if model_b is not None and sparsity is not None:
         raise UsageError(

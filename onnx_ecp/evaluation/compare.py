@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -604,8 +604,16 @@ Outputs = Mapping[str, np.ndarray]
 def paired_outputs(
     a: Model, b: Model, batches: Iterable[Batch], provider: str, threads: int | None
 ) -> Iterator[tuple[Batch, Outputs, Outputs]]:
-    """Outputs of both models by name; of halves where a batch does not fit in memory."""
-    sessions = [Session(m.proto, provider=provider, threads=threads, base=m.base) for m in (a, b)]
+    """Outputs of both models by name."""
+    for batch, (of_a, of_b) in outputs_of((a, b), batches, provider, threads):
+        yield batch, of_a, of_b
+
+
+def outputs_of(
+    models: Sequence[Model], batches: Iterable[Batch], provider: str, threads: int | None
+) -> Iterator[tuple[Batch, tuple[Outputs, ...]]]:
+    """Outputs of models by name; of halves where a batch does not fit in memory."""
+    sessions = [Session(m.proto, provider=provider, threads=threads, base=m.base) for m in models]
     waiting = [iter(batches)]
     while waiting:
         batch = next(waiting[-1], None)
@@ -613,13 +621,13 @@ def paired_outputs(
             waiting.pop()
             continue
         try:
-            of_a, of_b = (arrays(session.run(batch.feeds)) for session in sessions)
+            found = tuple(arrays(session.run(batch.feeds)) for session in sessions)
         except (OutOfMemory, MemoryError):
             if batch.samples == 1:
                 raise
             waiting.append(iter(batch.halves()))
         else:
-            yield batch, of_a, of_b
+            yield batch, found
 
 
 _SAME_HINT = "Only models with the same inputs and outputs can be compared."

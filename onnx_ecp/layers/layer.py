@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import onnx
+
+if TYPE_CHECKING:
+    from onnx_ecp.layers.bias import Bias
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,10 @@ class Layer(Protocol):
     @property
     def groups(self) -> int:
         """1, but for a grouped Conv."""
+
+    @property
+    def bias(self) -> Bias:
+        """Where a shift of z goes."""
 
     @property
     def has_bias(self) -> bool:

@@ -12,11 +12,12 @@ from html import escape
 from onnx_ecp.graph import printable
 from onnx_ecp.report import (
     CURVE_NOTE,
-    KERNELS,
+    INT8,
     ROUNDING,
     UNITS_STAY,
     WORK,
     WORST_COLUMNS,
+    ForTarget,
     LayerRow,
     Report,
     bounding,
@@ -24,6 +25,8 @@ from onnx_ecp.report import (
     counted,
     curve_title,
     fate,
+    int8_errors,
+    int8_layer,
     latency_rows,
 )
 from onnx_ecp.report.as_json import dumps, encode
@@ -57,7 +60,8 @@ def page(report: Report) -> str:
         _bounds(report),
         _layers(report),
         _units(report),
-        _kernels(report),
+        _int8(report),
+        _target(report.target),
         _skips(report),
         _files(report),
         _origin(report),
@@ -229,17 +233,47 @@ def _units(report: Report) -> str:
     return table("Units", ["made by", "read by", "before>", "after>", ""], rows)
 
 
-def _kernels(report: Report) -> str:
+def _int8(report: Report) -> str:
+    int8 = report.int8
+    if int8 is None:
+        return ""
+    rows = [
+        [
+            shown(row.name),
+            shown(row.op, 30),
+            f"{row.weights:,}",
+            int8_layer(row),
+            number(row.error),
+            shown(row.note, 200),
+        ]
+        for row in int8.layers
+    ]
+    layers = table(INT8, ["layer", "op", "weights>", "type", "error>", "why"], rows)
+    worth = [[what, number(error)] for what, error in int8_errors(int8)]
+    worth += [
+        ["bytes in floats", f"{int8.bytes:,}"],
+        ["bytes in floats after gzip", f"{int8.compressed_bytes:,}"],
+    ]
+    return layers + table("Zeros and rounding", ["", ">"], worth)
+
+
+def _target(target: ForTarget | None) -> str:
+    if target is None:
+        return ""
     rows = [
         [
             shown(x.name),
             shown(x.op, 30),
+            f"{100 * x.zeros:.0f} %",
             "no" if x.refused else "yes",
             shown(x.refused or x.advice, 200),
         ]
-        for x in report.sparse_kernels
+        for x in target.layers
     ]
-    return table(KERNELS, ["layer", "op", "possible", "why"], rows)
+    words = [f"{target.title}: {target.gains}.", target.changes, f"next: {target.next_step}"]
+    notes = "\n".join(f"<p>{shown(sentence, 500)}</p>" for sentence in words if sentence)
+    columns = ["layer", "op", "zeros>", "gains", "why"]
+    return f"{table(target.heading, columns, rows)}\n{notes}"
 
 
 def _skips(report: Report) -> str:

@@ -25,18 +25,19 @@ from onnx_ecp.evaluation.bounds.planning import Planning
 from onnx_ecp.evaluation.compare import Comparison, Gap
 from onnx_ecp.evaluation.facts import ModelFacts
 from onnx_ecp.evaluation.latency import Latency
-from onnx_ecp.evaluation.tensorrt import SparseKernel
 from onnx_ecp.graph import printable
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.pruning.search import Point
+from onnx_ecp.quantising.rows import Int8
 from onnx_ecp.report import (
     CURVE_NOTE,
-    KERNELS,
+    INT8,
     ROUNDING,
     UNIT_WORDS,
     UNITS_STAY,
     WORK,
     WORST_COLUMNS,
+    ForTarget,
     LayerRow,
     Recipe,
     Report,
@@ -45,6 +46,8 @@ from onnx_ecp.report import (
     counted,
     curve_title,
     fate,
+    int8_errors,
+    int8_layer,
     latency_rows,
 )
 from onnx_ecp.report.diagnosis import Diagnosis
@@ -133,6 +136,9 @@ def ok_line(report: Report) -> str:
             fields["agreement"] = f"{report.gap.agreement:.2f}"
     if report.speedup is not None:
         fields["speedup"] = f"{report.speedup.reached:.3f}"
+    if report.int8 is not None:
+        chosen = sum(row.int8 for row in report.int8.layers)
+        fields["int8"] = f"{chosen}/{len(report.int8.layers)}"
     fields["zeros"] = f"{report.zeros_after}/{report.weights}"
     fields["bytes"] = str(report.result.bytes)
     fields["gzip"] = str(report.result.compressed_bytes)
@@ -154,8 +160,10 @@ def report_tables(report: Report, *, verbose: bool = False) -> Group:
         parts.append(_notes(report.layers, verbose))
     if report.units:
         parts.append(_unit_table(report, verbose))
-    if report.sparse_kernels:
-        parts.append(_kernel_table(report.sparse_kernels, verbose))
+    if report.int8 is not None:
+        parts.append(_int8_tables(report.int8, report.result, verbose))
+    if report.target is not None:
+        parts.append(target_tables(report.target, verbose=verbose))
     if report.dense:
         parts.append(_skip_table(report.dense, verbose))
     if report.staying:
@@ -210,6 +218,8 @@ def inspection_tables(inspection: Inspection, *, verbose: bool = False) -> Group
         parts.append(_skip_table(inspection.skips, verbose))
     if inspection.unit_refusals:
         parts.append(_skip_table(inspection.unit_refusals, verbose, UNITS_STAY))
+    if inspection.target is not None:
+        parts.append(target_tables(inspection.target, verbose=verbose))
     parts += [_warning(text) for text in inspection.warnings]
     return Group(*parts)
 
@@ -431,15 +441,39 @@ def _unit_table(report: Report, verbose: bool) -> Table:
     return table
 
 
-def _kernel_table(kernels: Sequence[SparseKernel], verbose: bool) -> Table:
-    table, name = _table(KERNELS, "layer", "op", "possible", "why"), Names()
-    for row in _cut(kernels, verbose):
+def _int8_tables(int8: Int8, result: ModelFacts, verbose: bool) -> Group:
+    table = _table(INT8, "layer", "op", "weights>", "type", "error>", "why")
+    for row in _cut(int8.layers, verbose):
+        if isinstance(row, int):
+            table.add_row(_omitted(row))
+            continue
+        error = "" if row.error is None else _number(row.error)
+        cells = [printable(row.name), row.op, f"{row.weights:,}", int8_layer(row), error]
+        table.add_row(*cells, printable(row.note, _SENTENCE))
+    worth = Table.grid(padding=(0, 2))
+    for what, share in int8_errors(int8):
+        worth.add_row(what, _number(share))
+    sizes = {"size": (int8.bytes, result.bytes)}
+    sizes["size, gzip"] = int8.compressed_bytes, result.compressed_bytes
+    for what, (x, y) in sizes.items():
+        worth.add_row(f"{what} in floats, in int8", f"{_bytes(x)}, {_bytes(y)} ({_ratio(x, y)})")
+    return Group(table, worth, Text(""))
+
+
+def target_tables(target: ForTarget, *, verbose: bool = False) -> Group:
+    """Which layers a runtime gains from, why not from the others, and what to run next."""
+    table, name = _table(target.heading, "layer", "op", "zeros>", "gains", "why"), Names()
+    for row in _cut(target.layers, verbose):
         if isinstance(row, int):
             table.add_row(_omitted(row))
         else:
             why = printable(row.refused or row.advice, _SENTENCE)
-            table.add_row(name(row.name), row.op, "no" if row.refused else "yes", why)
-    return table
+            gains, zeros = "no" if row.refused else "yes", f"{100 * row.zeros:.0f} %"
+            table.add_row(name(row.name), row.op, zeros, gains, why)
+    words = [f"{target.title}: {target.gains}."]
+    words += [target.changes] if target.changes else []
+    words += [f"next: {printable(target.next_step, _SENTENCE)}", ""]
+    return Group(table, Text("\n".join(words)))
 
 
 def _skip_table(skips: Sequence[Skip], verbose: bool, title: str = "Not pruned") -> Table:

@@ -132,7 +132,7 @@ class LayerwiseForward:
         self,
         segment: Segment,
         state: State,
-        weights: np.ndarray,
+        weights: np.ndarray | None,
         shrink: float,
         candidates: Sequence[tuple[np.ndarray, np.ndarray]],
         units: np.ndarray | None = None,

@@ -60,19 +60,25 @@ class State:
             external data are mapped, or masked, when they are asked for.
         shifts: by layer name, (out,) float64 to be added to the pre-activation.
         keep: by stored tensor, (out, in), True where the weight stays.
+        held: by layer name, (out,) True where no refit may move the shift; all may where absent.
     """
 
     weights: LazyArrays
     shifts: dict[str, np.ndarray]
     keep: dict[str, np.ndarray] = field(default_factory=dict)
+    held: dict[str, np.ndarray] = field(default_factory=dict)
 
     def with_layer(self, layer: Layer, weight: np.ndarray, shift: np.ndarray) -> State:
         """A state in which one layer's stored tensor and shift are new."""
-        return replace(
-            self,
-            weights=self.weights.replaced(layer.weight.tensor, weight),
-            shifts={**self.shifts, layer.name: shift},
-        )
+        state = replace(self, weights=self.weights.replaced(layer.weight.tensor, weight))
+        return state.with_shift(layer.name, shift)
+
+    def with_shift(self, layer: str, shift: np.ndarray) -> State:
+        """A state in which one layer's shift (out,) is new, where it is not held."""
+        held = self.held.get(layer)
+        if held is not None:
+            shift = np.where(held, self.shifts[layer], shift)
+        return replace(self, shifts={**self.shifts, layer: shift})
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,8 @@ def _without_dead(
     constant = ~unread & ~_any(
         structure, {n: np.isnan(x).any(axis=0) for n, x in seen.items()}, structure.columns
     )
-    keep = at_least_one(structure, ~unread & ~constant)
+    loud = _loud(model, structure, layers, alive)
+    keep = at_least_one(structure, loud | (~unread & ~constant))
     if keep.all():
         return None
     proto = cut(model.proto, structure, keep, model.base)
@@ -229,6 +230,21 @@ def _any(
     found = np.zeros(structure.units, np.bool_)
     for name, units in entries.items():
         found[units[alive[name] & (units != STAYS)]] = True
+    return found
+
+
+def _loud(
+    model: Model, structure: Structure, layers: Sequence[Layer], alive: Mapping[str, _Alive]
+) -> np.ndarray:
+    """(units,) bool: those that are summed, and of which a row has a weight or a bias."""
+    found = np.zeros(structure.units, np.bool_)
+    for layer in layers:
+        rows = structure.silent[layer.name]
+        if rows.any():
+            bias = layer.bias_values(model.proto, model.base)
+            assert bias is not None, "the bias of units that are summed is the same everywhere"
+            units = structure.rows[layer.name][rows & (alive[layer.name].rows | (bias != 0))]
+            found[units[units != STAYS]] = True
     return found
 
 

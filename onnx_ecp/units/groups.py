@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -28,7 +28,7 @@ from onnx_ecp.layers.dense import Dense, Dot
 from onnx_ecp.layers.trace import Scope, Traced, main_scope
 from onnx_ecp.layers.views import operator
 from onnx_ecp.units.propagation import Count, NotFollowed, Slot, Walk
-from onnx_ecp.units.rules import RULES
+from onnx_ecp.units.rules import RULES, is_silent
 from onnx_ecp.units.shape_values import computes_integers, follow_sizes
 from onnx_ecp.units.union_find import Axis
 
@@ -44,7 +44,7 @@ class Group:
 
     Args:
         producers: names of the layers that make them.
-        consumers: names of the layers that read them; none where queries meet keys.
+        consumers: names of the layers, or sums, that read them; none where queries meet keys.
         units: their numbers.
         width: rows of the first producer per unit: 1, the size of a head, or the number of heads.
         entries: rows, or columns, per unit of the layer that has the fewest.
@@ -83,6 +83,7 @@ class Structure:
         parts: units of which one must stay, set by set: all that lie along one axis.
         queries: by layer name, (out,) bool: rows that a product of activations takes as queries.
         keys: likewise, those that it takes as keys.
+        silent: likewise, those that a sum over units reads: they are to be zero where units go.
         refusals: the layers whose rows stay, or whose heads keep their width, and why.
     """
 
@@ -96,6 +97,7 @@ class Structure:
     parts: tuple[np.ndarray, ...]
     queries: dict[str, np.ndarray]
     keys: dict[str, np.ndarray]
+    silent: dict[str, np.ndarray]
     refusals: tuple[Skip, ...]
 
     @property
@@ -124,9 +126,18 @@ class Structure:
         return np.asarray(self.units_at(self.rows[layer])[-1])
 
     def rows_read(self, layer: str, keep: np.ndarray) -> np.ndarray:
-        """(out,) bool: all rows, but for queries and keys of dimensions that do not stay."""
-        met = self.queries[layer] | self.keys[layer]
+        """(out,) bool: all rows, but for those of units that go which no layer's columns read."""
+        met = self.queries[layer] | self.keys[layer] | self.silent[layer]
         return ~met | self.kept(self.rows[layer], keep)
+
+    @property
+    def summed(self) -> np.ndarray:
+        """(units,) bool: those that a sum over units reads."""
+        found = np.zeros(self.units, np.bool_)
+        for name, rows in self.silent.items():
+            units = self.units_at(self.rows[name][rows])
+            found[units[units >= 0]] = True
+        return found
 
 
 def find_structure(
@@ -153,7 +164,7 @@ def find_structure(
 
 def _followed(walk: Walk, layers: Sequence[Layer], frozen: Mapping[str, str]) -> _Found:
     """Everything that one walk finds, with the reasons why units stay."""
-    found = _Found(walk, {}, {}, {}, {})
+    found = _Found(walk, {}, {}, {}, {}, biased=_biased(layers))
     for node, layer in with_layers(walk.scope, layers):
         _visit(found, node, layer)
     for layer in layers:
@@ -208,6 +219,19 @@ class _Found:
     columns: dict[str, np.ndarray]
     queries: dict[str, np.ndarray]
     keys: dict[str, np.ndarray]
+    silent: dict[str, np.ndarray] = field(default_factory=dict)
+    biased: frozenset[str] = frozenset()
+
+
+def _is_silent_layer(node: gs.Node, layer: Layer) -> bool:
+    """Whether rows without weights, and without their bias, are zero."""
+    own = layer.bias.node == node.outputs[0].name
+    return layer.output == node.outputs[0].name and (not own or layer.bias.is_flat)
+
+
+def _biased(layers: Sequence[Layer]) -> frozenset[str]:
+    """Outputs of the nodes that add the bias of a layer in front of them, the same everywhere."""
+    return frozenset(x.bias.node for x in layers if x.bias.node != x.output and x.bias.is_flat)
 
 
 def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
@@ -224,6 +248,7 @@ def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
     try:
         if layer is not None:
             walk.axes |= _follow_layer(found, node, layer)
+            walk.silent |= {y.name for y in node.outputs if _is_silent_layer(node, layer)}
         elif _reads_sizes(walk, node):
             _follow_numbers(walk, node)
         elif any(walk.axis(x) for x in node.inputs):
@@ -231,6 +256,8 @@ def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
             if follow is None:
                 raise NotFollowed("units are not followed through this operator")
             walk.axes |= follow(walk, node)
+            if is_silent(walk, node) or node.outputs[0].name in found.biased:
+                walk.silent |= {y.name for y in node.outputs}
     except NotFollowed as refusal:
         reason = f"{node.op} {name!r}: {refusal}"
         for marks in (marks for x in node.inputs for marks in walk.marks_of(x.name)):
@@ -413,6 +440,10 @@ def _meet(found: _Found, layers: Sequence[Layer]) -> None:
         rows |= {name: np.isin(own, np.concatenate([*met, []])) for name, own in roots.items()}
     for query, key in found.walk.products:
         marks.join(query, key)
+    summed = [marks.roots(x) for x, _ in found.walk.summed]
+    for layer in layers:
+        own = marks.roots(found.rows[layer.name])
+        found.silent[layer.name] = np.isin(own, np.concatenate([*summed, []]))
 
 
 @dataclass(frozen=True)
@@ -433,6 +464,9 @@ def _kind(found: _Found, first: int) -> _Kind:
     """Marks to unit numbers from ``first`` on: those that may go and that something reads."""
     walk = found.walk
     made, read = _by_root(walk, found.rows), _by_root(walk, found.columns)
+    for marks, name in walk.summed:
+        for root in walk.marks.roots(marks).tolist():
+            read.setdefault(root, []).append(name)
     met = set(walk.marks.roots(np.concatenate([*(q for q, _ in walk.products), []])).tolist())
     for root in made:
         if root not in read and root not in met:
@@ -520,6 +554,7 @@ def _numbered(walks: Sequence[_Found], layers: Sequence[Layer]) -> Structure:
         _parts([axis.marks for axes in lying for axis in axes.values()]),
         walks[-1].queries,
         walks[-1].keys,
+        walks[0].silent,
         tuple(_refusals(walks, layers)),
     )
 

@@ -83,6 +83,19 @@ def _repeated(op: Builder, x: gs.Tensor, times: Sequence[int]) -> Any:
     )
 
 
+@rule("MaxUnpool")
+def _maxunpool(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Tensor | None:
+    """Every cell came from one place, which the indices count over the whole output."""
+    if len(node.inputs) > 2 and node.inputs[2].name:
+        raise Unsupported("an output size of its own")
+    adjoint = only(node, g, i, 0)
+    probes = op.probes(adjoint)
+    flat = op.Reshape(adjoint, op.Concat(probes, np.array([-1]), axis=0))
+    places = op.Reshape(node.inputs[1], np.array([1, -1]))
+    rows = op.Expand(places, op.Concat(probes, np.array([1]), axis=0))
+    return op.reshape_like(op.GatherElements(flat, rows, axis=1), adjoint, node.inputs[0])
+
+
 @rule("AveragePool")
 def _averagepool(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Tensor | None:
     window = Window.of(node, node.attrs["kernel_shape"])
