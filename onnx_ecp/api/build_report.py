@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from onnx_ecp import graph as modelling
+from onnx_ecp.api.gain import Gain
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.output_paths import same_file
 from onnx_ecp.api.preparation import NO_FIT, Data, Job
+from onnx_ecp.api.target import for_target
 from onnx_ecp.data.untrusted import npz_names
 from onnx_ecp.evaluation.bounds import Bounds
-from onnx_ecp.evaluation.compare import Comparison, Gap
-from onnx_ecp.evaluation.tensorrt import sparse_kernels
+from onnx_ecp.evaluation.compare import ROUNDED, Comparison, Gap
 from onnx_ecp.gradients.cotangents import SQUARED
 from onnx_ecp.gradients.selections import Selection
 from onnx_ecp.graph import Model
@@ -22,7 +23,9 @@ from onnx_ecp.layers import Skip
 from onnx_ecp.pruning.loop import Pruned
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.pruning.search import Point
+from onnx_ecp.quantising.rows import Int8
 from onnx_ecp.report import (
+    INT8_SPEED,
     PATTERN_SPEED,
     SYNTHETIC_WARNING,
     UNSTRUCTURED_SPEED,
@@ -31,6 +34,7 @@ from onnx_ecp.report import (
     Report,
     counted,
 )
+from onnx_ecp.report.evidence import Evidence
 from onnx_ecp.runtime.versions import versions
 from onnx_ecp.statistics.layerwise import Network
 from onnx_ecp.units.head_rotation import heads_of
@@ -40,6 +44,8 @@ from onnx_ecp.units.stages import UnitStep
 
 # From this relative error on little of the network is left: constant outputs have 1.
 DESTROYED = 0.9
+# Errors are told to be larger elsewhere from so many times the held-out one on.
+BEYOND_HELD_OUT = 1.5
 # An error beyond so many times the predicted one is told, if it is no trifle.
 FAR_BEYOND, TRIFLE = 2.0, 0.01
 # Below this effective sample size the user is warned that few samples carry all the weight.
@@ -56,12 +62,18 @@ def build_report(
     comparison: Comparison,
     options: Options,
     *,
+    floats: Model,
     output: str | Path | None,
     predicted: float | None,
+    worth: Gain,
+    learnt: float | None,
     speedup: Speedup | None,
     curve: tuple[Point, ...],
     bounded: Bounds | None,
+    int8: Int8 | None,
     budget: str,
+    evidence: Evidence | None,
+    command: str,
     seconds: float,
 ) -> Report:
     """The report of a run.
@@ -75,12 +87,18 @@ def build_report(
         made: the model that it made, as it was written.
         comparison: of both models.
         options: what was asked for.
+        floats: the result before anything became int8.
         output: the file that was written, if any.
         predicted: relative output error that the importances expect, if they expect one.
+        worth: multiplications and latency of both models.
+        learnt: relative output error on samples that the result was computed from.
         speedup: what was measured where latency was the target.
         curve: points of a search, or of a gate.
         bounded: bounds on the gap, where asked for.
+        int8: what int8 took away and gave, where asked for.
         budget: what a time budget allowed, where there was one.
+        evidence: for pictures, where they are wanted.
+        command: what repeats it, where a command can.
         seconds: that all took.
     """
     network, step = ready.network, ready.step
@@ -96,26 +114,33 @@ def build_report(
         skips=(*skips, *ready.skips),
         predicted_error=predicted,
         gap=comparison.gap,
+        learnt_error=learnt,
         curve=curve,
         bounds=bounded,
+        int8=int8,
         seconds=seconds,
         warnings=(
             *given.notes,
             *warnings(data, network, pruned, comparison),
             *prediction_warning(predicted, comparison.gap),
+            *learnt_warning(learnt, comparison.gap),
             *misfit_warnings(skips),
             *mask_warnings(network, step, options),
             *target_warnings(data, options, curve),
             *made.warnings,
+            *int8_warnings(int8, options),
             *replaced(given, output, options),
         ),
         units=made.rows,
-        work_before=made.before,
-        work_after=made.after,
-        speed=speed_of(made, comparison, speedup, options),
+        work_before=worth.before,
+        work_after=worth.after,
+        speed=INT8_SPEED if int8 else speed_of(made, speedup, options),
         speedup=speedup,
-        sparse_kernels=tuple(sparse_kernels(made.model)) if options.patterns else (),
-        latency=comparison.latency if speedup is None else speedup.measured,
+        target=for_target(made, floats, given, (*skips, *ready.skips), output, options),
+        latency=worth.latency,
+        advice=worth.advice,
+        evidence=evidence,
+        command=command,
     )
 
 
@@ -181,20 +206,15 @@ def predicted_error(network: Network, plan: Plan, pruned: Pruned) -> float | Non
     return float(np.sqrt(sum(pruned.removed.values()) / energy)) if energy else None
 
 
-def speed_of(
-    made: Smaller, comparison: Comparison, speedup: Speedup | None, options: Options
-) -> str:
-    """What the result does for latency, in words, and in numbers where they were asked for."""
-    expected = made.speed or (PATTERN_SPEED if options.patterns else UNSTRUCTURED_SPEED)
-    latency = comparison.latency if speedup is None else speedup.measured
-    if latency is None:
-        return expected
+def speed_of(made: Smaller, speedup: Speedup | None, options: Options) -> str:
+    """What to expect of the result for latency, in words; how near it came to a target."""
+    if speedup is None:
+        return made.speed or (PATTERN_SPEED if options.patterns else UNSTRUCTURED_SPEED)
+    latency = speedup.measured
     runs = (
         f"{latency.conditions} "
         f"({1e3 * latency.seconds_a:.3g} ms, {1e3 * latency.seconds_b:.3g} ms)."
     )
-    if speedup is None:
-        return f"{expected} Measured: x{latency.ratio:.3f} of the latency, {runs}"
     return (
         f"{speedup.asked:g} times as fast was asked for; {speedup.predicted:.2f} times is what the "
         f"layers that lost units promise, timed one by one; {speedup.reached:.2f} times was "
@@ -260,6 +280,17 @@ def prediction_warning(predicted: float | None, gap: Gap) -> Iterator[str]:
         )
 
 
+def learnt_warning(learnt: float | None, gap: Gap) -> Iterator[str]:
+    """Says so where the held-out samples lack what makes the error of others."""
+    high = gap.relative_error if gap.certainty is None else gap.certainty.high
+    if learnt is not None and learnt > max(BEYOND_HELD_OUT * gap.relative_error, high, ROUNDED):
+        yield (
+            f"on the samples that the result was computed from the error is {learnt:.3g}, on those "
+            f"held out it is {gap.relative_error:.3g}: samples that matter are rare, and those held"
+            " out have too few of them. Expect the larger error, and give more samples."
+        )
+
+
 def misfit_warnings(skips: Sequence[Skip]) -> Iterator[str]:
     """Says so where layers stayed dense because a pattern does not fit them."""
     dense = [skip for skip in skips if NO_FIT in skip.reason]
@@ -301,10 +332,42 @@ def target_warnings(data: Data, options: Options, curve: Sequence[Point]) -> Ite
                 f"{100 / samples:.2g} percentage points: --max-accuracy-drop "
                 f"{options.max_accuracy_drop:g} needs more labelled samples to mean something."
             )
+    yield from limit_warning(options, curve)
     if options.searches and all(point.within for point in curve):
         yield (
             "every step of the search was within the target: it ended where almost nothing is left "
             "to remove, not at the target."
+        )
+
+
+def int8_warnings(int8: Int8 | None, options: Options) -> Iterator[str]:
+    """What the user must know of the layers in int8, one sentence each."""
+    if int8 is None:
+        return
+    if not int8.compensated:
+        yield (
+            "the compensation of int8 was rejected: on the validation samples the nearest integers "
+            "were better."
+        )
+    if options.patterns:
+        yield (
+            "TensorRT takes N:M in int8 without Q/DQ nodes only, and this result has them: for its "
+            "sparse kernels leave --quantize out and let it calibrate."
+        )
+
+
+def limit_warning(options: Options, curve: Sequence[Point]) -> Iterator[str]:
+    """Says so where the error is within the limit and its interval is not."""
+    held = [point for point in curve if point.within]
+    limit = None if options.limit is None else options.limit.error
+    if not held or limit is None:
+        return
+    last = max(held, key=lambda point: point.sparsity)
+    if last.high is not None and last.high > limit:
+        yield (
+            f"the measured error {last.error:.3g} is within --max-error {limit:g}, but so few "
+            f"samples tell it that it may be up to {last.high:.3g} (upper end of its 95 % "
+            "interval): give more samples, or a smaller limit."
         )
 
 

@@ -42,6 +42,7 @@ from onnx_ecp.evaluation.facts import ModelFacts, model_facts
 from onnx_ecp.graph import Model, signature
 from onnx_ecp.layers import Layer
 from onnx_ecp.methods import FORWARD, NEEDS
+from onnx_ecp.pruning.control import not_behind_magnitude
 from onnx_ecp.pruning.loop import observe, prune
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.report import counted
@@ -333,6 +334,8 @@ def run(shared: Shared, options: Options, plan: Plan, progress: Progress = silen
     needs = plan.method.measures
     network = shared.networks[needs]
     pruned = prune(network, plan, progress, measured=shared.measured[needs])
+    if options.is_controlled:
+        pruned = not_behind_magnitude(network, plan, pruned, progress)
     seconds = time.monotonic() - began
     result = finished(Job(shared.source, network, plan), pruned, options).model
     gap = measure_gap(
@@ -346,6 +349,7 @@ def run(shared: Shared, options: Options, plan: Plan, progress: Progress = silen
         progress=progress,
         measure=network.observer.measure if shared.judge.facts.held_out else None,
         output_weights=options.output_weights,
+        seed=options.seed,
     )
     comparison = Comparison(shared.facts, model_facts(result), gap)
     scores = {score.metric: score.b for score in gap.scores}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.errors import CalibrationError, ModelError, ProviderError
 from onnx_ecp.evaluation.facts import ModelFacts, model_facts, model_of
 from onnx_ecp.evaluation.latency import Latency, measure_latency
+from onnx_ecp.evaluation.runtimes import InRuntime, check_runtime, in_runtime
 from onnx_ecp.evaluation.work import Work, work
 from onnx_ecp.graph import (
     Model,
@@ -37,10 +38,14 @@ from onnx_ecp.graph.randomness import refuse_random
 from onnx_ecp.runtime.outputs import arrays
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.runtime.session import OutOfMemory, Session
+from onnx_ecp.statistics.by_sample import SampleSquares
 from onnx_ecp.statistics.columns import Measure, Spread, by_column
+from onnx_ecp.statistics.uncertainty import FEW, Certainty, certainty
 
 # So many of the worst columns of an output are told, with a warning from this error on.
 WORST, HURT = 8, 0.5
+# Errors up to this are rounding: what carries them tells nothing.
+ROUNDED = 1e-5
 # What the inputs of a batch may take together, unless the user chooses the batch size.
 BATCH_BYTES = 16 * 2**20
 
@@ -130,6 +135,8 @@ class Gap:
         scores: on labels; empty without labels.
         centred: whether errors are in units of standard deviations; where no column of any output
             varies, root mean squares take their place.
+        certainty: how well the overall error is known; None for a single sample, and where outputs
+            do not tell one sample from another.
     """
 
     samples: int
@@ -137,6 +144,7 @@ class Gap:
     outputs: tuple[Deviation, ...]
     scores: tuple[Score, ...] = ()
     centred: bool = True
+    certainty: Certainty | None = None
 
     @property
     def agreement(self) -> float | None:
@@ -151,7 +159,25 @@ class Gap:
     @property
     def warnings(self) -> tuple[str, ...]:
         """One sentence for every output with values that are not finite, or with lost columns."""
-        return (*map(_not_finite, self._with("not_finite_a", "not_finite_b")), *self._lost())
+        bad = map(_not_finite, self._with("not_finite_a", "not_finite_b"))
+        return (*bad, *self._lost(), *self._uncertain())
+
+    def _uncertain(self) -> Iterator[str]:
+        known = self.certainty
+        if known is None or not ROUNDED < self.relative_error < math.inf or not known.rests_on_few:
+            return
+        if known.samples < FEW:
+            why = f"it was measured on {known.samples} samples"
+        else:
+            why = (
+                f"of the {known.samples:,} samples it was measured on, as few as "
+                f"{max(known.effective, 1):.0f} carry it ({100 * known.largest:.0f} % lies in "
+                f"sample {known.largest_at})"
+            )
+        yield (
+            f"the error {self.relative_error:.3g} rests on few samples: {why}. Others may tell "
+            "another one: give more samples."
+        )
 
     def _with(self, *fields: str) -> list[Deviation]:
         return [d for d in self.outputs if any(getattr(d, field) for field in fields)]
@@ -195,6 +221,7 @@ class Comparison:
         b: the other one.
         gap: their outputs.
         latency: of both, where it was measured.
+        runtime: where it was measured, if a runtime was named.
         work_a: what the layers of a take; None where it was not counted.
         work_b: what those of b take.
     """
@@ -203,6 +230,7 @@ class Comparison:
     b: ModelFacts
     gap: Gap
     latency: Latency | None = None
+    runtime: InRuntime | None = None
     work_a: Work | None = None
     work_b: Work | None = None
 
@@ -223,6 +251,7 @@ class DeviationSums:
         not_finite_a: elements of a that are NaN or infinite.
         not_finite_b: the same of b.
         floating: whether the output is floating-point.
+        by_sample: the same errors, sample by sample.
     """
 
     elements: int
@@ -235,6 +264,7 @@ class DeviationSums:
     not_finite_a: int
     not_finite_b: int
     floating: bool
+    by_sample: SampleSquares
 
     def __add__(self, other: DeviationSums) -> DeviationSums:
         # The first of equals, so that the batch size changes nothing.
@@ -250,6 +280,7 @@ class DeviationSums:
             self.not_finite_a + other.not_finite_a,
             self.not_finite_b + other.not_finite_b,
             self.floating,
+            self.by_sample + other.by_sample,
         )
 
     @property
@@ -324,6 +355,27 @@ def overall(sums: Mapping[str, DeviationSums], measure: Measure) -> float:
     return measure.overall({n: _like(sums[n].mean_squares, measure, n) for n in measure.spreads})
 
 
+def how_certain(
+    sums: Mapping[str, DeviationSums], measure: Measure, seed: int = 0
+) -> Certainty | None:
+    """How well ``overall`` is known; None where outputs do not tell one sample from another."""
+    floating = {n: s for n, s in sums.items() if s.floating}
+    if floating:
+        parts = [(sums[n].by_sample, measure.per_element(n)) for n in measure.spreads]
+    else:
+        parts = [(s.by_sample, np.full(1, 1.0 / max(s.elements, 1))) for s in sums.values()]
+    if not parts or not all(squares.known for squares, _ in parts):
+        return None
+    rows = [squares.weighted(factors) for squares, factors in parts]
+    if len({len(row) for row in rows}) > 1:
+        return None
+    total, error = np.sum(rows, axis=0), overall(sums, measure)
+    size = total.mean()
+    with np.errstate(invalid="ignore"):
+        scaled = total * (error**2 / size) if 0 < size < np.inf else total
+    return certainty(scaled, seed=seed)
+
+
 def deviation_sums(
     a: np.ndarray, b: np.ndarray, start: int, samples: int, axis: int | None = None
 ) -> DeviationSums:
@@ -348,9 +400,12 @@ def deviation_sums(
     else:
         agree, bad = np.asarray(a == b), (0, 0)
         gap, energy = np.where(agree, 0.0, 1.0), float(a.size)
+    with np.errstate(over="ignore"):  # doubles beyond 1e154: infinite, and so is the error
+        squares = np.square(gap)
+    along = axis if floating else None
     return DeviationSums(
         elements=a.size,
-        errors=_square_sums(gap, axis if floating else None),
+        errors=by_column(squares, along).sum(axis=0),
         energy=energy,
         largest=float(gap.max(initial=0.0)),
         largest_at=start + _row_of_largest(gap, samples),
@@ -359,6 +414,7 @@ def deviation_sums(
         not_finite_a=int(bad[0]),
         not_finite_b=int(bad[1]),
         floating=floating,
+        by_sample=SampleSquares.of(squares, along, samples),
     )
 
 
@@ -371,13 +427,8 @@ def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _square_sum(x: np.ndarray) -> float:
-    return float(_square_sums(x, None).sum())
-
-
-def _square_sums(x: np.ndarray, axis: int | None) -> np.ndarray:
-    """(columns,)."""
-    with np.errstate(over="ignore"):  # doubles beyond 1e154: infinite, and so is the error
-        return np.asarray(np.square(by_column(x, axis)).sum(axis=0))
+    with np.errstate(over="ignore"):
+        return float(np.square(x).sum())
 
 
 def _same_class(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -404,6 +455,7 @@ def compare(
     threads: int | None = None,
     batch_size: int | None = None,
     measure: bool = False,
+    runtime: str | None = None,
     output_weights: Mapping[str, float] | None = None,
 ) -> Comparison:
     """Compare model b with model a: outputs, scores on labels, sizes and, if asked for, latency.
@@ -417,6 +469,7 @@ def compare(
         threads: threads within an operator; None leaves it to ONNX Runtime.
         batch_size: samples a run; None takes what fits.
         measure: whether to measure latency.
+        runtime: "onnxruntime", "openvino" or "deepsparse": measure it there.
         output_weights: see ``Measure.of``.
 
     Raises:
@@ -424,6 +477,8 @@ def compare(
         CalibrationError: data or labels do not fit the models.
         ProviderError: ONNX Runtime cannot run a model.
     """
+    if runtime is not None:
+        check_runtime(runtime)
     first, second = model_of(a), model_of(b)
     for model in (first, second):
         refuse_random(model)
@@ -440,15 +495,18 @@ def compare(
         batch_size=batch_size,
         output_weights=output_weights,
     )
-    latency = None
-    if measure:
-        size = batch_size or fitting(samples)
+    latency, elsewhere = None, None
+    size = batch_size or fitting(samples)
+    if runtime is not None:
+        elsewhere = in_runtime(runtime, first, second, next(samples.batches(size)), threads=threads)
+        latency = elsewhere.latency
+    elif measure:
         latency = measure_latency(
             first, second, next(samples.batches(size)), provider=provider, threads=threads
         )
     settings = {"provider": provider, "threads": threads}
     works = (_work(model, samples, settings) for model in (first, second))
-    return Comparison(model_facts(first), model_facts(second), gap, latency, *works)
+    return Comparison(model_facts(first), model_facts(second), gap, latency, elsewhere, *works)
 
 
 def _work(model: Model, samples: Calibration, settings: Mapping[str, Any]) -> Work | None:
@@ -471,6 +529,7 @@ def measure_gap(
     progress: Progress = silent,
     measure: Measure | None = None,
     output_weights: Mapping[str, float] | None = None,
+    seed: int = 0,
 ) -> Gap:
     """The outputs of b against those of a, streamed batch by batch.
 
@@ -485,6 +544,7 @@ def measure_gap(
         progress: called after every batch.
         measure: of the outputs of a that are to count; None takes all, as they vary over the data.
         output_weights: of that measure; see ``Measure.of``.
+        seed: of the interval of the error.
 
     Raises:
         ModelError: inputs or outputs differ.
@@ -526,6 +586,7 @@ def measure_gap(
         ),
         scores=scores,
         centred=known.centred or not known.spreads,
+        certainty=how_certain(sums, known, seed),
     )
 
 
@@ -553,8 +614,16 @@ Outputs = Mapping[str, np.ndarray]
 def paired_outputs(
     a: Model, b: Model, batches: Iterable[Batch], provider: str, threads: int | None
 ) -> Iterator[tuple[Batch, Outputs, Outputs]]:
-    """Outputs of both models by name; of halves where a batch does not fit in memory."""
-    sessions = [Session(m.proto, provider=provider, threads=threads, base=m.base) for m in (a, b)]
+    """Outputs of both models by name."""
+    for batch, (of_a, of_b) in outputs_of((a, b), batches, provider, threads):
+        yield batch, of_a, of_b
+
+
+def outputs_of(
+    models: Sequence[Model], batches: Iterable[Batch], provider: str, threads: int | None
+) -> Iterator[tuple[Batch, tuple[Outputs, ...]]]:
+    """Outputs of models by name; of halves where a batch does not fit in memory."""
+    sessions = [Session(m.proto, provider=provider, threads=threads, base=m.base) for m in models]
     waiting = [iter(batches)]
     while waiting:
         batch = next(waiting[-1], None)
@@ -562,13 +631,13 @@ def paired_outputs(
             waiting.pop()
             continue
         try:
-            of_a, of_b = (arrays(session.run(batch.feeds)) for session in sessions)
+            found = tuple(arrays(session.run(batch.feeds)) for session in sessions)
         except (OutOfMemory, MemoryError):
             if batch.samples == 1:
                 raise
             waiting.append(iter(batch.halves()))
         else:
-            yield batch, of_a, of_b
+            yield batch, found
 
 
 _SAME_HINT = "Only models with the same inputs and outputs can be compared."

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from onnx_ecp.data.calibration import Batch
 from onnx_ecp.graph import (
@@ -14,8 +15,13 @@ from onnx_ecp.graph import (
 from onnx_ecp.runtime.limits import workers
 from onnx_ecp.runtime.session import Session
 
-if TYPE_CHECKING:
-    pass
+# A difference below this share is none: two copies of one model differ as much.
+TRIFLE = 0.03
+# So many runs of each at least, before two models are told apart.
+TURNS = 5
+# Of the seconds that all took so far, the share that a measurement nobody asked for takes, within
+# these bounds; where TURNS take longer, it may go on for LONGEST, or for its share.
+SHARE, LEAST, ENOUGH, LONGEST = 0.05, 0.05, 0.5, 0.25
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Latency:
         batch: samples a run.
         median_a: median of the seconds of model a.
         median_b: median of those of model b.
+        spread_a: between which seconds most runs of model a lie, see ``spread``.
+        spread_b: the same of model b.
     """
 
     seconds_a: float
@@ -42,6 +50,37 @@ class Latency:
     batch: int
     median_a: float | None = None
     median_b: float | None = None
+    spread_a: tuple[float, ...] | None = None
+    spread_b: tuple[float, ...] | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Whether model b is "faster", "slower", or "no faster": apart by no more than the spread.
+
+        Both spreads must lie apart, and so must the medians and the least of all runs, by more
+        than a trifle: what holds of one of them alone is no difference.
+        """
+        if self.spread_a is None or self.spread_b is None:
+            return "no faster"
+        shares = (self.ratio, self.median_ratio)
+        if self.spread_b[1] < self.spread_a[0] and max(shares) < 1 - TRIFLE:
+            return "faster"
+        if self.spread_b[0] > self.spread_a[1] and min(shares) > 1 + TRIFLE:
+            return "slower"
+        return "no faster"
+
+    @property
+    def median_ratio(self) -> float:
+        """Median of model b over that of model a; the ratio of the least where there is none."""
+        if self.median_a is None or self.median_b is None:
+            return self.ratio
+        return self.median_b / self.median_a
+
+    @property
+    def relative_spread(self) -> float:
+        """Half of the wider spread, as a share of the median of the same model."""
+        pairs = ((self.spread_a, self.median_a), (self.spread_b, self.median_b))
+        return max(((s[1] - s[0]) / (2 * m) for s, m in pairs if s and m), default=0.0)
 
     @property
     def conditions(self) -> str:
@@ -58,6 +97,7 @@ def measure_latency(
     threads: int | None = None,
     turns: int = 50,
     seconds: float = 1.0,
+    most: float = math.inf,
 ) -> Latency:
     """Time of one run of both models, in turns, so that other work meets both.
 
@@ -69,19 +109,85 @@ def measure_latency(
         threads: threads within an operator; None takes one per core.
         turns: so many at least.
         seconds: for so long at least.
+        most: no turn after the first begins after so many seconds, whatever else is said.
     """
     used = threads or workers()  # said, not left to ONNX Runtime, which would not tell
     sessions = [
         Session(m.proto, provider=provider, threads=used, base=m.base, packed=True) for m in (a, b)
     ]
-    for _ in range(3):  # the first runs allocate
+    began = time.monotonic()
+    for turn in range(3):  # the first runs allocate
+        if turn and time.monotonic() - began > most / 4:
+            break
         for session in sessions:
             session.seconds(batch.feeds)
     times: tuple[list[float], list[float]] = ([], [])
-    began = time.monotonic()
-    while len(times[0]) < turns or time.monotonic() - began < seconds:
+    timing = time.monotonic()
+    while len(times[0]) < turns or time.monotonic() - timing < seconds:
+        if times[0] and time.monotonic() - began > most:
+            break
         for session, taken in zip(sessions, times, strict=True):
             taken.append(session.seconds(batch.feeds))
-    seconds_a, seconds_b = map(min, times)
-    medians = map(statistics.median, times)
-    return Latency(seconds_a, seconds_b, seconds_b / seconds_a, used, batch.samples, *medians)
+    return latency_of(times, used, batch.samples)
+
+
+def brief_latency(
+    a: Model,
+    b: Model,
+    batch: Batch,
+    *,
+    so_far: float,
+    provider: str = "cpu",
+    threads: int | None = None,
+) -> Latency:
+    """The same in a small share of the seconds that all took ``so_far``."""
+    share = SHARE * so_far
+    return measure_latency(
+        a,
+        b,
+        batch,
+        provider=provider,
+        threads=threads,
+        turns=TURNS,
+        seconds=min(max(share, LEAST), ENOUGH),
+        most=max(share, LONGEST),
+    )
+
+
+def latency_of(times: Sequence[Sequence[float]], threads: int, batch: int) -> Latency:
+    """What is known of two models, given the seconds of their runs, turn by turn.
+
+    Args:
+        times: of model a and of model b.
+        threads: threads within an operator.
+        batch: samples a run.
+    """
+    least, medians = [min(x) for x in times], [statistics.median(x) for x in times]
+    spreads = [spread(x) for x in times]
+    return Latency(
+        seconds_a=least[0],
+        seconds_b=least[1],
+        ratio=least[1] / least[0],
+        threads=threads,
+        batch=batch,
+        median_a=medians[0],
+        median_b=medians[1],
+        spread_a=spreads[0],
+        spread_b=spreads[1],
+    )
+
+
+def spread(seconds: Sequence[float]) -> tuple[float, ...] | None:
+    """Between which seconds most of the runs lie: (low, high); None for fewer than TURNS.
+
+    Of many runs it is the middle half. Of fewer it is wider, all of five: otherwise two models
+    that take the same would too often seem apart.
+
+    >>> spread([5.0, 1.0, 2.0, 4.0, 3.0]), spread(list(range(24)))
+    ((1.0, 5.0), (5, 18))
+    """
+    if len(seconds) < TURNS:
+        return None
+    left_out = (len(seconds) - TURNS + 1) // 4
+    ordered = sorted(seconds)
+    return ordered[left_out], ordered[-1 - left_out]

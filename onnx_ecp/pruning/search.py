@@ -15,7 +15,13 @@ import numpy as np
 
 from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.errors import CalibrationError, TargetError
-from onnx_ecp.evaluation.compare import Target, deviation_sums, overall, target_of
+from onnx_ecp.evaluation.compare import (
+    Target,
+    deviation_sums,
+    how_certain,
+    overall,
+    target_of,
+)
 from onnx_ecp.pruning.loop import Pruned, Step, jointly_refitted, observe, stage, tuned
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.runtime.limits import check_deadline
@@ -62,12 +68,15 @@ class Point:
         error: relative output error, the larger of those of the parts of the held-out samples.
         drop: loss of top-1 accuracy in percentage points; None without labels.
         within: whether it is within the limit.
+        high: upper end of the interval of that error; None where it is not known. Limits are held
+            against the error itself.
     """
 
     sparsity: float
     error: float
     drop: float | None
     within: bool = False
+    high: float | None = None
 
     @property
     def described(self) -> str:
@@ -86,6 +95,7 @@ class Judge:
         original: the state that others are compared with.
         parts: held-out samples; the worst part counts. Labels they have must be class indices.
         size: batch size.
+        seed: of the intervals.
 
     Raises:
         TargetError: the model has no output that an error could be measured at.
@@ -98,13 +108,14 @@ class Judge:
         original: State,
         parts: Sequence[Calibration],
         size: int,
+        seed: int = 0,
     ) -> None:
         if not observer.outputs:
             raise TargetError(
                 "no floating-point output depends on the layers: there is no error to limit.",
                 hint="Give --sparsity instead of a target.",
             )
-        self._observer = observer
+        self._observer, self._seed = observer, seed
         self._parts = [list(part.batches(size)) for part in parts]
         self._labels = [part.row_labels for part in parts if part.row_labels is not None]
         self._reference = [self._outputs(original, part) for part in self._parts]
@@ -116,21 +127,25 @@ class Judge:
     def point(self, state: State) -> Point:
         """Where a state stands; whether it is within a limit is the caller's to say."""
         outputs = [self._outputs(state, part) for part in self._parts]
-        errors = [self._error(y, t) for y, t in zip(outputs, self._reference, strict=True)]
+        parts = zip(outputs, self._reference, strict=True)
+        error, high = max((self._error(y, t) for y, t in parts), key=lambda found: found[0])
         drop = None
         if self._labels:
-            parts = zip(self._targets, self._labels, self._reference, outputs, strict=True)
-            drop = max(_drop(*part) for part in parts)
+            labelled = zip(self._targets, self._labels, self._reference, outputs, strict=True)
+            drop = max(_drop(*part) for part in labelled)
         kept = sum(int(np.count_nonzero(k)) for k in state.keep.values())
         size = sum(k.size for k in state.keep.values())
-        return Point(1 - kept / size, max(errors), drop)
+        return Point(1 - kept / size, error, drop, high=high)
 
-    def _error(self, y: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:
-        """Relative output error of all samples."""
+    def _error(
+        self, y: dict[str, np.ndarray], reference: dict[str, np.ndarray]
+    ) -> tuple[float, float | None]:
+        """Relative output error of all samples, and the upper end of its interval."""
         measure = self._observer.measure
         axes = {name: spread.axis for name, spread in measure.spreads.items()}
         sums = {n: deviation_sums(t, y[n], 0, len(t), axes[n]) for n, t in reference.items()}
-        return overall(sums, measure)
+        known = how_certain(sums, measure, self._seed)
+        return overall(sums, measure), None if known is None else known.high
 
     def _outputs(self, state: State, batches: Iterable) -> dict[str, np.ndarray]:
         parts = [self._observer.predict(state, batch) for batch in batches]

@@ -185,19 +185,25 @@ class Measure:
             return ()
         return tuple(np.flatnonzero(~self.spreads[name].varies).tolist())
 
+    def per_element(self, name: str) -> np.ndarray:
+        """(columns,), what squared errors of single elements of an output are multiplied by.
+
+        Their sum over the elements of a sample, averaged over samples, is the squared error of all.
+        """
+        per_sample = self.unit(name) * self.spreads[name].positions
+        share = self.shares[name]
+        return np.divide(share, per_sample, out=np.zeros_like(share), where=share > 0)
+
     def factors(self) -> dict[str, np.ndarray]:
         """By output, what its elements are multiplied by so that squares add up to the error.
 
         In shapes that broadcast with the outputs; the sum over the elements of a sample, averaged
         over samples, is then the squared error of all.
         """
-        found = {}
-        for name, spread in self.spreads.items():
-            per_sample = self.unit(name) * spread.positions
-            share = self.shares[name]
-            values = np.divide(share, per_sample, out=np.zeros_like(share), where=share > 0)
-            found[name] = spread.along_axis(np.sqrt(values))
-        return found
+        return {
+            name: spread.along_axis(np.sqrt(self.per_element(name)))
+            for name, spread in self.spreads.items()
+        }
 
     def columns(self, name: str, mean_squares: np.ndarray) -> np.ndarray:
         """(columns,), e_c; NaN for those without a spread.

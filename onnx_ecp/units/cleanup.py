@@ -20,7 +20,6 @@ from onnx_ecp.errors import ModelError, ProviderError
 from onnx_ecp.graph import Model, constants, read_tensor
 from onnx_ecp.graph.shapes import shapes_of, values_of_a_run
 from onnx_ecp.layers import Layer, edit, find_layers
-from onnx_ecp.layers.dense import Dense
 from onnx_ecp.layers.trace import main_scope
 from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.outputs import arrays
@@ -199,9 +198,10 @@ def _without_dead(
     unread = ~_any(structure, columns, structure.columns)
     seen = _numbers(model, structure, layers, alive, values)
     constant = ~unread & ~_any(
-        structure, {n: np.isnan(x) for n, x in seen.items()}, structure.columns
+        structure, {n: np.isnan(x).any(axis=0) for n, x in seen.items()}, structure.columns
     )
-    keep = at_least_one(structure, ~unread & ~constant)
+    loud = _loud(model, structure, layers, alive)
+    keep = at_least_one(structure, loud | (~unread & ~constant))
     if keep.all():
         return None
     proto = cut(model.proto, structure, keep, model.base)
@@ -232,6 +232,21 @@ def _any(
     return found
 
 
+def _loud(
+    model: Model, structure: Structure, layers: Sequence[Layer], alive: Mapping[str, _Alive]
+) -> np.ndarray:
+    """(units,) bool: those that are summed, and of which a row has a weight or a bias."""
+    found = np.zeros(structure.units, np.bool_)
+    for layer in layers:
+        rows = structure.silent[layer.name]
+        if rows.any():
+            bias = layer.bias_values(model.proto, model.base)
+            assert bias is not None, "the bias of units that are summed is the same everywhere"
+            units = structure.rows[layer.name][rows & (alive[layer.name].rows | (bias != 0))]
+            found[units[units != STAYS]] = True
+    return found
+
+
 def _numbers(
     model: Model,
     structure: Structure,
@@ -239,17 +254,17 @@ def _numbers(
     alive: Mapping[str, _Alive],
     values: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """By layer, the one number that every column sees whatever comes in, (in,); NaN where none."""
+    """By layer, the one number that every column sees, (groups, in); NaN where it may change."""
     dead = {name: ~part.rows for name, part in alive.items()}
     steady = steady_columns(main_scope(model.proto), structure, layers, dead, values)
     found = {}
     for layer in layers:
-        found[layer.name] = np.full(layer.shape[1], np.nan)
+        found[layer.name] = np.full((layer.groups, layer.shape[1]), np.nan)
         chosen = steady.get(layer.name, np.zeros(layer.shape[1], np.bool_))
         if chosen.any():
-            rows = layer.rows_in(values[layer.input])[0].astype(np.float64)
-            chosen &= (rows == rows[0]).all(axis=0)
-            found[layer.name][chosen] = rows[0][chosen]
+            rows = layer.rows_in(values[layer.input]).astype(np.float64)
+            chosen &= (rows == rows[:, :1]).all(axis=(0, 1))
+            found[layer.name][:, chosen] = rows[:, 0, chosen]
     return found
 
 
@@ -270,7 +285,8 @@ def _shift(
     if not columns.any():
         return np.zeros(layer.shape[0])
     weight = _matrix(model, layer)[:, columns].astype(np.float64)
-    return np.asarray(weight @ values[layer.name][columns])
+    of_groups = weight.reshape(layer.groups, -1, weight.shape[1])
+    return np.asarray((of_groups @ values[layer.name][:, columns, None]).reshape(-1))
 
 
 def at_least_one(structure: Structure, keep: np.ndarray) -> np.ndarray:
@@ -296,7 +312,7 @@ def _without_dead_inputs(
     proto.CopyFrom(model.proto)
     scope, rows = main_scope(model.proto), []
     for node, layer in with_layers(scope, layers):
-        if not isinstance(layer, Dense) or layer.axis != -1:
+        if layer is None or not layer.reads_vectors or layer.makes_number or layer.units_axis != -1:
             continue
         read = alive[layer.name].columns
         before, after = len(read), int(read.sum())

@@ -28,11 +28,11 @@ class UnitSums:
     """Sums over the rows that consumers of one tensor see; they add up.
 
     Args:
-        columns: (in,), the unit of every column.
+        columns: (groups * in,), the unit of every column, one group after the other.
         uu: (units,), sum of u^2.
         uh: (units,), sum of u h.
         hh: (units,), sum of h^2.
-        energy: (in,), sum of G^2 of every column.
+        energy: (groups * in,), sum of G^2 of every column.
     """
 
     columns: np.ndarray
@@ -46,10 +46,10 @@ class UnitSums:
         """Sums of one batch and probe.
 
         Args:
-            columns: (in,), the unit of every column.
+            columns: (groups * in,), the unit of every column.
             units: how many there are.
-            a: centred activations (rows, in).
-            gradient: G, (rows, in).
+            a: centred activations (rows, groups * in).
+            gradient: G, (rows, groups * in).
         """
         order = np.argsort(columns, kind="stable")
         order = order[columns[order] >= 0]
@@ -78,8 +78,8 @@ class UnitSums:
         For several columns, what is shrunk towards is that they act on their own.
         """
         mean, q = self.energy / moments.rows, shrinkage
-        uu = (1 - q) * self.uu + q * self._by_unit(mean * moments.aa[0])
-        uh = (1 - q) * self.uh + q * self._by_unit(mean * moments.a[0])
+        uu = (1 - q) * self.uu + q * self._by_unit(mean * moments.aa.reshape(-1))
+        uh = (1 - q) * self.uh + q * self._by_unit(mean * moments.a.reshape(-1))
         hh = (1 - q) * self.hh + q * self._by_unit(self.energy)
         safe = hh > 1e-10 * uu.max(initial=0.0)
         explained = np.divide(uh**2, hh, out=np.zeros_like(hh), where=safe)
@@ -112,8 +112,10 @@ class UnitObserver:
             name = readers[0].name
             if name not in moments:  # another turn's
                 continue
-            a = seen.inputs[name][0] - moments[name].centre[0].astype(np.float32)
-            of_column = self.structure.units_at(self.structure.columns[name])
+            centre = moments[name].centre[:, None].astype(np.float32)
+            a = _side_by_side(seen.inputs[name] - centre)
+            columns = np.tile(self.structure.columns[name], readers[0].groups)
+            of_column = self.structure.units_at(columns)
             for gradient in self._gradients(readers, seen):
                 for kind, units in enumerate(of_column):
                     part, key = UnitSums.of(units, self.structure.units, a, gradient), (name, kind)
@@ -130,19 +132,27 @@ class UnitObserver:
         for layer in self.layers:
             if np.any(self.structure.columns[layer.name] >= 0):
                 # Kernels differ, so what one Conv sees is another's only by accident.
-                rows = layer.name if layer.op.endswith("Conv") else ""
+                rows = "" if layer.reads_vectors else layer.name
                 found.setdefault((layer.input, rows), []).append(layer)
         return list(found.values())
 
     def _gradients(self, readers: Sequence[Layer], seen: Observation) -> Iterator[np.ndarray]:
-        """G (rows, in) of every probe, summed over the readers."""
+        """G (rows, groups * in) of every probe, summed over the readers."""
         weights = {layer.name: _matrix(layer, self.state) for layer in readers}
         for probe in range(len(seen.adjoints[readers[0].name])):
-            yield np.sum([seen.adjoints[n][probe, 0] @ w for n, w in weights.items()], axis=0)
+            parts = [seen.adjoints[n][probe] @ w for n, w in weights.items()]
+            yield _side_by_side(np.sum(parts, axis=0))
 
 
 def _matrix(layer: Layer, state: State) -> np.ndarray:
-    return layer.weight.matrix(state.weights[layer.weight.tensor]).astype(np.float32)
+    """W by group, (groups, out per group, in)."""
+    matrix = layer.weight.matrix(state.weights[layer.weight.tensor]).astype(np.float32)
+    return np.asarray(matrix.reshape(layer.groups, -1, layer.shape[1]))
+
+
+def _side_by_side(rows: np.ndarray) -> np.ndarray:
+    """(groups, rows, in) as (rows, groups * in)."""
+    return np.asarray(rows.swapaxes(0, 1).reshape(rows.shape[1], -1))
 
 
 def read_by_unit(structure: Structure, scores: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -155,7 +165,7 @@ def read_by_unit(structure: Structure, scores: Mapping[str, np.ndarray]) -> np.n
 
 
 def met_by_unit(structure: Structure, scores: Mapping[str, np.ndarray]) -> np.ndarray:
-    """(units,): the importances of all weights that make a dimension of keys, summed.
+    """(units,): the importances of all weights that make keys, or units that are summed.
 
     Without its key a dimension of queries does nothing: its weights are no further cost.
     """
@@ -163,6 +173,9 @@ def met_by_unit(structure: Structure, scores: Mapping[str, np.ndarray]) -> np.nd
     for name, keys in structure.keys.items():
         units = structure.dimensions(name)[keys]
         total += _added(units, scores[name].sum(axis=1)[keys], len(total))
+    for name, rows in structure.silent.items():
+        units = structure.units_at(structure.rows[name])[0][rows]
+        total += _added(units, scores[name].sum(axis=1)[rows], len(total))
     return total
 
 

@@ -63,7 +63,7 @@ class Smaller:
         ratio = self.after.flops / max(self.before.flops, 1)
         return (
             f"The layers need {ratio:.3f} of the multiplications: latency follows that wherever "
-            "they take most of the time; `onnx-ecp compare --measure` tells."
+            "they take most of the time."
         )
 
 
@@ -96,6 +96,17 @@ def units_of(
         )
         raise TargetError(f"no unit can be removed: {reasons}.", hint="Use --granularity weight.")
     return structure
+
+
+def biases_of(source: Model, network: Network, structure: Structure) -> dict[str, np.ndarray]:
+    """By name of the layers whose units are summed, their bias (out,)."""
+    dense, found = modelling.decode_sparse(source.proto), dict[str, np.ndarray]()
+    for layer in network.layers:
+        if structure.silent[layer.name].any():
+            bias = layer.bias_values(dense, source.base)
+            assert bias is not None, "only those that are the same everywhere may become zero"
+            found[layer.name] = bias
+    return found
 
 
 def _not_to_be_cut(
