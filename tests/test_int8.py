@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -179,7 +180,8 @@ def in_digits(**choices: object) -> onnx_ecp.Result:
 def test_a_pattern_is_kept():
     result = in_digits(sparsity="2:4", exclude="layers.4")
     rows = {row.name: row for row in result.report.int8.layers}
-    assert all(row.int8 for row in rows.values())
+    assert [row.int8 for row in rows.values()] == [True, True, False]
+    assert "exclude" in list(rows.values())[2].note
     checked = 0
     for name, keep in result.masks.items():
         integers, _ = integers_of(result.model, name)
@@ -270,6 +272,35 @@ def test_compensation_is_kept_where_it_is_better(rng):
     told = in_digits().report.int8
     assert told.compensated
     assert told.rounding < told.uncompensated
+
+
+# Models that exporters and ONNX Runtime's optimizer have written.
+
+
+@pytest.mark.parametrize(
+    ("file", "floats"),
+    [
+        ("mobilenet-torchscript", ()),
+        ("vit-torchscript", ()),
+        ("bert-torchscript-transformers", ("Attention",)),
+        ("resnet-torchscript-ort-extended", ("FusedConv",)),
+        ("llama-torchscript-transformers", ()),
+        ("lstm-dynamo", ()),
+    ],
+)
+def test_every_layer_of_an_exported_model_is_int8_or_says_why_not(file, floats):
+    path = Path(__file__).parent / "fixtures" / f"{file}.onnx"
+    result = onnx_ecp.optimize(path, samples=24, **{**FAST, "quantize": "int8"})
+    rows = result.report.int8.layers
+    assert {row.op for row in rows if not row.int8} == set(floats)
+    assert all(bool(row.note) != row.int8 for row in rows)
+    assert all(row.op in row.note for row in rows if not row.int8)
+    dequantised = {n.output[0] for n in result.model.graph.node if n.op_type == "DequantizeLinear"}
+    named = {node.name: node for node in result.model.graph.node}
+    for row in rows:
+        if row.int8:
+            assert set(named[row.name].input[:2]) <= dequantised
+    assert 0 < result.report.int8.rounding < max(0.25, result.report.int8.zeros)
 
 
 # Layers that cost too much.

@@ -8,6 +8,7 @@ Constant nodes or listed as inputs, weights behind a Transpose, Gemm's alpha, an
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from onnx_ecp.errors import ModelError
 from onnx_ecp.graph import LARGEST_FILE, Model, decode_sparse, printable, stored_size
 from onnx_ecp.graph.proto import constants
 from onnx_ecp.layers import Layer, Skip, edit, find_layers
+from onnx_ecp.layers.bias import BiasInput
 from onnx_ecp.layers.conv import Conv
 from onnx_ecp.layers.layer import Transpose
 from onnx_ecp.runtime.outputs import arrays
@@ -60,14 +62,22 @@ def prepared(model: Model, batch: Batch, session: dict) -> Model:
     _store_as_initializers(proto)
     for layer in find_layers(proto).layers:
         _store_as_multiplied(proto, layer)
+        _store_bias(proto, layer)
     return Model(proto, None, None)
 
 
-def candidates(proto: onnx.ModelProto) -> tuple[list[Layer], list[Skip]]:
-    """The layers that can be int8, and all others with the reason, in graph order each."""
+def candidates(
+    proto: onnx.ModelProto, left_alone: Callable[[str], str] = lambda name: ""
+) -> tuple[list[Layer], list[Skip]]:
+    """The layers that can be int8, and all others with the reason, in graph order each.
+
+    Args:
+        proto: ``prepared``.
+        left_alone: why a layer of this name is to stay in floats; empty where it need not.
+    """
     layers, skips = [], []
     for layer in find_layers(proto).layers:
-        reason = _refusal(proto, layer)
+        reason = left_alone(layer.name) or _refusal(proto, layer)
         if reason:
             skips.append(Skip(layer.name, layer.op, reason))
         else:
@@ -77,7 +87,10 @@ def candidates(proto: onnx.ModelProto) -> tuple[list[Layer], list[Skip]]:
 
 def node_of(proto: onnx.ModelProto, layer: Layer) -> onnx.NodeProto | None:
     """The node of the main graph that computes a layer's z; None where it lies elsewhere."""
-    return next((n for n in proto.graph.node if layer.output in n.output), None)
+    nodes = proto.graph.node
+    by_output = (node for node in nodes if layer.output in node.output)
+    # A fused operator gives what follows z: in a prepared model its name is its own.
+    return next(by_output, next((node for node in nodes if node.name == layer.name), None))
 
 
 def opset_of(proto: onnx.ModelProto) -> int:
@@ -129,6 +142,20 @@ def _store_as_multiplied(proto: onnx.ModelProto, layer: Layer) -> None:
     matrix = np.ascontiguousarray(matrix)
     name = edit.add_constant(proto, stem, matrix, weight.dtype, before=node.output[0])
     edit.set_input(proto, node.output[0], 1, name)
+
+
+def _store_bias(proto: onnx.ModelProto, layer: Layer) -> None:
+    """Give a node a bias that is a view of a stored tensor as a tensor of its own."""
+    node, bias = node_of(proto, layer), getattr(layer, "bias", None)
+    if node is None or node.op_type not in _OPS or not isinstance(bias, BiasInput):
+        return
+    if bias.constant is None or bias.constant.direct or bias.node != node.output[0]:
+        return
+    values = bias.constant.view(edit.read(proto, bias.constant.tensor, None))
+    name = edit.add_constant(
+        proto, f"{bias.constant.tensor}/int8", values, bias.dtype, before=bias.node
+    )
+    edit.set_input(proto, bias.node, bias.index, name)
 
 
 def _store_as_initializers(proto: onnx.ModelProto) -> None:
