@@ -2,7 +2,9 @@
 
 Kernels exist for Conv, Gemm and MatMul with a stored weight in float32, one scale per row of W.
 What only stands in the way is put aside in a copy: names that nodes lack, weights and biases in
-Constant nodes or listed as inputs, weights behind a Transpose, Gemm's alpha, an opset before 13.
+Constant nodes or listed as inputs, weights behind a Transpose, Gemm's alpha, an opset before 13. A
+MatMul of matrices becomes a Gemm with the bias that follows: ONNX Runtime does the same before it
+looks for what it can compute in int8, and then finds no bias that was rounded.
 """
 
 from __future__ import annotations
@@ -12,12 +14,21 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 from onnx.version_converter import convert_version
 
 from onnx_ecp.data.calibration import Batch
 from onnx_ecp.errors import ModelError
-from onnx_ecp.graph import LARGEST_FILE, Model, decode_sparse, printable, stored_size
+from onnx_ecp.graph import (
+    LARGEST_FILE,
+    Model,
+    decode_sparse,
+    output_names,
+    printable,
+    stored_size,
+)
 from onnx_ecp.graph.proto import constants
+from onnx_ecp.graph.shapes import Shapes, shapes_of_a_run
 from onnx_ecp.layers import Layer, Skip, edit, find_layers
 from onnx_ecp.layers.bias import BiasInput
 from onnx_ecp.layers.conv import Conv
@@ -63,6 +74,9 @@ def prepared(model: Model, batch: Batch, session: dict) -> Model:
     for layer in find_layers(proto).layers:
         _store_as_multiplied(proto, layer)
         _store_bias(proto, layer)
+    shapes = shapes_of_a_run(Model(proto, None, None), batch.feeds, **session)
+    for layer in find_layers(proto).layers:
+        _as_gemm(proto, layer, shapes)
     return Model(proto, None, None)
 
 
@@ -142,6 +156,33 @@ def _store_as_multiplied(proto: onnx.ModelProto, layer: Layer) -> None:
     matrix = np.ascontiguousarray(matrix)
     name = edit.add_constant(proto, stem, matrix, weight.dtype, before=node.output[0])
     edit.set_input(proto, node.output[0], 1, name)
+
+
+def _as_gemm(proto: onnx.ModelProto, layer: Layer, shapes: Shapes) -> None:
+    """Let a MatMul of matrices and the Add of a bias behind it be one Gemm."""
+    node = node_of(proto, layer)
+    if node is None or node.op_type != "MatMul" or _refusal(proto, layer):
+        return
+    if len(shapes.get(node.input[0], ())) != 2:
+        return
+    node.op_type = "Gemm"
+    z, stored = node.output[0], {tensor.name: tensor for tensor in proto.graph.initializer}
+    readers = [n for n in proto.graph.node if z in n.input]
+    if len(readers) != 1 or readers[0].op_type != "Add" or z in output_names(proto):
+        return
+    other = next((name for name in readers[0].input if name != z), "")
+    bias = stored.get(other)
+    if bias is None or tuple(bias.dims) not in (layer.shape[:1], (1, layer.shape[0])):
+        return
+    name = other
+    if len(bias.dims) == 2:
+        values = numpy_helper.to_array(bias).reshape(-1)
+        name = edit.add_constant(proto, f"{other}/int8", values, bias.data_type, before=z)
+    add = readers[0]
+    proto.graph.node.remove(add)
+    node = proto.graph.node[edit.node_index(proto, z)]
+    node.input.append(name)
+    node.output[0] = add.output[0]
 
 
 def _store_bias(proto: onnx.ModelProto, layer: Layer) -> None:

@@ -103,7 +103,7 @@ def quantised(
         TargetError: no layer can be int8, or none without moving the outputs too far.
         ModelError: the model cannot be quantised at all.
     """
-    model = prepared(pruned, next(samples.train.batches(1)), settings.session)
+    model = prepared(pruned, next(samples.train.batches(2)), settings.session)
     layers, skips = candidates(model.proto, left_alone)
     once = written(model.proto, layers, samples.batches()) if layers else model.proto
     skips += [Skip(x.name, x.op, LEFT) for x in layers if not in_int8(once, x)]
@@ -200,7 +200,7 @@ def _tried(
     layers = [layer for layer in layers if layer.name in reached]
     parts = samples.train, samples.validation
     before = observed(model, layers, *parts, settings, reverse=settings.reverse)
-    after = observed(floats, behind, *parts, settings, reverse=False)
+    after = observed(floats, behind, *parts, settings, reverse=False, rounds=True)
     room = {x.name: _scale(plain, x) for x in layers}
     fits = compensated(before, after, room, progress)
     before.observer.close()

@@ -32,6 +32,8 @@ _FOLDED = ("Clip", "Relu")
 # These have a scale of their own for their output.
 _OWN_SCALE = ("Add", "Concat")
 _SUFFIX = "_quantized"
+# Their outputs are floats.
+_FLOATS = ("Gemm", "MatMul")
 _FLOAT = onnx.TensorProto.FLOAT
 
 Ranges = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -102,13 +104,13 @@ def written(
                     quant_format=QuantFormat.QDQ,
                     op_types_to_quantize=sorted({node.op_type for node in chosen}),
                     per_channel=True,
-                    activation_type=QuantType.QInt8,
+                    activation_type=QuantType.QUInt8,
                     weight_type=QuantType.QInt8,
                     nodes_to_quantize=[node.name for node in chosen],
                     extra_options={
                         "ActivationSymmetric": False,
                         "WeightSymmetric": True,
-                        "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
+                        "OpTypesToExcludeOutputQuantization": list(_FLOATS),
                         "TensorQuantOverrides": overrides,
                     },
                 )
@@ -119,6 +121,7 @@ def written(
                 f"onnxruntime.quantization cannot quantise the model: {text}",
                 hint="Leave layers out with --exclude, or --quantize altogether.",
             ) from error
+    _spare_others(made, {node.name for node in chosen})
     return _as_ours(made, proto)
 
 
@@ -132,7 +135,7 @@ def _with_types(proto: onnx.ModelProto, chosen: Sequence[onnx.NodeProto]) -> onn
     graph = told.graph
     stored = {tensor.name for tensor in graph.initializer}
     known = {info.name for info in (*graph.input, *graph.output, *graph.value_info)}
-    for name in dict.fromkeys(n for node in chosen for n in _floats(node)):
+    for name in dict.fromkeys(n for node in chosen for n in _tensors(node)):
         if name and name not in stored | known:
             graph.value_info.append(onnx.helper.make_tensor_value_info(name, _FLOAT, None))
     declared = {entry.domain for entry in told.opset_import}
@@ -141,7 +144,7 @@ def _with_types(proto: onnx.ModelProto, chosen: Sequence[onnx.NodeProto]) -> onn
     return told
 
 
-def _floats(node: onnx.NodeProto) -> Iterator[str]:
+def _tensors(node: onnx.NodeProto) -> Iterator[str]:
     """The tensors of a node that may be quantised."""
     yield from node.input if node.op_type in _OWN_SCALE else node.input[:1]
     yield node.output[0]
@@ -236,6 +239,33 @@ def carriers(proto: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> list[on
             found.append(node)
             quantised.add(node.output[0])
     return found
+
+
+def _spare_others(made: onnx.ModelProto, chosen: set[str]) -> None:
+    """Let nodes that are not int8 read tensors as they were before they were rounded.
+
+    But for the outputs of a Conv in int8 and of what follows it, which only exist rounded.
+    """
+    graph = made.graph
+    producers = {y: node for node in graph.node for y in node.output if y}
+    whole: dict[str, str] = {}
+    for node in graph.node:
+        before = producers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if before is not None and before.op_type == "QuantizeLinear":
+            maker = producers.get(before.input[0])
+            if maker is None or maker.name not in chosen or maker.op_type in _FLOATS:
+                whole[node.output[0]] = before.input[0]
+    for node in graph.node:
+        if node.name not in chosen:
+            for index, name in enumerate(node.input):
+                node.input[index] = whole.get(name, name)
+    for op in ("DequantizeLinear", "QuantizeLinear"):  # nobody reads some any longer
+        read = {name for node in graph.node for name in node.input}
+        read |= {info.name for info in graph.output}
+        kept = [n for n in graph.node if n.op_type != op or n.output[0] in read]
+        if len(kept) < len(graph.node):
+            del graph.node[:]
+            graph.node.extend(kept)
 
 
 def _as_ours(made: onnx.ModelProto, proto: onnx.ModelProto) -> onnx.ModelProto:
