@@ -11,8 +11,8 @@ from differences import disagreement, facts_of, float_outputs, in_reference, wit
 from onnx import numpy_helper
 from onnx.backend.test.case.node import collect_testcases
 
-from onnx_ecp.gradients.builder import Fact
 from onnx_ecp.gradients.lowering import lower
+from onnx_ecp.graph.builder import Fact
 
 WIDENED = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 DOUBLE = onnx.TensorProto.DOUBLE

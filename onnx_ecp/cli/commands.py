@@ -555,6 +555,11 @@ def inspect(
 @click.option("-d", "--data", metavar="PATH", required=True, help="Inputs, as of optimize -c.")
 @click.option("--labels", metavar="PATH", help="Labels of the inputs: .npy, or .npz with y.")
 @click.option("--measure", is_flag=True, help="Measure latency too, the models in turns.")
+@click.option(
+    "--runtime", metavar="NAME",
+    help="Measure latency in onnxruntime, openvino or deepsparse, where it is installed, and check "
+    "that outputs are equal.",
+)  # fmt: skip
 @_with(OUTPUT_WEIGHTS, BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
 def compare(
     model_a: str, model_b: str, data: str, as_json: bool, traceback: bool, **options: Any

@@ -20,7 +20,6 @@ from onnx_ecp.errors import ModelError, ProviderError
 from onnx_ecp.graph import Model, constants, read_tensor
 from onnx_ecp.graph.shapes import shapes_of, values_of_a_run
 from onnx_ecp.layers import Layer, edit, find_layers
-from onnx_ecp.layers.dense import Dense, Dot
 from onnx_ecp.layers.trace import main_scope
 from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.outputs import arrays
@@ -313,7 +312,7 @@ def _without_dead_inputs(
     proto.CopyFrom(model.proto)
     scope, rows = main_scope(model.proto), []
     for node, layer in with_layers(scope, layers):
-        if not isinstance(layer, Dense) or isinstance(layer, Dot) or layer.axis != -1:
+        if layer is None or not layer.reads_vectors or layer.makes_number or layer.units_axis != -1:
             continue
         read = alive[layer.name].columns
         before, after = len(read), int(read.sum())

@@ -23,8 +23,6 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnx_ecp.layers import Layer, Skip, preactivation
-from onnx_ecp.layers.batched import Batched
-from onnx_ecp.layers.dense import Dense, Dot
 from onnx_ecp.layers.trace import Scope, Traced, main_scope
 from onnx_ecp.layers.views import operator
 from onnx_ecp.units.propagation import Count, NotFollowed, Slot, Walk
@@ -204,7 +202,7 @@ def with_layers(scope: Scope, layers: Iterable[Layer]) -> list[tuple[gs.Node, La
 
 def column_slot(scope: Scope, node: gs.Node, layer: Layer) -> Slot:
     """Where the columns of a Gemm or MatMul layer are stored, each a unit of its own."""
-    index, (_, axis) = weight_axes(node, layer)
+    index, (_, axis) = layer.weight_axes(node)
     constant = scope.trace(node.inputs[index])
     assert isinstance(constant, Traced), "the weight of a layer is stored"
     return Slot(node.outputs[0].name, index, axis, constant, np.arange(layer.shape[1]))
@@ -301,17 +299,17 @@ def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]
     walk, (out, width) = found.walk, layer.shape
     found.rows[layer.name] = rows = walk.marks.fresh(out)
     found.columns[layer.name] = columns = walk.marks.fresh(width)
-    if node.op == "Attention":
-        walk.marks.pin([*rows, *columns], f"{node.op} {layer.name!r}: its heads are not followed")
-        raise NotFollowed("its heads are not followed")
+    if layer.units_refusal:
+        walk.marks.pin([*rows, *columns], f"{node.op} {layer.name!r}: {layer.units_refusal}")
+        raise NotFollowed(layer.units_refusal)
     data = next(x for x in node.inputs if x.name == layer.input)
     axis = walk.axis(data)
-    at = units_axis(layer)
+    at = layer.units_axis
     place, output = (
         at if at > 0 else len(walk.shape(tensor)) + at for tensor in (data, node.outputs[0])
     )
-    index, axes = weight_axes(node, layer)
-    if isinstance(layer, Dot):
+    index, axes = layer.weight_axes(node)
+    if layer.makes_number:
         walk.marks.pin(rows, f"{node.op} {layer.name!r}: it makes a single number")
         _follow_columns(walk, node, layer, axis, place, columns)
         return {}
@@ -321,7 +319,7 @@ def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]
         _follow_bias(walk, node, layer, made)
     except NotFollowed as refusal:
         walk.marks.pin(rows, f"{node.op} {layer.name!r}: {refusal}")
-    if layer.groups > 1 and is_conv(layer):
+    if layer.groups > 1 and layer.groups_side_by_side:
         _follow_groups(walk, node, layer, rows, columns)
     else:
         _follow_columns(walk, node, layer, axis, place, columns)
@@ -330,7 +328,7 @@ def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]
 
 def _of_one_group(walk: Walk, layer: Layer, rows: np.ndarray) -> np.ndarray:
     """The marks along the output's axis: of a batch of matrices, the k-th rows of all share it."""
-    if not isinstance(layer, Batched):
+    if layer.groups_side_by_side:
         return rows
     first, *others = rows.reshape(layer.groups, -1)
     for other in others:
@@ -347,44 +345,22 @@ def _follow_columns(
     if axis is None or axis.index != place:
         walk.marks.pin(columns, "they are not made by a layer that is pruned")
         return
-    index, (_, along) = weight_axes(node, layer)
+    index, (_, along) = layer.weight_axes(node)
     walk.marks.join(columns, np.repeat(axis.marks, len(columns) // len(axis.marks)))
     walk.slot(node, index, along, axis.marks)
 
 
-def is_conv(layer: Layer) -> bool:
-    """Whether inputs and units are channels, on the second axis."""
-    return layer.op in ("Conv", "FusedConv")
-
-
-def units_axis(layer: Layer) -> int:
-    """Where inputs lie in what a layer reads, and units in what it makes: from the end if < 0."""
-    return layer.axis if isinstance(layer, Dense | Batched) else 1
-
-
-def weight_axes(node: gs.Node, layer: Layer) -> tuple[int, tuple[int, int]]:
-    """Which input is the weight, and its axes of rows and columns; a vector has only columns."""
-    if is_conv(layer):
-        return 1, (0, 1)
-    left = node.inputs[0].name != layer.input
-    if isinstance(layer, Dot):
-        return (0 if left else 1), (0, 0)
-    turned = bool(node.attrs.get("transA" if left else "transB", 0))
-    return (0 if left else 1), ((-2, -1) if left != turned else (-1, -2))
-
-
 def _follow_bias(walk: Walk, node: gs.Node, layer: Layer, rows: np.ndarray) -> None:
-    """What the operator itself adds: the bias, and the tensor Z of FusedConv."""
-    conv = is_conv(layer)
+    """What the operator itself adds: the bias, and the tensor Z of FusedConv.
+
+    A vector has one entry per unit, wherever units lie.
+    """
+    z = len(walk.shape(node.outputs[0]))
     for index, tensor in enumerate(node.inputs[2:], 2):
-        if not tensor.name:
-            continue
-        if conv and index == 2:
-            walk.slot(node, index, 0, rows)
-        elif conv:
-            walk.meet(node, index, 1 - len(walk.shape(tensor)), rows)
-        else:
-            walk.meet(node, index, -1, rows)
+        if tensor.name:
+            vector = len(walk.shape(tensor)) == 1
+            place = layer.units_axis - z if layer.units_axis >= 0 else layer.units_axis
+            walk.meet(node, index, -1 if vector else place, rows)
 
 
 def _follow_groups(
@@ -396,7 +372,7 @@ def _follow_groups(
     both their channels and their rows are units; else the k-th channel of all groups is one unit,
     and so is the k-th row.
     """
-    index, axes = weight_axes(node, layer)
+    index, axes = layer.weight_axes(node)
     axis, groups = walk.axis(node.inputs[0]), layer.groups
     of_groups = rows.reshape(groups, -1)
     if axis is not None and axis.index != 1:

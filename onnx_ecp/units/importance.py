@@ -132,7 +132,7 @@ class UnitObserver:
         for layer in self.layers:
             if np.any(self.structure.columns[layer.name] >= 0):
                 # Kernels differ, so what one Conv sees is another's only by accident.
-                rows = layer.name if layer.op.endswith("Conv") or layer.groups > 1 else ""
+                rows = "" if layer.reads_vectors else layer.name
                 found.setdefault((layer.input, rows), []).append(layer)
         return list(found.values())
 

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_ecp.graph.operators import MICROSOFT, OPERATORS, Moves, find, moving
+from onnx_ecp.layers import Skip, layer_of
 from onnx_ecp.layers.views import operator
 from onnx_ecp.units.propagation import Count, NotFollowed, Parts, Walk
 from onnx_ecp.units.shape_values import entries_of, known_values, of_shape
@@ -688,5 +689,7 @@ def _is_steady(walk: Walk, tensor: gs.Tensor) -> bool:
         place = axis.index - len(walk.shape(data)) if axis is not None else 0
         flat = all(size == 1 for i, size in enumerate(shape, -len(shape)) if i != place)
         return flat and _is_steady(walk, data)
-    dense = op in ("Gemm", "MatMul", "FusedMatMul")
-    return bool(stored) and (dense or (op == "Conv" and node.attrs.get("group", 1) == 1))
+    layer = layer_of(node, walk.scope)
+    if layer is None or isinstance(layer, Skip):
+        return False
+    return layer.output == tensor.name and layer.groups == 1

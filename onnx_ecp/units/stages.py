@@ -372,8 +372,12 @@ def _without(
 def positions_of(network: Network) -> dict[str, int]:
     """By layer name, how often a sample applies it."""
     facts = network.observer.facts
+
+    def of_one(tensor: str) -> tuple[int, ...]:
+        return (1, *facts[tensor].shape[1:])
+
     return {
-        layer.name: max(int(np.prod(facts[layer.output].shape[1:])) // layer.shape[0], 1)
+        layer.name: max(layer.uses(of_one(layer.input), of_one(layer.output)), 1)
         for layer in network.layers
     }
 

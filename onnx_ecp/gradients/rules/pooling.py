@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.gradients.builder import Builder
-from onnx_ecp.gradients.rules.convolution import Window, margins, merge_probes, pad_spatial
+from onnx_ecp.gradients.rules.convolution import merge_probes
 from onnx_ecp.gradients.rules.movement import scatter_add
 from onnx_ecp.gradients.rules.reduction import extreme, mean
 from onnx_ecp.gradients.rules.registry import Unsupported, only, rule
+from onnx_ecp.graph.builder import Builder
+from onnx_ecp.graph.windows import Window, margins, pad_spatial
 
 
 @rule("MaxPool")
