@@ -534,7 +534,65 @@ NETWORKS = {
         f = Reshape(ot, flat)
         y = MatMul(f, V)""",
         {"W": (6, 18), "V": (6, 4)},
-        [3],
+        [3, 2],
+    ),
+    "queries, keys and values in one tensor, split": (
+        "float[N, 4, 6] x",
+        """h = MatMul(x, W)
+        z = Add(h, b)
+        shape = Constant<value = int64[5] {0, 4, 3, 2, 3}>()
+        r = Reshape(z, shape)
+        t = Transpose<perm = [0, 3, 2, 1, 4]>(r)
+        axis = Constant<value_ints = [2]>()
+        q1, k1, v1 = Split<axis = 2>(t)
+        q = Squeeze(q1, axis)
+        k = Squeeze(k1, axis)
+        u = Squeeze(v1, axis)
+        kt = Transpose<perm = [0, 1, 3, 2]>(k)
+        l = MatMul(q, kt)
+        d = Div(l, root)
+        s = Softmax<axis = -1>(d)
+        o = MatMul(s, u)
+        ot = Transpose<perm = [0, 2, 1, 3]>(o)
+        flat = Constant<value = int64[3] {0, 4, -1}>()
+        f = Reshape(ot, flat)
+        y = MatMul(f, V)""",
+        {"W": (6, 18), "b": (18,), "root": (), "V": (6, 4)},
+        [2, 3],
+    ),
+    "attention: heads merged with samples": (
+        "float[N, 3, 5] x",
+        QKV
+        + """
+        shape = Constant<value = int64[4] {0, 0, 4, 2}>()
+        qs = Reshape(q, shape)
+        ks = Reshape(k, shape)
+        vs = Reshape(v, shape)
+        qt = Transpose<perm = [0, 2, 1, 3]>(qs)
+        kt = Transpose<perm = [0, 2, 1, 3]>(ks)
+        vt = Transpose<perm = [0, 2, 1, 3]>(vs)
+        sizes = Shape(kt)
+        first = Constant<value_ints = [0, 1]>()
+        length = Constant<value_ints = [2]>()
+        width = Constant<value_ints = [3]>()
+        front = Gather(sizes, first)
+        n = Gather(sizes, length)
+        e = Gather(sizes, width)
+        rest = Constant<value_ints = [-1]>()
+        merged = Concat<axis = 0>(rest, n, e)
+        apart = Concat<axis = 0>(front, e, n)
+        km = Reshape(kt, merged)
+        ku = Transpose<perm = [0, 2, 1]>(km)
+        kr = Reshape(ku, apart)
+        l = MatMul(qt, kr)
+        p = Softmax<axis = -1>(l)
+        o = MatMul(p, vt)
+        ot = Transpose<perm = [0, 2, 1, 3]>(o)
+        back = Constant<value = int64[3] {0, 0, 8}>()
+        m = Reshape(ot, back)
+        y = MatMul(m, O)""",
+        {"Q": (5, 8), "K": (5, 8), "V": (5, 8), "O": (8, 5)},
+        [4, 2, 2],
     ),
     "channel shuffle": (
         "float[N, 3, 4, 4] x",
