@@ -34,6 +34,7 @@ from onnx_ecp.report import (
     Report,
     counted,
 )
+from onnx_ecp.report.evidence import Evidence
 from onnx_ecp.runtime.versions import versions
 from onnx_ecp.statistics.layerwise import Network
 from onnx_ecp.units.head_rotation import heads_of
@@ -71,6 +72,8 @@ def build_report(
     bounded: Bounds | None,
     int8: Int8 | None,
     budget: str,
+    evidence: Evidence | None,
+    command: str,
     seconds: float,
 ) -> Report:
     """The report of a run.
@@ -94,6 +97,8 @@ def build_report(
         bounded: bounds on the gap, where asked for.
         int8: what int8 took away and gave, where asked for.
         budget: what a time budget allowed, where there was one.
+        evidence: for pictures, where they are wanted.
+        command: what repeats it, where a command can.
         seconds: that all took.
     """
     network, step = ready.network, ready.step
@@ -134,6 +139,8 @@ def build_report(
         target=for_target(made, floats, given, (*skips, *ready.skips), output, options),
         latency=worth.latency,
         advice=worth.advice,
+        evidence=evidence,
+        command=command,
     )
 
 

@@ -295,16 +295,17 @@ def nothing_to_prune(skips: Sequence[Skip]) -> TargetError:
 
 def _unwanted_weight(layer: Layer, layers: Sequence[Layer], options: Options) -> str:
     """Why a layer stays as it is; a shared weight stays if one of its layers must."""
-    own = _unwanted(layer.name, options)
+    own = unwanted(layer.name, options)
     if own:
         return own
     for other in layers:
-        if other.weight.tensor == layer.weight.tensor and (why := _unwanted(other.name, options)):
+        if other.weight.tensor == layer.weight.tensor and (why := unwanted(other.name, options)):
             return f"it shares its weight with {modelling.printable(other.name)}, which is {why}"
     return ""
 
 
-def _unwanted(name: str, options: Options) -> str:
+def unwanted(name: str, options: Options) -> str:
+    """Why --include and --exclude leave a layer alone; empty where they do not."""
     if options.include and not any(re.search(p, name) for p in options.include):
         return "not matched by --include"
     excluded = next((p for p in options.exclude if re.search(p, name)), None)
@@ -521,7 +522,7 @@ def find_units(source: Model, network: Network, options: Options) -> Structure:
     Raises:
         TargetError: no unit can be removed.
     """
-    frozen = {x.name: r for x in network.layers if (r := _unwanted(x.name, options))}
+    frozen = {x.name: r for x in network.layers if (r := unwanted(x.name, options))}
     return units_of(source, network, frozen, options.session)
 
 

@@ -25,6 +25,7 @@ class Plan:
         blocks: what the curvature couples: a name in BLOCKS.
         last: whether no other stage follows, which looks at all of it again: until then
             sensitivities and masks need not be known to the last digit.
+        with_levels: whether the first stage notes the importances, for a picture of them.
     """
 
     method: Method
@@ -35,3 +36,4 @@ class Plan:
     finetune_steps: int = 0
     blocks: str = "network"
     last: bool = True
+    with_levels: bool = False

@@ -18,6 +18,7 @@ from onnx_ecp.graph import check_output, write_whole
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.pruning.search import Point
 from onnx_ecp.quantising.rows import Int8, Int8Row
+from onnx_ecp.report.evidence import Evidence
 from onnx_ecp.runtime.versions import Versions
 from onnx_ecp.units.rows import MEET, Speedup, UnitRow
 
@@ -247,6 +248,8 @@ class Report:
         advice: what would be faster, where the result was measured and is not; else empty.
         int8: what int8 took away and gave; None where all layers stayed in floats.
         target: what the runtime that was named makes of it; with N:M, where none was, TensorRT.
+        evidence: what pictures are drawn from, where an HTML report was asked for.
+        command: what repeats it in a shell; empty where the model or its inputs were in memory.
     """
 
     original: ModelFacts
@@ -274,6 +277,8 @@ class Report:
     latency: Latency | None = None
     advice: str = ""
     learnt_error: float | None = None
+    evidence: Evidence | None = None
+    command: str = ""
 
     @property
     def errors(self) -> dict[str, str]:
@@ -405,6 +410,11 @@ def write(report: Report, path: str | Path) -> None:
     """
     check_target(path, force=True)
     write_whole(path, rendered(report, path))
+
+
+def is_drawn(path: str | Path) -> bool:
+    """Whether a report of this name has pictures."""
+    return Path(path).suffix.lower() == ".html"
 
 
 def rendered(report: Report, path: str | Path) -> bytes:

@@ -61,6 +61,21 @@ class Count:
     sizes: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Axes of a tensor that holds parts (queries, keys, values) side by side, all equally wide.
+
+    Args:
+        parts: the axis along which the parts lie.
+        index: the axis of the units.
+        marks: (parts, length), the mark of every entry of every part.
+    """
+
+    parts: int
+    index: int
+    marks: np.ndarray
+
+
 @dataclass
 class Walk:
     """What is known when the walk reaches a node: all about what is in front of it.
@@ -71,6 +86,8 @@ class Walk:
         inside: whether units are the dimensions of heads instead of the heads.
         heads: marks of dimensions of heads, where ``inside``.
         products: marks of queries and of keys that meet in a product, pair by pair.
+        parts: by name of a tensor, parts whose k-th entries go together in the end.
+        coupled: marks of such parts, (parts, length).
         summed: marks of units that are summed up, with the name of the operator.
         silent: names of tensors whose entries are zero where the rows that make them are.
         computed: by name of an integer tensor, the marks that its values are computed from in some
@@ -82,6 +99,8 @@ class Walk:
     inside: bool = False
     heads: list[int] = field(default_factory=list)
     products: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    parts: dict[str, Parts] = field(default_factory=dict)
+    coupled: list[np.ndarray] = field(default_factory=list)
     summed: list[tuple[np.ndarray, str]] = field(default_factory=list)
     silent: set[str] = field(default_factory=set)
     marks: Marks = field(default_factory=Marks)
@@ -99,6 +118,8 @@ class Walk:
         """Marks of the units that a tensor has, or counts."""
         if name in self.axes:
             yield self.axes[name].marks
+        if name in self.parts:
+            yield self.parts[name].marks.reshape(-1)
         yield from (marks for marks in self.sizes.get(name, ()) if marks is not None)
         yield from self.computed.get(name, ())
 
