@@ -30,6 +30,7 @@ UNITS = {
     "segnet": [8],  # of the encoder, and those that are put where it found its own
     "shufflenet": [6, 6, 12, 12, 12, 32],
     "softmax_other_axis": [16],
+    "transposed_conv": [6, 8],
     "vector_weight": [16],
     "vit_sdpa18": [3, 3, 8, 8, 8, 8, 72, 72],  # heads, their dimensions twice, feed-forward
     "weight_by_transpose_conv": [12],
