@@ -137,6 +137,12 @@ class Calibration:
         return replace(self, arrays=arrays, stacked=True, freed=True)
 
     @property
+    def alone(self) -> Calibration:
+        """One a run, each a batch of one: for a model that takes no more than that at once."""
+        arrays = {name: array[:, None] for name, array in self.arrays.items()}
+        return replace(self, arrays=arrays, stacked=False)
+
+    @property
     def as_given(self) -> Calibration:
         """For the model itself, whatever copy of it the samples were put together for."""
         if not self.freed:
