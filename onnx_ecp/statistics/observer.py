@@ -163,6 +163,7 @@ class Observer:
         threads: threads of ONNX Runtime.
         reverse: whether sensitivities will be asked for.
         statistics: where they are summed, a name in STATISTICS.
+        other: a batch of another shape, where not all samples have that of the first.
 
     Attributes:
         blocked: by layer name, why the layer has no sensitivity.
@@ -194,6 +195,7 @@ class Observer:
         threads: int | None = None,
         reverse: bool = True,
         statistics: str = "auto",
+        other: Batch | None = None,
     ) -> None:
         if engine not in ENGINES:
             raise UsageError(f"unknown gradients {engine!r}.", hint=did_you_mean(engine, ENGINES))
@@ -260,6 +262,10 @@ class Observer:
         if reverse and first.samples > 1:
             half = first.halves()[0]
             _check_apart(y, first.samples, self.heads(state, half), half.samples)
+        self._even = other is None
+        varying = {} if other is None else _varying_axes(y, self.heads(state, other))
+        if any(varying.values()) and probes is None:
+            probes = 1  # a probe per element would be another number for every shape
         seeds = plan(y, first.samples, metric=metric, probes=probes, seed=seed)
         self._plan = replace(seeds, links=links)
         self.probabilities = tuple(
@@ -273,10 +279,10 @@ class Observer:
         self.measure = Measure.of({})
         shapes = {name: self.facts[name].shape for name in self._heads}
         rows = {x.shape[0] for x in first.feeds.values() if x.ndim} | {first.samples}
-        self._axes = column_axes(model.proto, shapes, rows)
+        self._axes = column_axes(model.proto, shapes, rows, varying)
         self.statistics = statistics
         new_enough = opset_of(self.proto) >= MINIMUM_OPSET
-        self.summable = new_enough and (engine == "vjp" or not reverse)
+        self.summable = self._even and new_enough and (engine == "vjp" or not reverse)
         self._batched = all(v.ndim and v.shape[0] == first.samples for v in y.values())
 
     def observe(self, state: State, batch: Batch, *, common: bool = False) -> Observation:
@@ -534,7 +540,7 @@ class Observer:
 
     def _seeds(self, feeds: dict[str, Value], batch: Batch, common: bool) -> dict[str, np.ndarray]:
         """Seeds need the values of y; under l2 only its shape, which a batch axis tells."""
-        if self._batched and self._plan.metric in SQUARED:
+        if self._batched and self._even and self._plan.metric in SQUARED:
             facts = {name: self.facts[name] for name in self._seeded}
             y = {n: np.zeros((batch.samples, *f.shape[1:]), f.dtype) for n, f in facts.items()}
         else:
@@ -722,6 +728,16 @@ def _input_rows(layers: Mapping[str, Layer], values: Mapping[str, np.ndarray]) -
 def _energy(spread: Spread) -> float:
     """Mean over samples of the sum of squares of an output."""
     return float(spread.mean_square @ spread.positions)
+
+
+def _varying_axes(
+    a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]
+) -> dict[str, frozenset[int]]:
+    """By head, the axes behind the first that differ between batches of two shapes."""
+    return {
+        name: frozenset(i for i in range(1, y.ndim) if y.shape[i] != b[name].shape[i])
+        for name, y in a.items()
+    }
 
 
 def _size(fact: Fact) -> int:
