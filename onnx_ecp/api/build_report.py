@@ -12,10 +12,10 @@ from onnx_ecp.api.gain import Gain
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.output_paths import same_file
 from onnx_ecp.api.preparation import NO_FIT, Data, Job
+from onnx_ecp.api.target import for_target
 from onnx_ecp.data.untrusted import npz_names
 from onnx_ecp.evaluation.bounds import Bounds
 from onnx_ecp.evaluation.compare import ROUNDED, Comparison, Gap
-from onnx_ecp.evaluation.tensorrt import sparse_kernels
 from onnx_ecp.gradients.cotangents import SQUARED
 from onnx_ecp.gradients.selections import Selection
 from onnx_ecp.graph import Model
@@ -34,6 +34,7 @@ from onnx_ecp.report import (
     Report,
     counted,
 )
+from onnx_ecp.report.evidence import Evidence
 from onnx_ecp.runtime.versions import versions
 from onnx_ecp.statistics.layerwise import Network
 from onnx_ecp.units.head_rotation import heads_of
@@ -61,6 +62,7 @@ def build_report(
     comparison: Comparison,
     options: Options,
     *,
+    floats: Model,
     output: str | Path | None,
     predicted: float | None,
     worth: Gain,
@@ -70,6 +72,8 @@ def build_report(
     bounded: Bounds | None,
     int8: Int8 | None,
     budget: str,
+    evidence: Evidence | None,
+    command: str,
     seconds: float,
 ) -> Report:
     """The report of a run.
@@ -83,6 +87,7 @@ def build_report(
         made: the model that it made, as it was written.
         comparison: of both models.
         options: what was asked for.
+        floats: the result before anything became int8.
         output: the file that was written, if any.
         predicted: relative output error that the importances expect, if they expect one.
         worth: multiplications and latency of both models.
@@ -92,10 +97,11 @@ def build_report(
         bounded: bounds on the gap, where asked for.
         int8: what int8 took away and gave, where asked for.
         budget: what a time budget allowed, where there was one.
+        evidence: for pictures, where they are wanted.
+        command: what repeats it, where a command can.
         seconds: that all took.
     """
     network, step = ready.network, ready.step
-    kernels = options.patterns and int8 is None  # TensorRT has none behind Q/DQ nodes
     return Report(
         original=comparison.a,
         result=comparison.b,
@@ -130,9 +136,11 @@ def build_report(
         work_after=worth.after,
         speed=INT8_SPEED if int8 else speed_of(made, speedup, options),
         speedup=speedup,
-        sparse_kernels=tuple(sparse_kernels(made.model)) if kernels else (),
+        target=for_target(made, floats, given, (*skips, *ready.skips), output, options),
         latency=worth.latency,
         advice=worth.advice,
+        evidence=evidence,
+        command=command,
     )
 
 

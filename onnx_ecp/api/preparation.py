@@ -19,6 +19,7 @@ from onnx_ecp.data.untrusted import npz_names, read_npz
 from onnx_ecp.errors import ModelError, TargetError, UsageError, did_you_mean
 from onnx_ecp.evaluation import compare as evaluate
 from onnx_ecp.evaluation.facts import model_of
+from onnx_ecp.evaluation.targets import TARGETS
 from onnx_ecp.graph import Model
 from onnx_ecp.graph.free_batch import PROBED, free_batch
 from onnx_ecp.graph.randomness import refuse_random
@@ -35,7 +36,7 @@ from onnx_ecp.statistics.layerwise import GRANTED, Network
 from onnx_ecp.statistics.observer import Observer, original_state
 from onnx_ecp.units import Structure
 from onnx_ecp.units.latency import Watch
-from onnx_ecp.units.shrink import units_of, with_order, with_turned_heads
+from onnx_ecp.units.shrink import biases_of, units_of, with_order, with_turned_heads
 from onnx_ecp.units.stages import Goal, UnitStep
 
 # Shares of the calibration samples that are set aside, and how many at most: to judge refits, and
@@ -207,8 +208,9 @@ def wanted_layers(source: Model, options: Options) -> tuple[list[Layer], list[Sk
         names = [x.name for x in found.layers] + [x.name for x in found.skips]
         _check_matches(options, names)
     layers, skips = [], list(found.skips)
+    useless = no_gain(source, found.layers, options)
     for layer in found.layers:
-        reason = _unwanted_weight(layer, found.layers, options)
+        reason = _unwanted_weight(layer, found.layers, options) or useless.get(layer.name, "")
         if reason and not options.by_units:
             skips.append(Skip(layer.name, layer.op, reason))
         else:
@@ -216,6 +218,23 @@ def wanted_layers(source: Model, options: Options) -> tuple[list[Layer], list[Sk
     if not layers:
         raise nothing_to_prune(skips)
     return layers, skips
+
+
+def no_gain(source: Model, layers: Sequence[Layer], options: Options) -> dict[str, str]:
+    """By name, the layers whose zeros the target cannot use, with the reason.
+
+    A weight that several layers share is pruned where one of them gains.
+    """
+    if options.target is None or TARGETS[options.target].granularity == "unit":
+        return {}
+    proto = modelling.decode_sparse(source.proto)
+    refused = TARGETS[options.target].refused(proto, layers)
+    gaining = {layer.weight.tensor for layer in layers if not refused[layer.name]}
+    return {
+        layer.name: f"--target {options.target} gains nothing: {refused[layer.name]}"
+        for layer in layers
+        if layer.weight.tensor not in gaining
+    }
 
 
 def _check_matches(options: Options, names: Sequence[str]) -> None:
@@ -276,16 +295,17 @@ def nothing_to_prune(skips: Sequence[Skip]) -> TargetError:
 
 def _unwanted_weight(layer: Layer, layers: Sequence[Layer], options: Options) -> str:
     """Why a layer stays as it is; a shared weight stays if one of its layers must."""
-    own = _unwanted(layer.name, options)
+    own = unwanted(layer.name, options)
     if own:
         return own
     for other in layers:
-        if other.weight.tensor == layer.weight.tensor and (why := _unwanted(other.name, options)):
+        if other.weight.tensor == layer.weight.tensor and (why := unwanted(other.name, options)):
             return f"it shares its weight with {modelling.printable(other.name)}, which is {why}"
     return ""
 
 
-def _unwanted(name: str, options: Options) -> str:
+def unwanted(name: str, options: Options) -> str:
+    """Why --include and --exclude leave a layer alone; empty where they do not."""
     if options.include and not any(re.search(p, name) for p in options.include):
         return "not matched by --include"
     excluded = next((p for p in options.exclude if re.search(p, name)), None)
@@ -503,7 +523,7 @@ def find_units(source: Model, network: Network, options: Options) -> Structure:
     Raises:
         TargetError: no unit can be removed.
     """
-    frozen = {x.name: r for x in network.layers if (r := _unwanted(x.name, options))}
+    frozen = {x.name: r for x in network.layers if (r := unwanted(x.name, options))}
     return units_of(source, network, frozen, options.session)
 
 
@@ -543,7 +563,8 @@ def unit_step(
             options.session | {"threads": workers()},  # as the result is measured in the end
             progress=progress,
         )
-    return UnitStep(network, structure, goal, watch)
+    biases = biases_of(source, network, structure)
+    return UnitStep(network, structure, goal, watch, biases=biases)
 
 
 def timed_batch(data: Data, options: Options) -> Batch:

@@ -143,6 +143,12 @@ INPUT_SHAPES = click.option(
     multiple=True, help="Shape of an input with free dimensions (repeatable).",
 )  # fmt: skip
 
+TARGET = click.option(
+    "--target", metavar="NAME",
+    help="The runtime that the result is for: onnxruntime, deepsparse, openvino, tensorrt, xnnpack "
+    "or coreml. It sets what is pruned and how, and the report says which layers gain.",
+)  # fmt: skip
+
 OUTPUT_WEIGHTS = click.option(
     "--output-weights", type=Pair("=", float, "y=2 or y:0=2"), metavar="NAME[:COLUMN]=W",
     multiple=True,
@@ -264,6 +270,7 @@ OPTIONS = (
         help="Prune as far as top-1 accuracy on held-out --labels drops P points at most; a gate "
         "as --max-error is.",
     ),
+    TARGET,
     click.option(
         "--granularity", metavar="weight|unit",
         help="unit: remove whole neurons, channels and heads, which makes a smaller dense model.  "
@@ -518,10 +525,11 @@ def optimize(
 
 @main.command()
 @click.argument("model")
-@_with(CALIBRATION, INPUT_SHAPES, JSON, VERBOSE, TRACEBACK)
+@_with(CALIBRATION, INPUT_SHAPES, TARGET, JSON, VERBOSE, TRACEBACK)
 def inspect(
     model: str,
     calibration: str | None,
+    target: str | None,
     input_shapes: tuple[tuple[str, tuple[int, ...]], ...],
     as_json: bool,
     verbose: bool,
@@ -530,8 +538,9 @@ def inspect(
     """Show what of MODEL is prunable, what is not, and why."""
     from onnx_ecp.api import inspect as inspection
 
+    shapes = dict(input_shapes)
     with _stdout_for_json(as_json):
-        found = inspection.inspect(model, calibration, input_shapes=dict(input_shapes))
+        found = inspection.inspect(model, calibration, input_shapes=shapes, target=target)
     if as_json:
         _print_json(found)
         return
@@ -546,6 +555,11 @@ def inspect(
 @click.option("-d", "--data", metavar="PATH", required=True, help="Inputs, as of optimize -c.")
 @click.option("--labels", metavar="PATH", help="Labels of the inputs: .npy, or .npz with y.")
 @click.option("--measure", is_flag=True, help="Measure latency too, the models in turns.")
+@click.option(
+    "--runtime", metavar="NAME",
+    help="Measure latency in onnxruntime, openvino or deepsparse, where it is installed, and check "
+    "that outputs are equal.",
+)  # fmt: skip
 @_with(OUTPUT_WEIGHTS, BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
 def compare(
     model_a: str, model_b: str, data: str, as_json: bool, traceback: bool, **options: Any

@@ -11,7 +11,7 @@ import click
 # What no row names comes last in --help-all.
 GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "What": (
-        ("calibration", "labels", "include", "exclude", "granularity"),
+        ("calibration", "labels", "include", "exclude", "granularity", "target"),
         ("samples", "input-shapes", "eval", "calibration-labels"),
     ),
     "How much": (
@@ -29,8 +29,8 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "Output": (
         (
-            "output", "report", "measure", "json", "force", "dry-run", "quiet", "verbose",
-            "config",
+            "output", "report", "measure", "json", "force", "dry-run", "quiet",
+            "verbose", "config",
         ),
         ("format", "masks", "bound", "traceback", "help", "help-all"),
     ),

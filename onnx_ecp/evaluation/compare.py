@@ -26,6 +26,7 @@ from onnx_ecp.data.ragged import largest_bytes, shape_of
 from onnx_ecp.errors import CalibrationError, ModelError, ProviderError
 from onnx_ecp.evaluation.facts import ModelFacts, model_facts, model_of
 from onnx_ecp.evaluation.latency import Latency, measure_latency
+from onnx_ecp.evaluation.runtimes import InRuntime, check_runtime, in_runtime
 from onnx_ecp.evaluation.work import Work, work
 from onnx_ecp.graph import (
     Model,
@@ -221,6 +222,7 @@ class Comparison:
         b: the other one.
         gap: their outputs.
         latency: of both, where it was measured.
+        runtime: where it was measured, if a runtime was named.
         work_a: what the layers of a take; None where it was not counted.
         work_b: what those of b take.
     """
@@ -229,6 +231,7 @@ class Comparison:
     b: ModelFacts
     gap: Gap
     latency: Latency | None = None
+    runtime: InRuntime | None = None
     work_a: Work | None = None
     work_b: Work | None = None
 
@@ -453,6 +456,7 @@ def compare(
     threads: int | None = None,
     batch_size: int | None = None,
     measure: bool = False,
+    runtime: str | None = None,
     output_weights: Mapping[str, float] | None = None,
 ) -> Comparison:
     """Compare model b with model a: outputs, scores on labels, sizes and, if asked for, latency.
@@ -466,6 +470,7 @@ def compare(
         threads: threads within an operator; None leaves it to ONNX Runtime.
         batch_size: samples a run; None takes what fits.
         measure: whether to measure latency.
+        runtime: "onnxruntime", "openvino" or "deepsparse": measure it there.
         output_weights: see ``Measure.of``.
 
     Raises:
@@ -473,6 +478,8 @@ def compare(
         CalibrationError: data or labels do not fit the models.
         ProviderError: ONNX Runtime cannot run a model.
     """
+    if runtime is not None:
+        check_runtime(runtime)
     first, second = model_of(a), model_of(b)
     for model in (first, second):
         refuse_random(model)
@@ -489,15 +496,18 @@ def compare(
         batch_size=batch_size,
         output_weights=output_weights,
     )
-    latency = None
-    if measure:
-        size = batch_size or fitting(samples)
+    latency, elsewhere = None, None
+    size = batch_size or fitting(samples)
+    if runtime is not None:
+        elsewhere = in_runtime(runtime, first, second, next(samples.batches(size)), threads=threads)
+        latency = elsewhere.latency
+    elif measure:
         latency = measure_latency(
             first, second, next(samples.batches(size)), provider=provider, threads=threads
         )
     settings = {"provider": provider, "threads": threads}
     works = (_work(model, samples, settings) for model in (first, second))
-    return Comparison(model_facts(first), model_facts(second), gap, latency, *works)
+    return Comparison(model_facts(first), model_facts(second), gap, latency, elsewhere, *works)
 
 
 def _work(model: Model, samples: Calibration, settings: Mapping[str, Any]) -> Work | None:

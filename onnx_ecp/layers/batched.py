@@ -5,11 +5,15 @@ z[..., e, :, :] = a[..., e, :, :] W[e]^T        e = 1 .. experts
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
+from onnx_ecp.graph.builder import Builder
 from onnx_ecp.layers.affine import Affine
+from onnx_ecp.layers.dense import matrix_axes
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,9 @@ class Batched(Affine):
     Args:
         axis: where inputs and units lie, in the input as in the output: -1, or -2 where the weight
             is the left operand.
-        groups: how many matrices there are.
     """
 
     axis: int
-    groups: int
 
     @property
     def reduction(self) -> int:
@@ -46,6 +48,41 @@ class Batched(Affine):
         """(P, ..., groups, rows, out per group) as (P, groups, rows, out per group)."""
         z = np.moveaxis(np.moveaxis(z, self.axis, -1), -3, 1)
         return z.reshape(*z.shape[:2], -1, z.shape[-1])
+
+    def rows_in_graph(self, op: Builder, a: gs.Tensor, z: gs.Tensor) -> gs.Tensor:
+        """(..., groups or 1, rows, in) as (groups, rows, in)."""
+        shape = op.facts[self.input].shape
+        rank = len(shape)
+        last = [rank - 2, rank - 1] if self.axis == -1 else [rank - 1, rank - 2]
+        front = op.Transpose(a, perm=[rank - 3, *range(rank - 3), *last])
+        rows = op.Reshape(front, [shape[-3], -1, self.shape[1]])
+        return op.Expand(rows, [self.groups, 1, 1]) if shape[-3] == 1 else rows
+
+    def rows_out_graph(self, op: Builder, z: gs.Tensor) -> gs.Tensor:
+        """(P, ..., groups, rows, out per group) as (P, groups, out per group, rows)."""
+        rank = 1 + len(op.facts[self.output].shape)
+        last = [rank - 1, rank - 2] if self.axis == -1 else [rank - 2, rank - 1]
+        front = op.Transpose(z, perm=[0, rank - 3, last[0], *range(1, rank - 3), last[1]])
+        return op.Reshape(front, [0, self.groups, self.shape[0] // self.groups, -1])
+
+    @property
+    def groups_side_by_side(self) -> bool:
+        """Groups have an axis of their own."""
+        return False
+
+    def fits(self, a: tuple[int, ...], z: tuple[int, ...]) -> bool:
+        """As many vectors of inputs as of units; one input may be read by all matrices."""
+        repeats = self.groups if a[-3] == 1 else 1
+        return math.prod(a) * self.shape[0] // self.groups * repeats == math.prod(z) * self.shape[1]
+
+    @property
+    def units_axis(self) -> int:
+        """The axis that is mapped; k-th rows of all matrices lie at k."""
+        return self.axis
+
+    def weight_axes(self, node: gs.Node) -> tuple[int, tuple[int, int]]:
+        """Those of every matrix, as the node transposes it."""
+        return matrix_axes(node, self.input)
 
     @property
     def shift_shape(self) -> tuple[int, ...]:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
+from onnx_ecp.layers.affine import Affine
 from onnx_ecp.layers.batched import Batched
 from onnx_ecp.layers.bias import bias_behind
 from onnx_ecp.layers.dense import Dense, Dot, dense_units
-from onnx_ecp.layers.layer import Layer, Reshape, Skip, Transpose
+from onnx_ecp.layers.layer import Reshape, Skip, Transpose
 from onnx_ecp.layers.trace import Scope, Traced
 
 
-def match(node: gs.Node, scope: Scope) -> Layer | Skip | None:
+def match(node: gs.Node, scope: Scope) -> Affine | Skip | None:
     """A MatMul as a layer, or why it is none; None for a product of two activations.
 
     FusedMatMul is the same with attributes: alpha, transA, transB, transBatchA, transBatchB.
@@ -88,7 +89,8 @@ def _batched(scope: Scope, node: gs.Node, side: int, seen: Traced) -> Batched:
     units = (groups, 1, out) if side == 1 else (groups, out, 1)
     bias = bias_behind(scope, node, units, seen.seen_dtype)
     data, axis = operands[1 - side].name, -1 if side == 1 else -2
-    return Batched(name, node.op, data, z.name, weight, (groups * out, width), bias, axis, groups)
+    shape = (groups * out, width)
+    return Batched(name, node.op, data, z.name, weight, shape, bias, axis, groups=groups)
 
 
 def _refusal(node: gs.Node, side: int, shape: tuple[int, ...], rank: int | None) -> str:

@@ -21,6 +21,7 @@ from onnx_ecp.methods import MaskProblem, View
 from onnx_ecp.pruning.compensation import compensate, newly_removed, removed
 from onnx_ecp.pruning.finetune import finetune
 from onnx_ecp.pruning.joint_refit import ROUNDS, memory_needed, refit_jointly
+from onnx_ecp.pruning.levels import Levels, levels_of
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.pruning.selection import NM, select
 from onnx_ecp.pruning.standing import is_worse
@@ -50,6 +51,8 @@ class Pruned:
         ess: by layer name, effective sample size in the last stage.
         notes: by layer name, remarks such as a refit that was not kept.
         warnings: about the network as a whole.
+        levels: importances of the original's weights, where the plan asks for them and a stage
+            ranked single weights.
     """
 
     state: State
@@ -57,6 +60,7 @@ class Pruned:
     ess: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    levels: Levels | None = None
 
     def removes_no_more_than(self, other: Pruned) -> bool:
         """Whether the same is gone as there."""
@@ -251,7 +255,10 @@ def stage(
     warnings = before.warnings
     if state is network.original:  # later on, pruning itself may have cut a layer off
         warnings = tuple(_blind(network.layers, state, scores))
-    return Pruned(after, removed, ess, notes, warnings)
+    levels = before.levels
+    if plan.with_levels and state is network.original:
+        levels = levels_of(scores)
+    return Pruned(after, removed, ess, notes, warnings, levels)
 
 
 def _blind(

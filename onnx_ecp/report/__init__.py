@@ -12,12 +12,13 @@ from onnx_ecp.evaluation.bounds import Bounds
 from onnx_ecp.evaluation.compare import ColumnError, Deviation, Gap
 from onnx_ecp.evaluation.facts import ModelFacts
 from onnx_ecp.evaluation.latency import Latency
-from onnx_ecp.evaluation.tensorrt import SparseKernel
+from onnx_ecp.evaluation.targets.target import Eligible
 from onnx_ecp.evaluation.work import Work
 from onnx_ecp.graph import check_output, write_whole
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.pruning.search import Point
 from onnx_ecp.quantising.rows import Int8, Int8Row
+from onnx_ecp.report.evidence import Evidence
 from onnx_ecp.runtime.versions import Versions
 from onnx_ecp.units.rows import MEET, Speedup, UnitRow
 
@@ -47,8 +48,6 @@ SYNTHETIC_WARNING = (
 )
 
 
-# Title of the list of ``Report.sparse_kernels``.
-KERNELS = "2:4 kernels of TensorRT"
 # Title of the columns with the largest errors, every one in units of its own spread.
 WORST_COLUMNS = "Worst columns"
 # Title of the list of ``Report.staying``, and of the same in ``inspect``.
@@ -128,6 +127,32 @@ class Recipe:
     support: str = "ranking"
     effort: str = ""
     budget: str = ""
+
+
+@dataclass(frozen=True)
+class ForTarget:
+    """What a runtime makes of the result; see ``evaluation.targets``.
+
+    Args:
+        name: of the target, its row.
+        title: its name for people.
+        gains: what turns zeros into speed there.
+        layers: which of them gain, and why not the others.
+        next_step: what to run next.
+        changes: what else was changed so that the runtime takes the file; else empty.
+    """
+
+    name: str
+    title: str
+    gains: str
+    layers: tuple[Eligible, ...]
+    next_step: str
+    changes: str = ""
+
+    @property
+    def heading(self) -> str:
+        """Title of the list of layers."""
+        return f"What {self.title} gains from"
 
 
 @dataclass(frozen=True)
@@ -222,8 +247,9 @@ class Report:
         latency: of both models, where it was measured.
         advice: what would be faster, where the result was measured and is not; else empty.
         int8: what int8 took away and gave; None where all layers stayed in floats.
-        sparse_kernels: which layers of the result TensorRT's 2:4 kernels may take; empty without
-            N:M.
+        target: what the runtime that was named makes of it; with N:M, where none was, TensorRT.
+        evidence: what pictures are drawn from, where an HTML report was asked for.
+        command: what repeats it in a shell; empty where the model or its inputs were in memory.
     """
 
     original: ModelFacts
@@ -247,10 +273,12 @@ class Report:
     bounds: Bounds | None = None
     speedup: Speedup | None = None
     int8: Int8 | None = None
-    sparse_kernels: tuple[SparseKernel, ...] = ()
+    target: ForTarget | None = None
     latency: Latency | None = None
     advice: str = ""
     learnt_error: float | None = None
+    evidence: Evidence | None = None
+    command: str = ""
 
     @property
     def errors(self) -> dict[str, str]:
@@ -382,6 +410,11 @@ def write(report: Report, path: str | Path) -> None:
     """
     check_target(path, force=True)
     write_whole(path, rendered(report, path))
+
+
+def is_drawn(path: str | Path) -> bool:
+    """Whether a report of this name has pictures."""
+    return Path(path).suffix.lower() == ".html"
 
 
 def rendered(report: Report, path: str | Path) -> bytes:

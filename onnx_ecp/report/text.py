@@ -25,7 +25,6 @@ from onnx_ecp.evaluation.bounds.planning import Planning
 from onnx_ecp.evaluation.compare import Comparison, Gap
 from onnx_ecp.evaluation.facts import ModelFacts
 from onnx_ecp.evaluation.latency import Latency
-from onnx_ecp.evaluation.tensorrt import SparseKernel
 from onnx_ecp.graph import printable
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.pruning.search import Point
@@ -33,12 +32,12 @@ from onnx_ecp.quantising.rows import Int8
 from onnx_ecp.report import (
     CURVE_NOTE,
     INT8,
-    KERNELS,
     ROUNDING,
     UNIT_WORDS,
     UNITS_STAY,
     WORK,
     WORST_COLUMNS,
+    ForTarget,
     LayerRow,
     Recipe,
     Report,
@@ -163,8 +162,8 @@ def report_tables(report: Report, *, verbose: bool = False) -> Group:
         parts.append(_unit_table(report, verbose))
     if report.int8 is not None:
         parts.append(_int8_tables(report.int8, report.result, verbose))
-    if report.sparse_kernels:
-        parts.append(_kernel_table(report.sparse_kernels, verbose))
+    if report.target is not None:
+        parts.append(target_tables(report.target, verbose=verbose))
     if report.dense:
         parts.append(_skip_table(report.dense, verbose))
     if report.staying:
@@ -219,6 +218,8 @@ def inspection_tables(inspection: Inspection, *, verbose: bool = False) -> Group
         parts.append(_skip_table(inspection.skips, verbose))
     if inspection.unit_refusals:
         parts.append(_skip_table(inspection.unit_refusals, verbose, UNITS_STAY))
+    if inspection.target is not None:
+        parts.append(target_tables(inspection.target, verbose=verbose))
     parts += [_warning(text) for text in inspection.warnings]
     return Group(*parts)
 
@@ -271,6 +272,12 @@ def comparison_tables(comparison: Comparison) -> Group:
         table.add_row("multiplications of layers", f"{x:,}", f"{y:,}", _ratio(x, y))
     if comparison.latency is not None:
         _latency_rows(table, comparison.latency)
+        table.add_row("B is", "", "", comparison.latency.verdict)
+    if comparison.runtime is not None:
+        there = comparison.runtime
+        table.add_row("in", "", "", f"{there.name} {printable(there.version)}")
+        differences = [_number(x) for x in (there.difference_a, there.difference_b)]
+        table.add_row("differs from ONNX Runtime", *differences, "")
     gap = comparison.gap
     parts: list[RenderableType] = [table, _gap_table(gap), *_column_tables(gap)]
     if gap.certainty is not None:
@@ -459,15 +466,20 @@ def _int8_tables(int8: Int8, result: ModelFacts, verbose: bool) -> Group:
     return Group(table, worth, Text(""))
 
 
-def _kernel_table(kernels: Sequence[SparseKernel], verbose: bool) -> Table:
-    table, name = _table(KERNELS, "layer", "op", "possible", "why"), Names()
-    for row in _cut(kernels, verbose):
+def target_tables(target: ForTarget, *, verbose: bool = False) -> Group:
+    """Which layers a runtime gains from, why not from the others, and what to run next."""
+    table, name = _table(target.heading, "layer", "op", "zeros>", "gains", "why"), Names()
+    for row in _cut(target.layers, verbose):
         if isinstance(row, int):
             table.add_row(_omitted(row))
         else:
             why = printable(row.refused or row.advice, _SENTENCE)
-            table.add_row(name(row.name), row.op, "no" if row.refused else "yes", why)
-    return table
+            gains, zeros = "no" if row.refused else "yes", f"{100 * row.zeros:.0f} %"
+            table.add_row(name(row.name), row.op, zeros, gains, why)
+    words = [f"{target.title}: {target.gains}."]
+    words += [target.changes] if target.changes else []
+    words += [f"next: {printable(target.next_step, _SENTENCE)}", ""]
+    return Group(table, Text("\n".join(words)))
 
 
 def _skip_table(skips: Sequence[Skip], verbose: bool, title: str = "Not pruned") -> Table:

@@ -96,6 +96,8 @@ class Objective:
             part = theta.kept(tensor, layer.weight.layout(by_matrix)) * layer.weight.scale
             weights[tensor] = weights[tensor] + part if tensor in weights else part
             shifts[layer.name] = g.sum(axis=1, dtype=np.float64).reshape(-1)
+            if layer.name in state.held:
+                shifts[layer.name][state.held[layer.name]] = 0
         return theta.vector(weights, shifts)
 
     def _probabilities(self, head: str, y: np.ndarray) -> np.ndarray:
@@ -172,8 +174,10 @@ class Parameters:
         for name, kept in self._kept.items():
             weights[name] = state.weights[name].copy()
             weights[name][kept] = next(parts)
-        shifts = {name: next(parts).astype(np.float64) for name in self._units}
-        return replace(state, weights=LazyArrays.of(weights), shifts=shifts)
+        state = replace(state, weights=LazyArrays.of(weights))
+        for name in self._units:
+            state = state.with_shift(name, next(parts).astype(np.float64))
+        return state
 
 
 class Centred:

@@ -18,7 +18,6 @@ import onnx
 
 from onnx_ecp.data.calibration import Batch
 from onnx_ecp.errors import CalibrationError, ModelError, UsageError, did_you_mean
-from onnx_ecp.gradients.builder import Fact
 from onnx_ecp.gradients.cotangents import SQUARED, plan
 from onnx_ecp.gradients.links import LINKS, Link
 from onnx_ecp.gradients.numeric import numeric_adjoint, step_for
@@ -26,11 +25,10 @@ from onnx_ecp.gradients.prepare import MINIMUM_OPSET, add_reverse, facts_of, ops
 from onnx_ecp.gradients.reverse import NO_OUTPUT
 from onnx_ecp.gradients.selections import Selection, parts_of_outputs, selections
 from onnx_ecp.graph import Model, constants, is_external, printable, read_tensor
+from onnx_ecp.graph.builder import Fact
 from onnx_ecp.graph.columns import column_axes
 from onnx_ecp.graph.operators import OPERATORS, Moves, moving
 from onnx_ecp.layers import Layer
-from onnx_ecp.layers.batched import Batched
-from onnx_ecp.layers.dense import Dense
 from onnx_ecp.runtime.lazy import LazyArrays
 from onnx_ecp.runtime.session import Session, Value
 from onnx_ecp.statistics.columns import Measure, Spread
@@ -60,19 +58,25 @@ class State:
             external data are mapped, or masked, when they are asked for.
         shifts: by layer name, (out,) float64 to be added to the pre-activation.
         keep: by stored tensor, (out, in), True where the weight stays.
+        held: by layer name, (out,) True where no refit may move the shift; all may where absent.
     """
 
     weights: LazyArrays
     shifts: dict[str, np.ndarray]
     keep: dict[str, np.ndarray] = field(default_factory=dict)
+    held: dict[str, np.ndarray] = field(default_factory=dict)
 
     def with_layer(self, layer: Layer, weight: np.ndarray, shift: np.ndarray) -> State:
         """A state in which one layer's stored tensor and shift are new."""
-        return replace(
-            self,
-            weights=self.weights.replaced(layer.weight.tensor, weight),
-            shifts={**self.shifts, layer.name: shift},
-        )
+        state = replace(self, weights=self.weights.replaced(layer.weight.tensor, weight))
+        return state.with_shift(layer.name, shift)
+
+    def with_shift(self, layer: str, shift: np.ndarray) -> State:
+        """A state in which one layer's shift (out,) is new, where it is not held."""
+        held = self.held.get(layer)
+        if held is not None:
+            shift = np.where(held, self.shifts[layer], shift)
+        return replace(self, shifts={**self.shifts, layer: shift})
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,8 @@ class Observer:
         threads: threads of ONNX Runtime.
         reverse: whether sensitivities will be asked for.
         statistics: where they are summed, a name in STATISTICS.
+        proves: whether the observation graph must compute what the model computes. One that rounds
+            activations to integers may round one of them the other way.
         other: a batch of another shape, where not all samples have that of the first.
 
     Attributes:
@@ -195,6 +201,7 @@ class Observer:
         threads: int | None = None,
         reverse: bool = True,
         statistics: str = "auto",
+        proves: bool = True,
         other: Batch | None = None,
     ) -> None:
         if engine not in ENGINES:
@@ -256,7 +263,7 @@ class Observer:
             self._reverse_proto, self._adjoints, self.blocked, self.numeric = add_reverse(
                 self._prepared, self.facts, self._seeded
             )
-        if self._prepared.rewritten:
+        if self._prepared.rewritten and proves:
             _check_same(Session(model.proto, **self._options), first.feeds, self._forward, feeds)
         y = self._forward.run(feeds, self._seeded)
         if reverse and first.samples > 1:
@@ -647,10 +654,7 @@ def _check_rows(layer: Layer, a: np.ndarray, g: np.ndarray) -> None:
     Raises:
         ModelError: the adjoint (P, *shape of z) has other rows than the layer's input.
     """
-    repeats = layer.groups if isinstance(layer, Batched) and a.shape[-3] == 1 else 1
-    out = layer.shape[0] // (layer.groups if repeats == 1 else 1)
-    dense = isinstance(layer, Dense | Batched)
-    if dense and a.size * out * len(g) != g.size * layer.shape[1]:
+    if not layer.fits(a.shape, g.shape[1:]):
         raise ModelError(
             f"the adjoint of layer {printable(layer.name)!r} has shape {g.shape[1:]} where its "
             f"input has {a.shape}: in this batch sizes are broadcast that were not in the first.",

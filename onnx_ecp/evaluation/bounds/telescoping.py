@@ -254,8 +254,14 @@ def _difference(b: np.ndarray | None, a: np.ndarray | None) -> np.ndarray | None
 
 
 def _norm(step: LayerStep, w: np.ndarray, shape: tuple[int, ...]) -> float:
-    if step.node.op_type == "Conv":
-        return convolution_norm(w, Kernel.of(step.attributes, w.shape[2:]), shape[2:])
+    return NORMS[step.node.op_type](step, w, shape)
+
+
+def _convolution_norm(step: LayerStep, w: np.ndarray, shape: tuple[int, ...]) -> float:
+    return convolution_norm(w, Kernel.of(step.attributes, w.shape[2:]), shape[2:])
+
+
+def _matrix_norm(step: LayerStep, w: np.ndarray, shape: tuple[int, ...]) -> float:
     return abs(step.attributes.get("alpha", 1.0)) * matrix_norm(w)
 
 
@@ -446,6 +452,13 @@ def _check_axis(step: LayerStep, shape: tuple[int, ...]) -> int:
     return axis
 
 
+# By operator with weights, the factor by which W may lengthen a vector, given W as the operator
+# sees it and the shape of its input.
+NORMS: dict[str, Callable[[LayerStep, np.ndarray, tuple[int, ...]], float]] = {
+    "Conv": _convolution_norm,
+    "Gemm": _matrix_norm,
+    "MatMul": _matrix_norm,
+}
 # Functions of one input, entry by entry.
 _FUNCTIONS = tuple(
     op
@@ -453,7 +466,7 @@ _FUNCTIONS = tuple(
     if not domain and row.elementwise == 1 and row.moves is None and not row.flat
 )
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("Gemm", "MatMul", "Conv"), _weighted),
+    **dict.fromkeys(NORMS, _weighted),
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _elementwise),
     **dict.fromkeys(moving(Moves.IN_ORDER) - {"CastLike"} | {"Transpose"}, _moved),
     **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean"), _averaged),
