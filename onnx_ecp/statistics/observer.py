@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -40,6 +41,9 @@ ENGINES = ("vjp", "numeric")
 STATISTICS = ("auto", "graph", "host")
 # Relative difference that rewriting a graph may make: half precision rounds at 5e-4, which adds up.
 SAME = 0.05
+# Random probes of a first look: with two instead of ten exact seeds in all stages but the last, the
+# networks of benchmarks/engine.py keep their errors within the spread of seeds of the split.
+ROUGH = 2
 # Operators that leave the elements of their first input as they are, and in their order; that
 # pick some, or take another order; and whose values are no logits, where they are outputs.
 MOVES = moving(Moves.IN_ORDER)
@@ -275,6 +279,7 @@ class Observer:
             probes = 1  # a probe per element would be another number for every shape
         seeds = plan(y, first.samples, metric=metric, probes=probes, seed=seed)
         self._plan = replace(seeds, links=links)
+        self._asked = probes is not None
         self.probabilities = tuple(
             name
             for name, v in y.items()
@@ -303,10 +308,25 @@ class Observer:
         feeds = self._feeds(state, batch.feeds)
         return self._pulled(feeds, self._seeds(feeds, batch, common), batch.samples)
 
+    @cached_property
+    def rough(self) -> Observer:
+        """One that does with ROUGH random probes where seeds are exact and more; for first looks.
+
+        Its sessions are those of this one.
+        """
+        if self._asked or self._plan.probes or self.probes <= ROUGH or self.metric == "loss":
+            return self
+        if self._reverse_proto is not None:
+            _ = self._reverse  # made here, it is shared
+        other = copy(self)
+        other._plan = replace(self._plan, probes=ROUGH)
+        return other
+
     def close(self) -> None:
         """Give back the memory of the sessions; nothing can be observed any more."""
         del self._forward
         self.__dict__.pop("_reverse", None)
+        self.__dict__.pop("rough", None)
         self._adding, self._held = {}, []
 
     def nothing_summed(
@@ -450,6 +470,7 @@ class Observer:
         # What is observed beside the outputs has a unit too, and counts in no error that is told.
         told = {name: spread for name, spread in spreads.items() if name in self.outputs}
         self.measure = Measure.of(told, weights)
+        self.__dict__.pop("rough", None)
         if self.metric == "l2":
             scales = Measure.of(spreads, weights).factors()
             self._plan = replace(self._plan, scales=scales)
