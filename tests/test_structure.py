@@ -978,6 +978,40 @@ def test_a_unit_that_cannot_be_followed_stays_and_the_operator_is_named(body, na
         assert structure.units == 0
 
 
+ENDS = {
+    "normalised": ("e = LayerNormalization(k, g)", "LayerNormalization 'e': it normalises"),
+    "without a rule": ("e = LpNormalization(k)", "LpNormalization 'e': units are not followed"),
+    "reduced": (
+        "m = ReduceMean<axes = [1]>(k)\n e = Sub(k, m)",
+        "ReduceMean 'm': it reduces over units (tensor 'k')",
+    ),
+}
+BEHIND = {
+    "added": "s = Add(h, e)",
+    "multiplied, behind others": "r = Relu(e)\n t = Sigmoid(r)\n s = Mul(t, h)",
+    "concatenated with its sum": "c = Neg(e)\n d = Add(c, h)\n s = Concat<axis = 1>(d, h)",
+    "behind a Reshape": "i = Constant<value_ints = [-1, 6]>()\n r = Reshape(e, i)\n s = Sub(h, r)",
+}
+
+
+@pytest.mark.parametrize(("end", "root"), ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("behind", BEHIND.values(), ids=BEHIND)
+def test_a_refusal_names_where_the_way_ends_and_not_what_stands_behind(end, root, behind, rng):
+    """Whatever meets units that are not followed further: the reason is that of the root."""
+    width = 12 if "Concat" in behind else 6
+    body = f"""h = MatMul(x, W)
+        k = MatMul(x, K)
+        {end}
+        {behind}
+        y = MatMul(s, V)"""
+    shapes = {"W": (5, 6), "K": (5, 6), "V": (width, 4)} | ({"g": (6,)} if "g)" in end else {})
+    model = build(("float[N, 5] x", body, shapes, []), rng)
+    structure = structure_of(model, inputs(model, rng))
+    reasons = {x.name: x.reason for x in structure.refusals}
+    assert reasons["k"].startswith(f"its units stay: {root}")
+    assert reasons["h"].startswith(f"its units stay: {root}")
+
+
 @pytest.mark.parametrize(("opset", "units"), [(11, []), (13, [4])])
 def test_before_opset_13_a_softmax_takes_all_axes_from_the_first_on(opset, units, rng):
     _, body, shapes, _ = NETWORKS["attention: heads"]
@@ -1040,7 +1074,8 @@ def test_heads_keep_their_width_where_a_dimension_does_more_than_meet(
     model = build(("float[N, 3, 5] x", body, shapes | stored.get(keys, {}), []), rng)
     structure = structure_of(model, inputs(model, rng))
     held = [x for x in structure.refusals if x.name in ("q", "k")]
-    assert [x.reason for x in held] == [f"its heads keep their width: {reason}"] * 2
+    assert [x.name for x in held] == ["q", "k"]
+    assert all(x.reason.startswith(f"its heads keep their width: {reason} (") for x in held)
     assert [len(group.units) for group in structure.groups] == [4, 2]
 
 

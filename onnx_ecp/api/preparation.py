@@ -365,7 +365,7 @@ def _parts(
     everything: Calibration, options: Options
 ) -> tuple[Calibration, Calibration, Calibration]:
     """The samples to use as (fit, guard, held out)."""
-    everything = everything.limit(options.samples or len(everything), options.seed)
+    everything = everything.limit(options.samples or len(everything), options.seed).grouped()
     samples = len(everything)
     share = max(_share(samples), min(FEW_SHARE, ENOUGH / samples))
     rest, held_out = everything.split(share, options.seed)
@@ -400,6 +400,7 @@ def observe_network(
             threads=options.threads,
             reverse=options.recipe.measures not in FORWARD or options.finetune_steps > 0,
             statistics=options.statistics,
+            other=data.train.another(),
         )
 
     observer = observing(layers)
@@ -427,13 +428,13 @@ def with_free_batch(dense: Model, data: Data, options: Options) -> tuple[Model, 
 
     Both are as they were where the batch is free, or where no such copy computes the same.
     """
-    names, few = (
-        data.train.of_one,
-        list(data.train.take(np.arange(len(data.train))[:PROBED]).batches(1)),
-    )
-    if len(few) < 2 or names != data.train.arrays.keys():
+    names, train = data.train.of_one, data.train
+    alike = [i for i in range(len(train)) if train.shapes(i) == train.shapes(0)][:PROBED]
+    if len(alike) < 2 or names != train.arrays.keys():
         return dense, data
-    copy = free_batch(dense, [batch.feeds for batch in few], names, **options.session)
+    few, other = [batch.feeds for batch in train.take(alike).batches(1)], train.another()
+    others = () if other is None else (other.feeds,)
+    copy = free_batch(dense, few, names, others, **options.session)
     if copy is None:
         return dense, data
     train = data.train.together()

@@ -259,9 +259,18 @@ def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
             if is_silent(walk, node) or node.outputs[0].name in found.biased:
                 walk.silent |= {y.name for y in node.outputs}
     except NotFollowed as refusal:
-        reason = f"{node.op} {name!r}: {refusal}"
-        for marks in (marks for x in node.inputs for marks in walk.marks_of(x.name)):
+        reads = [(x.name, marks) for x in node.inputs for marks in walk.marks_of(x.name)]
+        tensor = reads[0][0] if reads else node.inputs[0].name
+        reason = root = refusal.root or f"{node.op} {name!r}: {refusal} (tensor {tensor!r})"
+        if refusal.root:
+            reason = f"{root}; what comes of it meets them in {node.op} {name!r}"
+        for _, marks in reads:
             walk.marks.pin(marks, reason)
+        walk.ended |= {y.name: root for y in node.outputs}
+    ended = [walk.ended[x.name] for x in node.inputs if x.name in walk.ended]
+    for output in node.outputs if ended else ():
+        if layer is None and output.name not in walk.axes:
+            walk.ended.setdefault(output.name, ended[0])
 
 
 # Operators whose further inputs are sizes or bounds of what their first input has units in.

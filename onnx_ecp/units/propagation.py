@@ -16,7 +16,16 @@ Sizes = tuple[np.ndarray | None, ...]
 
 
 class NotFollowed(Exception):
-    """Units cannot be followed through an operator; the message says why, for the user."""
+    """Units cannot be followed through an operator; the message says why, for the user.
+
+    Args:
+        message: why.
+        root: where the way of another operand ended before, which is why.
+    """
+
+    def __init__(self, message: str, root: str = "") -> None:
+        super().__init__(message)
+        self.root = root
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,7 @@ class Walk:
         coupled: marks of such parts, (parts, length).
         summed: marks of units that are summed up, with the name of the operator.
         silent: names of tensors whose entries are zero where the rows that make them are.
+        ended: by name of tensors to which units were not followed, where and why their way ended.
         computed: by name of an integer tensor, the marks that its values are computed from in some
             other way than in proportion.
     """
@@ -103,6 +113,7 @@ class Walk:
     coupled: list[np.ndarray] = field(default_factory=list)
     summed: list[tuple[np.ndarray, str]] = field(default_factory=list)
     silent: set[str] = field(default_factory=set)
+    ended: dict[str, str] = field(default_factory=dict)
     marks: Marks = field(default_factory=Marks)
     axes: dict[str, Axis] = field(default_factory=dict)
     sizes: dict[str, Sizes] = field(default_factory=dict)
@@ -147,7 +158,10 @@ class Walk:
         """
         constant = self.constant(node.inputs[index])
         if constant is None:
-            raise NotFollowed(f"its input {node.inputs[index].name!r} is not a stored tensor")
+            name = node.inputs[index].name
+            raise NotFollowed(
+                f"its input {name!r} is not a stored tensor", self.ended.get(name, "")
+            )
         if constant.seen_shape[axis] != len(marks):
             raise NotFollowed(
                 f"its input {node.inputs[index].name!r} does not have one entry per unit"

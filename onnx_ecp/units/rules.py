@@ -515,7 +515,8 @@ def _marks_or_pinned(walk: Walk, tensor: gs.Tensor, along: int) -> np.ndarray:
     if axis is not None:
         return axis.marks
     marks = walk.marks.fresh(walk.shape(tensor)[along])
-    walk.marks.pin(marks, f"{tensor.name!r} is not made by a layer that is pruned")
+    own = f"{tensor.name!r} is not made by a layer that is pruned"
+    walk.marks.pin(marks, walk.ended.get(tensor.name, own))
     return marks
 
 
@@ -616,12 +617,13 @@ def product_of_activations(walk: Walk, node: gs.Node) -> Outputs:
     if (here, there) == (-1, -2):
         _meet_as_attention(walk, node)
         return {}
+    roots = [walk.ended[x.name] for x in (left, right) if x.name in walk.ended]
     if (here, there) in ((-2, None), (None, -1)):
         ((_, axis),) = _followed(walk, node)
         return {out.name: Axis(rank + (here or -1), axis.marks)}
     place = here if here is not None else there
     if place is None or place > -3 or there not in (None, place):
-        raise NotFollowed("it combines units of different axes")
+        raise NotFollowed("it combines units of different axes", *roots[:1])
     marks = max((axis.marks for _, axis in _followed(walk, node)), key=len)
     for index in (0, 1):
         walk.meet(node, index, place, marks)
