@@ -289,7 +289,7 @@ def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]
         _follow_groups(walk, node, layer, rows, columns)
     elif axis is None:
         walk.marks.pin(columns, "they are not made by a layer that is pruned")
-    elif axis.index != place:
+    elif axis.index != place or width % len(axis.marks):
         walk.marks.pin(axis.marks, f"{node.op} {layer.name!r} reads another axis")
         walk.marks.pin(columns, "they are not made by a layer that is pruned")
     else:
