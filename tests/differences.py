@@ -12,8 +12,8 @@ import onnxruntime
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from onnx_ecp.gradients.builder import Builder, Fact
 from onnx_ecp.gradients.reverse import adjoints
+from onnx_ecp.graph.builder import Builder, Fact
 
 PROBES = 3
 

@@ -378,6 +378,7 @@ EDITS: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "sparse: wrong rank": (_sparse([[0, 0, 1]]), "indices of shape"),
     "sparse: too few indices": (_sparse([1], count=2), "indices of shape"),
     "sparse: giant": (_sparse([3], [2**20, 2**20]), "too much memory"),
+    "sparse: absurd": (_sparse([3], [2**14, 2**15 - 512]), "stand for 2113929216 when made dense"),
     "sparse: overflowing": (_sparse([3], [2**40, 2**40]), "too large"),
     "sparse: negative size": (_sparse([3], [-4, -3]), "negative size"),
 }

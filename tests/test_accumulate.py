@@ -116,6 +116,37 @@ def test_patches_in_the_graph_are_those_on_the_host(image, kernel, attributes, r
     assert_same(found, expected)
 
 
+PRODUCTS = {
+    "a vector": ("n,4,5", "MatMul(x, W)", (5,)),
+    "a vector on the left": ("n,4,5", "MatMul(W, x)", (4,)),
+    "a matrix on the left": ("n,4,5", "MatMul(W, x)", (3, 4)),
+    "a batch": ("n,2,4,5", "MatMul(x, W)", (2, 5, 3)),
+    "a batch on one input": ("n,1,4,5", "MatMul(x, W)", (2, 5, 3)),
+    "a batch on the left": ("n,3,2,4,5", "MatMul(W, x)", (2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize(("given", "product", "shape"), PRODUCTS.values(), ids=PRODUCTS)
+def test_rows_of_products_in_the_graph_are_those_on_the_host(given, product, shape, rng):
+    sizes = [int(size) for size in given.split(",")[1:]]
+    proto = onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["": 17]>
+        net (float[{given}] x) => (float[n,m] y) {{
+            z = {product}  t = Tanh(z)  y = Flatten(t)
+        }}""")
+    weight = rng.standard_normal(shape).astype(np.float32)
+    proto.graph.initializer.append(numpy_helper.from_array(weight, "W"))
+    model, layers = load_model(proto), find_layers(proto).layers
+    values = rng.standard_normal((5, *sizes)).astype(np.float32)
+    data = Calibration({"x": values}, True, "", False, 0)
+    state = original_state(model, layers)
+    found, expected = (
+        measure(Observer(model, layers, next(data.batches(2)), statistics=w), state, data, size=3)
+        for w in ("graph", "host")
+    )
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("method", ["ecp-refit", "ecp", "gradient-magnitude", "flap"])
 @pytest.mark.parametrize("net", ["gemm", "attention", "convolution", "tied", "fixed batch"])
 def test_optimize_makes_the_same_of_either(net, method):

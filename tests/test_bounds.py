@@ -12,11 +12,15 @@ from onnx.parser import parse_model
 
 from onnx_ecp import optimize
 from onnx_ecp.cli.commands import main
+from onnx_ecp.data import calibration
 from onnx_ecp.errors import ModelError, UsageError
 from onnx_ecp.evaluation import bounds
-from onnx_ecp.evaluation.bounds import planning
+from onnx_ecp.evaluation.bounds import planning, sampling, units
 from onnx_ecp.evaluation.bounds.norms import Kernel, convolution_norm, matrix_norm
 from onnx_ecp.evaluation.bounds.sampling import binomial_tail, conformal, upper_limit
+from onnx_ecp.evaluation.compare import compare
+from onnx_ecp.evaluation.facts import model_of
+from onnx_ecp.graph import signature
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]>'
 SAMPLES = 12
@@ -79,13 +83,15 @@ SHAPES = {
 }  # fmt: skip
 
 
-def network(body, shape, values):
+def network(body, shape, values, more_axes=0):
     read = [name for name in SHAPES if f" {name}" in body.replace("(", "( ").replace(")", " )")]
     dims = ", ".join(map(str, shape))
     proto = parse_model(f"{HEAD} g (float[N, {dims}] x) => (float[N, K] y) {{ {body} }}")
     if " zero" in body:
         values = {**values, "zero": np.float32(0), "six": np.float32(6)}
         read += ["zero", "six"]
+    for axis in range(more_axes):
+        proto.graph.output[0].type.tensor_type.shape.dim.add().dim_param = f"S{axis}"
     if "Softmax(i)" in body:
         proto.graph.output[0].type.tensor_type.shape.dim.add().dim_param = "L"
     for name in read:
@@ -122,7 +128,7 @@ def gaps(a, b, x):
 def test_the_deterministic_bound_holds_for_every_sample(models):
     a, b, x = models
     for i in range(len(x)):
-        found = bounds.bound(a, b, x[i : i + 1])
+        found = bounds.bound(a, b, x[i : i + 1], metric="l2-raw")
         assert found.per_sample.refused == ""
         assert found.per_sample.gap >= gaps(a, b, x[i : i + 1])[0] * (1 - 1e-5) - 1e-6
 
@@ -135,7 +141,7 @@ def test_the_deterministic_bound_holds_in_the_whole_box(models, rng):
         return
     corners = rng.choice([-1.0, 2.0], size=(2000, *x.shape[1:])).astype(np.float32)
     assert found.box.gap >= gaps(a, b, corners).max()
-    assert found.box.gap >= bounds.bound(a, b, x).per_sample.gap
+    assert found.box.gap >= bounds.bound(a, b, x, metric="l2-raw").per_sample.gap
 
 
 def test_a_model_is_no_distance_from_itself(models):
@@ -150,7 +156,7 @@ def test_one_linear_layer_is_bounded_exactly(rng):
         for _ in range(2)
     )
     x = rng.normal(size=(20, 6)).astype(np.float32)
-    found = bounds.bound(a, b, x)
+    found = bounds.bound(a, b, x, metric="l2-raw")
     np.testing.assert_allclose(found.per_sample.gap, gaps(a, b, x).max(), rtol=1e-5)
     corner = np.array(np.meshgrid(*[[-1, 1]] * 6), np.float32).reshape(6, -1).T
     one = bounds.bound(a, b, input_range={"x": (-1, 1)})
@@ -385,30 +391,39 @@ def test_the_report_of_optimize_has_the_bounds_of_its_held_out_samples(tmp_path,
     made = optimize(model, {"x": x}, bound=True, cleanup=False, **choices)
     found = made.report.bounds
     assert np.isclose(cleaned.measured, found.measured, rtol=1e-4)
-    assert found.samples == made.report.calibration.held_out == 40
+    assert found.samples == made.report.calibration.held_out == 80
     assert 0 < found.conformal.gap <= found.measured <= found.per_sample.gap
-    assert np.isclose(gaps(model, made.model, x), found.measured, rtol=1e-5).any()
+    gap = made.report.gap
+    assert gap.relative_error < found.measured
+    plain = optimize(model, {"x": x}, bound=True, metric="l2-raw", **choices).report.bounds
+    assert np.isclose(gaps(model, made.model, x), plain.measured, rtol=1e-5).any()
     assert optimize(model, {"x": x}, **choices).report.bounds is None
     with pytest.raises(UsageError, match="target"):
         optimize(model, {"x": x}, method="magnitude", max_error=0.1, bound=True)
 
 
-def test_a_bound_that_a_network_of_zeros_would_meet_is_called_vacuous(rng):
+@pytest.mark.parametrize("metric", ["l2", "l2-raw"])
+def test_a_bound_that_constant_outputs_would_meet_is_called_vacuous(metric, rng):
     values = {n: rng.normal(size=s) for n, s in SHAPES.items()}
     body = "h = MatMul(x, A) r = Relu(h) y = MatMul(r, B)"
     a = network(body, (6,), values)
     x = rng.normal(size=(60, 6)).astype(np.float32)
     near = network(body, (6,), {n: v * (1 + 1e-3) for n, v in values.items()})
     far = network(body, (6,), {n: -v for n, v in values.items()})
-    found = bounds.bound(a, near, x, eps=10.0)
+    y = outputs(a, x)
+    spread = 1 if metric == "l2-raw" else y.std(axis=0) * np.sqrt(y.shape[1])
+    centred = (y if metric == "l2-raw" else y - y.mean(axis=0)) / spread
+    norms = np.linalg.norm(centred, axis=1)
+    found = bounds.bound(a, near, x, eps=float(np.median(norms)), metric=metric)
     assert found.vacuous == ()
-    assert found.output_norm == pytest.approx(np.linalg.norm(outputs(a, x), axis=1).max())
-    found = bounds.bound(a, far, x, eps=0.0, input_range={"": (-9, 9)})
+    assert found.output_norm == pytest.approx(norms.max(), rel=1e-5)
+    found = bounds.bound(a, far, x, eps=0.0, input_range={"": (-9, 9)}, metric=metric)
     assert set(found.vacuous) >= {"above", "per_sample", "box"}
     nothing = network(body, (6,), {n: 0 * v for n, v in values.items()})
-    found = bounds.bound(a, nothing, x, eps=0.0)
-    assert set(found.vacuous) >= {"above", "conformal", "per_sample"}
-    few = bounds.bound(a, near, x[:5])
+    found = bounds.bound(a, nothing, x, eps=0.0, metric=metric)
+    assert set(found.vacuous) >= {"conformal", "per_sample"}
+    assert metric == "l2" or "above" in found.vacuous
+    few = bounds.bound(a, near, x[:5], metric=metric)
     assert few.vacuous == ("conformal",)
     assert not bounds.plan(a, "magnitude", 0.0).vacuous
     assert bounds.plan(a, "random", 0.9).vacuous
@@ -429,6 +444,92 @@ def test_a_plan_takes_no_samples_and_a_pair_no_sparsity(tmp_path, rng):
         assert done.exit_code == 2
         assert "error:" in done.output
         assert "hint:" in done.output
+
+
+# In units of the columns.
+
+
+def rescaled(proto, scale, body):
+    """The same network with another unit for every column of its last layer."""
+    found = onnx.ModelProto()
+    found.CopyFrom(proto)
+    for tensor in found.graph.initializer:
+        if tensor.name in LAST[body]:
+            w = onnx.numpy_helper.to_array(tensor)
+            wide = scale.reshape(-1, *(1,) * (w.ndim - 1)) if tensor.name == "C" else scale
+            scaled = (w * wide).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(scaled, tensor.name))
+    return found
+
+
+LAST = {
+    "h = MatMul(x, A) r = Relu(h) y = MatMul(r, B)": ("B",),
+    "h = MatMul(x, A) r = Relu(h) m = MatMul(r, B) y = Add(m, d)": ("B", "d"),
+    "h = Gemm(x, A, a) r = Tanh(h) y = Gemm(r, B, d)": ("B", "d"),
+    "g = Relu(x) y = Conv<pads = [1, 1, 1, 1]>(g, C, c)": ("C", "c"),
+}
+
+
+@pytest.fixture(params=LAST)
+def pruned_pair(request, rng):
+    body = request.param
+    conv = "Conv" in body
+    values = {n: rng.normal(size=s).astype(np.float32) for n, s in SHAPES.items()}
+    pruned = {n: np.where(np.abs(v) > 0.4, v, 0) for n, v in values.items()}
+    shape = (2, 6, 6) if conv else (6,)
+    a, b = (network(body, shape, v, 2 * conv) for v in (values, pruned))
+    return body, a, b, rng.normal(size=(50, *shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("scale", [(1e-3, 1.0, 1e3), (7.0, 7.0, 7.0)], ids=str)
+def test_the_unit_of_a_column_changes_no_bound(pruned_pair, scale):
+    body, a, b, x = pruned_pair
+    eps = 0.5
+    one = bounds.bound(a, b, x, eps=eps, input_range={"": (-1, 1)})
+    c, d = (rescaled(proto, np.float32(scale), body) for proto in (a, b))
+    other = bounds.bound(c, d, x, eps=eps, input_range={"": (-1, 1)})
+    assert (other.above, other.vacuous) == (one.above, one.vacuous)
+    for found in ("measured", "output_norm"):
+        assert getattr(other, found) == pytest.approx(getattr(one, found), rel=1e-3)
+    for found in ("conformal", "per_sample", "box"):
+        assert getattr(other, found).gap == pytest.approx(getattr(one, found).gap, rel=1e-3)
+    assert other.per_sample.ratio == pytest.approx(one.per_sample.ratio, rel=1e-3)
+
+
+def test_the_root_mean_square_of_gaps_is_the_error_of_compare(pruned_pair):
+    _, a, b, x = pruned_pair
+    data = calibration.load(x, signature(a))
+    first, second = model_of(a), model_of(b)
+    settings = {"provider": "cpu", "threads": None, "batch_size": 7}
+    found = units.units_over(first, data, None, **settings)
+    gaps_of = sampling.measure_gaps(first, second, data, units=found, **settings)
+    gap = compare(first, second, data).gap
+    assert np.sqrt(np.square(gaps_of.gaps).mean()) == pytest.approx(gap.relative_error)
+    assert np.sqrt(np.square(gaps_of.norms).mean()) == pytest.approx(1.0)
+
+
+def test_the_bound_in_units_holds_for_every_sample(pruned_pair):
+    _, a, b, x = pruned_pair
+    found = bounds.bound(a, b, x, input_range={"": (-9, 9)})
+    assert found.measured * (1 - 1e-5) <= found.per_sample.gap <= found.box.gap
+    assert not found.plain
+
+
+def test_a_column_without_weight_counts_in_no_bound(rng):
+    values = {n: rng.normal(size=s).astype(np.float32) for n, s in SHAPES.items()}
+    body = "h = MatMul(x, A) r = Relu(h) y = MatMul(r, B)"
+    other = values | {"B": values["B"] * np.float32([1, 1, 0.5])}
+    a, b = network(body, (6,), values), network(body, (6,), other)
+    x = rng.normal(size=(30, 6)).astype(np.float32)
+    assert bounds.bound(a, b, x).measured > 0.1
+    found = bounds.bound(a, b, x, output_weights={"y:2": 0.0})
+    assert found.measured == found.per_sample.gap == 0
+    with pytest.raises(UsageError, match="output_weights"):
+        bounds.bound(a, b, x, output_weights={"y:2": 0.0}, metric="l2-raw")
+    with pytest.raises(UsageError, match="no output"):
+        bounds.bound(a, b, x, output_weights={"z": 0.0})
+    with pytest.raises(UsageError, match="metric"):
+        bounds.bound(a, b, x, metric="kl")
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,14 @@ EXPECTED = {
     "softmax_other_axis": (2, 16),
     "depth_to_space": (2, 6),
     "expand_shape_gate": (4, 20),
+    "reduce_sum_units": (2, 24),
     "resize_sizes": (2, 8),
+    "segnet": (3, 8),
     "groupnorm_native": (2, 4),
     "embedding_bag_first": (2, 16),
+    "experts_3d": (2, 16),
+    "grouped_conv": (4, 16),
+    "vector_weight": (2, 16),
     "cumsum_ssm": (2, 16),
 }
 

@@ -31,7 +31,7 @@ def parameters(command: str) -> set[str]:
 def test_options_choices_and_the_command_line_have_the_same_names():
     names = {field.name for field in dataclasses.fields(Options)}
     assert set(Choices.__annotations__) == names
-    presentation = {"quiet", "verbose", "traceback", "report", "config"}
+    presentation = {"quiet", "verbose", "traceback", "report", "config", "as_json"}
     assert parameters("optimize") - presentation - OF_THE_COMMAND == names
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -95,6 +96,48 @@ def test_units_and_offsets_of_columns_change_no_mask(choices, offset, seed, rng)
         for m, f in zip((plain, scaled), found, strict=True)
     ]
     np.testing.assert_allclose(*made, rtol=1e-3)
+
+
+# Methods whose objective is the error of the outputs, or which look at nothing.
+OUTPUT_ERROR = ("ecp-refit", "ecp", "obs", "obd", "gradient-magnitude", "random")
+# Those that compare weights of a row with each other alone, under N:M, whatever their objective.
+WITHIN_ROWS = (*OUTPUT_ERROR, "magnitude", "wanda", "flap", "sparsegpt", "obc")
+GRANULARITIES = {
+    "weights": (OUTPUT_ERROR, {"sparsity": 0.6}),
+    "layer by layer": (OUTPUT_ERROR, {"sparsity": 0.6, "scope": "layer"}),
+    "2:4": (WITHIN_ROWS, {"sparsity": "2:4"}),
+    "units": (OUTPUT_ERROR, {"sparsity": 0.4, "granularity": "unit"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "choices"),
+    [
+        pytest.param(method, choices, id=f"{method}, {name}")
+        for name, (methods, choices) in GRANULARITIES.items()
+        for method in methods
+    ],
+)
+def test_a_last_layer_in_other_units_loses_the_same_weights(method, choices, seed, rng):
+    x, widths = inputs(rng), {"cleanup": False, "method": method} | choices
+    found = [
+        onnx_ecp.optimize(network(np.random.default_rng(seed), scale), x, **widths)
+        for scale in (None, UNITS)
+    ]
+    a, b = (f.masks for f in found)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    errors = [f.report.gap.relative_error for f in found]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", onnx_ecp.METHODS)
+def test_the_page_of_every_method_says_what_units_do_to_it(method):
+    page = (Path(__file__).parents[1] / "docs" / "methods" / f"{method}.md").read_text()
+    (said,) = [line for line in page.splitlines() if line.startswith("**Units of outputs.**")]
+    assert ("no unit changes the masks" in said.lower()) == (method in OUTPUT_ERROR)
+    assert ("paper's" in said) == (method != "random")
 
 
 def test_the_plain_sum_is_another_measure_and_loses_small_columns(seed, rng):

@@ -107,6 +107,7 @@ def network(op: str, times: int, where: str):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["weight", "activation"])
 def test_walks_along_a_chain_of_any_length_are_no_recursion(where, tmp_path):
     """1,500 Identity nodes; a call deeper than Python's limit would end the process."""

@@ -1,5 +1,7 @@
 """The loss in the outputs, its slope and its curvature in what may change, and the joint refit."""
 
+import re
+import tracemalloc
 from dataclasses import replace
 from itertools import islice
 
@@ -9,6 +11,7 @@ import pytest
 
 import onnx_ecp
 from onnx_ecp import graph as modelling
+from onnx_ecp.api import preparation
 from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.layers import find_layers
 from onnx_ecp.methods import COMPENSATIONS, METHODS
@@ -21,6 +24,9 @@ MLP = """(double[batch, 6] x) => (double[batch, 4] y) {
     h = Gemm<transB = 1>(x, W1, b1)  r = Tanh(h)  y = Gemm(r, W2, b2)
 }"""
 LINEAR = "(double[batch, 6] x) => (double[batch, 4] y) { y = Gemm<alpha = 2.0>(x, W, b) }"
+WIDE = """(float[batch, 6] x) => (float[batch, 4] y) {
+    h = MatMul(x, W1)  r = Tanh(h)  k = MatMul(r, W2)  t = Tanh(k)  y = MatMul(t, W3)
+}"""
 STORED = {
     MLP: {"W1": (5, 6), "b1": (5,), "W2": (5, 4), "b2": (4,)},
     LINEAR: {"W": (6, 4), "b": (4,)},
@@ -32,7 +38,14 @@ def network(text, rng, metric="l2", count=50):
     model = onnx.parser.parse_model(HEADER + text)
     for name, shape in STORED[text].items():
         model.graph.initializer.append(onnx.numpy_helper.from_array(rng.normal(size=shape), name))
-    samples = Calibration({"x": rng.normal(size=(count, 6))}, True, "", False, 0)
+    return observed(model, rng, metric, count)
+
+
+def observed(model, rng, metric, count):
+    """What ``network`` gives, of any model with such an input."""
+    kind = onnx.helper.tensor_dtype_to_np_dtype(model.graph.input[0].type.tensor_type.elem_type)
+    x = rng.normal(size=(count, 6)).astype(kind)
+    samples = Calibration({"x": x}, True, "", False, 0)
     layers = find_layers(model).layers
     loaded = modelling.load(model)
     observer = Observer(loaded, layers, next(samples.batches(2)), metric=metric)
@@ -43,6 +56,15 @@ def network(text, rng, metric="l2", count=50):
     weights = original_state(loaded, layers).weights.of(weights)
     pruned = replace(original, weights=weights, keep=keep)
     return model, samples, Objective(observer, original), pruned
+
+
+def wide(rng, width):
+    """6 inputs, two layers of some units, in float32."""
+    model = onnx.parser.parse_model(HEADER + WIDE)
+    for name, shape in (("W1", (6, width)), ("W2", (width, width)), ("W3", (width, 4))):
+        values = (rng.normal(size=shape) / shape[0] ** 0.5).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    return model
 
 
 def central(function, point, direction, step=1e-5):
@@ -206,7 +228,37 @@ def test_joint_is_the_refit_with_one_step_more_and_needs_memory(rng):
         np.testing.assert_array_equal(mask, by_layer.masks[name])
     assert whole.report.gap.relative_error < by_layer.report.gap.relative_error
     assert squeezed.report.gap.relative_error == by_layer.report.gap.relative_error
-    assert any("joint refit was left out" in text for text in squeezed.report.warnings)
+    (text,) = (text for text in squeezed.report.warnings if "joint refit was left out" in text)
+    enough = re.search(r"With --max-memory (\S+) it is done", text)[1]
+    again = onnx_ecp.optimize(model, data, max_memory=enough, **choices)
+    assert again.model.SerializeToString() == whole.model.SerializeToString()
+
+
+@pytest.mark.parametrize("free", [2**20, 2**40])
+def test_what_is_free_decides_nothing(rng, monkeypatch, free):
+    """The same command gives the same bytes, whatever else the machine does."""
+    monkeypatch.setattr(preparation, "free_memory", lambda: free)
+    model, x = wide(rng, 120), rng.normal(size=(30, 6)).astype(np.float32)
+    found = [
+        onnx_ecp.optimize(model, x, sparsity=0.5, stages=1, threads=1, max_memory=memory)
+        for memory in (None, "8G")
+    ]
+    assert not any("left out" in text for text in found[0].report.warnings)
+    assert found[0].model.SerializeToString() == found[1].model.SerializeToString()
+
+
+def test_it_takes_no_more_memory_than_it_says(rng):
+    """Of what grows with the model; samples are few here."""
+    _, samples, objective, state = observed(wide(rng, 400), rng, "l2", 8)
+    layers = objective.observer.layers
+    objective.loss(state, samples)
+    tracemalloc.start()
+    joint.refit_jointly(objective, state, samples, samples, size=8, damping=1e-2, rounds=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    needed = joint.memory_needed(layers, state)
+    assert joint.precision(layers, state) == np.float32
+    assert 0.8 * needed < peak < needed + 2**20
 
 
 def test_joint_is_left_out_by_finite_differences_and_said_to_be(rng):

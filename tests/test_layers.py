@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.reference
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 
 from onnx_ecp.errors import ModelError
+from onnx_ecp.graph.builder import Builder, Fact
 from onnx_ecp.layers import find_layers
 from onnx_ecp.layers.layer import Found, Layer
 from onnx_ecp.layers.trace import main_scope
@@ -150,6 +152,21 @@ LAYERS = {
     ),
     "matmul on the left of a vector, add": Case(
         "z = MatMul(W, x) y = Add(z, b)", W | {"x": (4,), "b": (3,)}, has_bias=True
+    ),
+    "matmul with a vector": Case("y = MatMul(x, W)", X | {"W": (3,)}),
+    "matmul with a vector, tokens": Case("y = MatMul(x, W)", TOKENS | {"W": (3,)}),
+    "matmul with a vector, add": Case(
+        "z = MatMul(x, W) y = Add(z, b)", X | {"W": (3,), "b": (1,)}, has_bias=True
+    ),
+    "matmul with a vector on the left": Case("y = MatMul(W, x)", {"W": (4,), "x": (2, 4, 5)}),
+    "matmul, batch of matrices": Case("y = MatMul(x, W)", {"x": (5, 2, 6, 3), "W": (2, 3, 4)}),
+    "matmul, batch of matrices on one input": Case(
+        "y = MatMul(x, W)", {"x": (5, 1, 6, 3), "W": (1, 2, 3, 4)}
+    ),
+    "matmul, batch of matrices on the left, add": Case(
+        "z = MatMul(W, x) y = Add(z, b)",
+        {"x": (5, 2, 3, 6), "W": (2, 4, 3), "b": (2, 4, 1)},
+        has_bias=True,
     ),
     "weight behind Identity": Case("w = Identity(W) y = MatMul(x, w)", X | W),
     "weight behind Transpose": Case("w = Transpose(W) y = MatMul(x, w)", X | {"W": (4, 3)}),
@@ -335,6 +352,15 @@ def only_layer(found: Found) -> Layer:
     return layer
 
 
+def observed(case: Case, arrays: dict[str, np.ndarray]) -> tuple[Layer, onnx.ModelProto, str]:
+    """The layer of a case, and a model of which one tensor is its z, with that tensor's name."""
+    model = build(case, arrays)
+    layer = only_layer(find_layers(model))
+    if any(layer.output in node.output for node in model.graph.node):
+        return layer, model, layer.output
+    return layer, build(case.with_shift(), arrays | {"s": np.zeros((), case.dtype)}), "p"
+
+
 def tolerance(dtype: type) -> dict[str, float]:
     step = 20 * float(np.finfo(dtype).eps)
     return {"rtol": step, "atol": step}
@@ -361,11 +387,7 @@ def nodes_of(model: onnx.ModelProto) -> list[bytes]:
 @each_layer
 def test_rows_times_the_matrix_is_what_onnx_runtime_computes(case, rng):
     arrays = case.arrays(rng)
-    model = build(case, arrays)
-    layer = only_layer(find_layers(model))
-    shown, z = model, layer.output
-    if not any(z in node.output for node in model.graph.node):
-        shown, z = build(case.with_shift(), arrays | {"s": np.zeros((), case.dtype)}), "p"
+    layer, shown, z = observed(case, arrays)
     feeds = {name: arrays[name] for name in case.inputs}
     other = feeds | {"x": rng.standard_normal(arrays["x"].shape).astype(case.dtype)}
 
@@ -380,6 +402,66 @@ def test_rows_times_the_matrix_is_what_onnx_runtime_computes(case, rng):
     per_group = matrix.reshape(layer.groups, -1, layer.shape[1])
     expected = np.einsum("gri,goi->gro", a, per_group)
     np.testing.assert_allclose(z[0], expected, **tolerance(case.dtype))
+
+
+@each_layer
+def test_rows_in_a_graph_are_those_of_numpy(case, rng):
+    arrays = case.arrays(rng)
+    layer, model, name = observed(case, arrays)
+    feeds = {name: arrays[name] for name in case.inputs}
+    a, z = run(model, feeds, layer.input), run(model, feeds, name)
+    z = np.stack([z, -2 * z])  # two probes
+    graph = gs.Graph(opset=18)
+    read, made, probed = (
+        gs.Variable(name, x.dtype, x.shape)
+        for name, x in ((layer.input, a), (layer.output, z[0]), ("probed", z))
+    )
+    graph.inputs = [read, made, probed]
+    facts = {x.name: Fact(x.shape, x.dtype) for x in (read, made)}
+    op = Builder(graph, facts)
+    graph.outputs = [layer.rows_in_graph(op, read, made), layer.rows_out_graph(op, probed)]
+    for output in graph.outputs:
+        output.dtype = read.dtype
+    proto = gs.export_onnx(graph)
+    proto.ir_version = 8
+    rows = [
+        run(proto, {layer.input: a, layer.output: z[0], "probed": z}, y.name) for y in graph.outputs
+    ]
+
+    order = layer.graph_order()
+    expected = layer.rows_in(a)
+    np.testing.assert_array_equal(rows[0], expected if order is None else expected[..., order])
+    np.testing.assert_array_equal(rows[1], layer.rows_out(z).swapaxes(2, 3))
+
+
+@each_layer
+def test_units_lie_where_the_layer_says(case, rng):
+    """On an axis of z, and, with the weights that read them, on the axes of the weight."""
+    arrays = case.arrays(rng)
+    layer, model, name = observed(case, arrays)
+    if layer.units_refusal:
+        return
+    (out, width), scale = layer.shape, layer.weight.scale
+    along = out if layer.groups_side_by_side else out // layer.groups
+    z = run(model, {name: arrays[name] for name in case.inputs}, name)
+    assert layer.makes_number or z.shape[layer.units_axis] == along
+
+    scope = main_scope(build(case, arrays))
+    node = next(node for node in scope.graph.nodes if node.op == layer.op)
+    index, (row_axis, column_axis) = layer.weight_axes(node)
+    kernel = scope.trace(node.inputs[index]).view(arrays[case.tensor]) * scale
+    matrix = layer.weight.matrix(arrays[case.tensor])
+    if not layer.makes_number:
+        rows = np.moveaxis(kernel, row_axis, 0).reshape(along, -1)
+        by_row = matrix.reshape(-1, along, width).swapaxes(0, 1).reshape(along, -1)
+        np.testing.assert_allclose(np.sort(rows), np.sort(by_row), rtol=1e-3)
+    if layer.groups > 1:
+        return
+    # Every channel has as many columns as the kernel has positions.
+    channels = width if layer.reads_vectors else layer.reduction
+    columns = np.moveaxis(kernel, column_axis, 0).reshape(channels, -1)
+    by_channel = matrix.reshape(out, channels, -1).swapaxes(0, 1).reshape(channels, -1)
+    np.testing.assert_allclose(np.sort(columns), np.sort(by_channel), rtol=1e-3)
 
 
 @each_layer
@@ -576,7 +658,7 @@ SKIPS = {
     "Gemm of constants": ("y = Gemm(W, W)", "Gemm", "both operands are constant"),
     "MatMul of constants": ("y = MatMul(W, W)", "MatMul", "both operands are constant"),
     "batch of matrices": ("y = MatMul(x, B)", "MatMul", "batch of matrices"),
-    "vector": ("y = MatMul(x, V)", "MatMul", "vector"),
+    "vector times a vector": ("y = MatMul(alone, V)", "MatMul", "its weight is a vector"),
     "rank not known": ("r = Reshape(x, s) y = MatMul(W, r)", "MatMul", "rank"),
     "empty": ("y = MatMul(x, E)", "MatMul", "empty"),
     "integers": ("y = MatMul(n, I)", "MatMul", "INT32"),
@@ -687,6 +769,7 @@ def test_what_is_not_pruned_says_why(body, op, words):
         body,
         x="float[3,3]",
         t="float[2,3,3]",
+        alone="float[3]",
         n="int32[3,3]",
         s="int64[n]",
         c="bool",

@@ -311,6 +311,12 @@ LINEAR = {
     },
     "AveragePool of lines": Case("y = AveragePool<kernel_shape=[3]>(x)", X),
     "GlobalAveragePool": Case("y = GlobalAveragePool(x)", IMAGE),
+    "MaxUnpool": Case(
+        """p, i = MaxPool<kernel_shape=[2, 2], strides=[2, 2]>(w)
+        y = MaxUnpool<kernel_shape=[2, 2], strides=[2, 2]>(x, i)""",
+        {"x": (2, 4, 3, 4), "w": (2, 4, 6, 8)},
+        "x",
+    ),
     **{
         f"Resize, {mode}, {coordinates}, {'up' if up else 'down'}": resize(
             f'mode="{mode}", coordinate_transformation_mode="{coordinates}"',

@@ -65,6 +65,74 @@ NETWORKS = {
         {"W": (6, 5), "b": (6, 1), "V": (4, 6)},
         [6],
     ),
+    "ReduceSum over products": (
+        "float[N, 5] x",
+        """h = Gemm(x, W, b)
+        t = Gemm(x, V)
+        m = Mul(h, t)
+        one = Constant<value_ints = [1]>()
+        s = ReduceSum(m, one)
+        y = MatMul(s, U)""",
+        {"W": (5, 6), "b": (6,), "V": (5, 6), "U": (1, 3)},
+        [6],
+    ),
+    "ReduceSum behind a bias and Tanh": (
+        "float[N, 4, 5] x",
+        """h = MatMul(x, W)
+        k = Add(b, h)
+        t = Tanh(k)
+        last = Constant<value_ints = [-1]>()
+        s = ReduceSum(t, last)
+        q = ReduceL1<axes = [2], keepdims = 0>(t)
+        u = Unsqueeze(q, last)
+        z = Add(s, u)
+        y = MatMul(z, U)""",
+        {"W": (5, 6), "b": (6,), "U": (1, 3)},
+        [6],
+    ),
+    "ReduceSum beside a layer": (
+        "float[N, 5] x",
+        """h = Gemm(x, W, b)
+        t = Relu(h)
+        last = Constant<value_ints = [-1]>()
+        s = ReduceSum(t, last)
+        z = MatMul(t, V)
+        y = Add(s, z)""",
+        {"W": (5, 6), "b": (6,), "V": (6, 4)},
+        [6],
+    ),
+    "MaxUnpool: channels of one MaxPool": (
+        "float[N, 2, 8, 8] x",
+        """h = Conv<pads = [1, 1, 1, 1]>(x, W)
+        r = Relu(h)
+        p, i = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(r)
+        k = Conv<pads = [1, 1, 1, 1]>(p, V)
+        s = Relu(k)
+        w = MaxUnpool<kernel_shape = [2, 2], strides = [2, 2]>(s, i)
+        y = Conv(w, U)""",
+        {"W": (6, 2, 3, 3), "V": (6, 6, 3, 3), "U": (2, 6, 3, 3)},
+        [6],
+    ),
+    "MatMul with a vector": (
+        "float[N, 5] x",
+        """h = MatMul(x, W)
+        a = Tanh(h)
+        y = MatMul(a, u)""",
+        {"W": (5, 6), "u": (6,)},
+        [6],
+    ),
+    "experts: batches of matrices": (
+        "float[N, 1, 4, 5] x",
+        """h = MatMul(x, W)
+        k = Add(h, b)
+        a = Sigmoid(k)
+        m = MatMul(a, V)
+        c = Relu(m)
+        z = MatMul(c, U)
+        y = ReduceMean<axes = [1], keepdims = 0>(z)""",
+        {"W": (3, 5, 6), "b": (3, 1, 6), "V": (3, 6, 4), "U": (1, 3, 4, 2)},
+        [6, 4],
+    ),
     "BiasGelu": (
         "float[N, 5] x",
         """h = MatMul(x, W)
@@ -605,6 +673,9 @@ def without_outgoing_weights(model, structure, keep):
         matrix[~structure.rows_read(layer.name, keep)] = 0
         values = np.ascontiguousarray(layer.weight.unmatrix(matrix))
         tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+        zero = structure.silent[layer.name] & ~structure.rows_kept(layer.name, keep)
+        if zero.any():
+            layer.store(proto, None, np.where(zero, -layer.bias_values(proto), 0))
     return Model(proto, None, None)
 
 
@@ -974,14 +1045,15 @@ def test_fine_tuning_goes_on_without_the_units_that_went(rng):
 def test_who_reads_pooling_indices_is_the_reason_why_channels_stay(rng):
     body = """h = Conv(x, W)
         p, i = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(h)
-        u = MaxUnpool<kernel_shape = [2, 2], strides = [2, 2]>(p, i)
+        c = Cast<to = 1>(i)
+        u = Mul(p, c)
         y = Conv(u, V)"""
     shapes = {"W": (6, 2, 1, 1), "V": (3, 6, 1, 1)}
     model = build(("float[N, 2, 4, 4] x", body, shapes, []), rng)
     structure = structure_of(model, inputs(model, rng))
     assert structure.units == 0
     reasons = {row.name: row.reason for row in structure.refusals}
-    assert "MaxPool 'p': its indices, read by MaxUnpool 'u', count all channels" in reasons["h"]
+    assert "MaxPool 'p': its indices, read by Cast 'c', count all channels" in reasons["h"]
 
 
 def everything_inferred(proto):
@@ -1365,7 +1437,7 @@ def test_the_report_measures_latency_unless_told_otherwise(rng):
         report = onnx_ecp.optimize(model.proto, data, measure=measure, **choices).report
         assert re.search(r"need 0\.\d+ of the multiplications", report.speed)
         assert (report.latency is None) == (measure is False)
-        assert report.latency is None or report.latency.conditions == "batch 4, 1 thread"
+        assert report.latency is None or report.latency.conditions.endswith(", 1 thread")
 
 
 def test_an_excluded_layer_keeps_its_units_and_loses_inputs(rng):

@@ -5,7 +5,8 @@ import onnx
 import pytest
 
 import onnx_ecp
-from onnx_ecp.evaluation.tensorrt import advice, refusal, sparse_kernels
+from onnx_ecp.evaluation.targets import TARGETS, eligible
+from onnx_ecp.evaluation.targets.tensorrt import advice, refusal
 from onnx_ecp.graph import load
 from onnx_ecp.layers import find_layers
 
@@ -52,7 +53,7 @@ def test_every_reason(signature, body, shapes, reason, rng):
     assert refusal(layer) == reason
     (row,) = onnx_ecp.inspect(model.proto).layers
     assert row.tensorrt == reason
-    (kernel,) = sparse_kernels(model)
+    (kernel,) = eligible(model, TARGETS["tensorrt"])
     assert kernel.refused.startswith(reason or "pattern: more than two of four neighbours")
 
 
@@ -63,7 +64,7 @@ def test_the_pattern_counts_along_the_input_axis(axis, kept, rng):
     values = onnx.numpy_helper.to_array(tensor).copy()
     np.moveaxis(values, axis, 0)[[0, 1, 4, 5]] = 0
     tensor.CopyFrom(onnx.numpy_helper.from_array(values, "W"))
-    (kernel,) = sparse_kernels(model)
+    (kernel,) = eligible(model, TARGETS["tensorrt"])
     assert kernel.refused[: len("pattern")] == kept
 
 
@@ -86,9 +87,7 @@ def test_a_report_of_a_pattern_lists_the_layers_of_the_file(encoding, refused, r
     choices = {"method": "magnitude", "format": encoding, "exclude": "y"}
     path = tmp_path / "out.onnx"
     report = onnx_ecp.optimize(model.proto, x, sparsity="2:4", output=path, **choices).report
-    reasons = {kernel.name: kernel.refused for kernel in report.sparse_kernels}
+    assert report.target.name == "tensorrt"
+    reasons = {kernel.name: kernel.refused for kernel in report.target.layers}
     assert reasons == {"h": refused, "y": "axis: 4 does not divide 22"}
-    assert (
-        onnx_ecp.optimize(model.proto, x, sparsity=0.5, method="magnitude").report.sparse_kernels
-        == ()
-    )
+    assert onnx_ecp.optimize(model.proto, x, sparsity=0.5, method="magnitude").report.target is None

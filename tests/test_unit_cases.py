@@ -17,15 +17,19 @@ UNITS = {
     "e3sm32": [64, 96],
     "embedding_bag_first": [16],
     "expand_shape_gate": [8, 12],
+    "experts_3d": [16],  # of each of the three experts
     "gemm_c_forms": [12, 16],
     "glu_slice": [16],
     "grouped_conv": [4, 12],  # whole groups: of four channels, and the four that they make
     "groupnorm_native": [4],
+    "reduce_sum_units": [24],
     "resize_sizes": [8],
     "same_names": [6],
     "saturated_softmax": [64, 96],
+    "segnet": [8],  # of the encoder, and those that are put where it found its own
     "shufflenet": [6, 6, 12, 12, 12, 32],
     "softmax_other_axis": [16],
+    "vector_weight": [16],
     "weight_by_transpose_conv": [12],
     "zipmap": [16],
 }
@@ -33,7 +37,6 @@ UNITS = {
 REASONS = {
     "if_reads_units": ("h", "they are read inside If"),
     "bn_training": ("h", "training mode"),
-    "segnet": ("h", "MaxUnpool"),
 }
 
 

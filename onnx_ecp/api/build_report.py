@@ -12,10 +12,10 @@ from onnx_ecp.api.gain import Gain
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.output_paths import same_file
 from onnx_ecp.api.preparation import NO_FIT, Data, Job
+from onnx_ecp.api.target import for_target
 from onnx_ecp.data.untrusted import npz_names
 from onnx_ecp.evaluation.bounds import Bounds
 from onnx_ecp.evaluation.compare import ROUNDED, Comparison, Gap
-from onnx_ecp.evaluation.tensorrt import sparse_kernels
 from onnx_ecp.gradients.cotangents import SQUARED
 from onnx_ecp.gradients.selections import Selection
 from onnx_ecp.graph import Model
@@ -23,7 +23,9 @@ from onnx_ecp.layers import Skip
 from onnx_ecp.pruning.loop import Pruned
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.pruning.search import Point
+from onnx_ecp.quantising.rows import Int8
 from onnx_ecp.report import (
+    INT8_SPEED,
     PATTERN_SPEED,
     SYNTHETIC_WARNING,
     UNSTRUCTURED_SPEED,
@@ -32,6 +34,7 @@ from onnx_ecp.report import (
     Report,
     counted,
 )
+from onnx_ecp.report.evidence import Evidence
 from onnx_ecp.runtime.versions import versions
 from onnx_ecp.statistics.layerwise import Network
 from onnx_ecp.units.head_rotation import heads_of
@@ -59,6 +62,7 @@ def build_report(
     comparison: Comparison,
     options: Options,
     *,
+    floats: Model,
     output: str | Path | None,
     predicted: float | None,
     worth: Gain,
@@ -66,7 +70,10 @@ def build_report(
     speedup: Speedup | None,
     curve: tuple[Point, ...],
     bounded: Bounds | None,
+    int8: Int8 | None,
     budget: str,
+    evidence: Evidence | None,
+    command: str,
     seconds: float,
 ) -> Report:
     """The report of a run.
@@ -80,6 +87,7 @@ def build_report(
         made: the model that it made, as it was written.
         comparison: of both models.
         options: what was asked for.
+        floats: the result before anything became int8.
         output: the file that was written, if any.
         predicted: relative output error that the importances expect, if they expect one.
         worth: multiplications and latency of both models.
@@ -87,7 +95,10 @@ def build_report(
         speedup: what was measured where latency was the target.
         curve: points of a search, or of a gate.
         bounded: bounds on the gap, where asked for.
+        int8: what int8 took away and gave, where asked for.
         budget: what a time budget allowed, where there was one.
+        evidence: for pictures, where they are wanted.
+        command: what repeats it, where a command can.
         seconds: that all took.
     """
     network, step = ready.network, ready.step
@@ -106,6 +117,7 @@ def build_report(
         learnt_error=learnt,
         curve=curve,
         bounds=bounded,
+        int8=int8,
         seconds=seconds,
         warnings=(
             *given.notes,
@@ -116,16 +128,19 @@ def build_report(
             *mask_warnings(network, step, options),
             *target_warnings(data, options, curve),
             *made.warnings,
+            *int8_warnings(int8, options),
             *replaced(given, output, options),
         ),
         units=made.rows,
         work_before=worth.before,
         work_after=worth.after,
-        speed=speed_of(made, speedup, options),
+        speed=INT8_SPEED if int8 else speed_of(made, speedup, options),
         speedup=speedup,
-        sparse_kernels=tuple(sparse_kernels(made.model)) if options.patterns else (),
+        target=for_target(made, floats, given, (*skips, *ready.skips), output, options),
         latency=worth.latency,
         advice=worth.advice,
+        evidence=evidence,
+        command=command,
     )
 
 
@@ -322,6 +337,22 @@ def target_warnings(data: Data, options: Options, curve: Sequence[Point]) -> Ite
         yield (
             "every step of the search was within the target: it ended where almost nothing is left "
             "to remove, not at the target."
+        )
+
+
+def int8_warnings(int8: Int8 | None, options: Options) -> Iterator[str]:
+    """What the user must know of the layers in int8, one sentence each."""
+    if int8 is None:
+        return
+    if not int8.compensated:
+        yield (
+            "the compensation of int8 was rejected: on the validation samples the nearest integers "
+            "were better."
+        )
+    if options.patterns:
+        yield (
+            "TensorRT takes N:M in int8 without Q/DQ nodes only, and this result has them: for its "
+            "sparse kernels leave --quantize out and let it calibrate."
         )
 
 

@@ -96,9 +96,11 @@ class Choices(CommonChoices, total=False):
         unit_multiple: keep units in multiples of it.
         cleanup: whether units without weights are cut out; None: unless N:M or masks are given.
         unread_inputs: "faster" or "smaller", when clean-up drops unread inputs.
+        target: name in ``TARGETS`` of the runtime that the result is for: it sets defaults.
         permute: with N:M, reorder inputs so that the pattern loses less.
         cbs_select: with cbs, whether masks are searched.
         cbs_update: with cbs, whether the weights that remain are updated.
+        quantize: "int8", or None: what the layers of the result compute in.
         format: "dense", "sparse" or "packed".
         labels: one per calibration sample, a path or an array.
         bound: whether the report bounds the output gap.
@@ -121,9 +123,11 @@ class Choices(CommonChoices, total=False):
     unit_multiple: int
     cleanup: bool | None
     unread_inputs: str
+    target: str | None
     permute: bool
     cbs_select: bool
     cbs_update: bool
+    quantize: str | None
     format: str
     labels: LabelsLike | None
     bound: bool

@@ -50,7 +50,8 @@ def within_budget(
     assert options.time_budget is not None, "the caller has looked"
     began = time.monotonic()
     fast = _with_effort(options, "fast")
-    plan = make_plan(ready.network.layers, fast)
+    drawn = ready.plan.with_levels
+    plan = replace(make_plan(ready.network.layers, fast), with_levels=drawn)
     measured = observe(ready.network, plan, ready.network.original, progress)
     observing = time.monotonic() - began
     found = prune(ready.network, plan, progress, measured=measured, step=ready.step)
@@ -63,7 +64,7 @@ def within_budget(
     told = _told(options.time_budget, best, {n: s for n, s in times.items() if n not in fitting})
     if best == "fast":
         return Chosen(chosen, replace(ready, plan=plan), found, told)
-    plan = make_plan(ready.network.layers, chosen)
+    plan = replace(make_plan(ready.network.layers, chosen), with_levels=drawn)
     return Chosen(chosen, replace(ready, plan=plan), None, told)
 
 

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import onnx
 
+from onnx_ecp.api.options import one_of
+from onnx_ecp.api.target import foreseen
 from onnx_ecp.data import calibration as calibrating
 from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.errors import CalibrationError, OnnxEcpError, ProviderError, UsageError
-from onnx_ecp.evaluation import tensorrt
 from onnx_ecp.evaluation.facts import model_of
+from onnx_ecp.evaluation.targets import TARGETS, storage
 from onnx_ecp.gradients.reverse import NO_OUTPUT
 from onnx_ecp.graph import (
     InputSpec,
@@ -48,6 +50,7 @@ def inspect(
     calibration: Any = None,
     *,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
+    target: str | None = None,
 ) -> Inspection:
     """Find the layers of a model that can be pruned, and the units that can be removed.
 
@@ -58,22 +61,31 @@ def inspect(
         calibration: the samples, like those of ``optimize``; when None, those beside the model,
             else made-up ones.
         input_shapes: whole shapes of inputs with free dimensions, by name, for made-up samples.
+        target: name in ``TARGETS`` of a runtime: which layers it would gain from.
 
     Raises:
         ModelError: the model is unreadable or invalid.
         CalibrationError: the calibration data do not fit the model.
-        UsageError: ``input_shapes`` names no input or contradicts the model.
+        UsageError: ``input_shapes`` names no input or contradicts the model; no such target.
 
     Example:
         >>> onnx_ecp.inspect("model.onnx", "calibration.npz").unit_groups  # doctest: +SKIP
     """
+    if target is not None:
+        one_of("target", target, TARGETS)
     given = model_of(model)
     dense = Model(decode_sparse(given.proto), given.path, given.base)
     found = find_layers(dense.proto)
     stored = constants(dense.proto)
-    storage = tensorrt.storage(given.proto)
+    forms = storage(given.proto)
+    by_tensorrt = TARGETS["tensorrt"].refused(dense.proto, found.layers)
     layers = tuple(
-        _prunable(layer, read_tensor(dense, stored[layer.weight.tensor]), storage)
+        _prunable(
+            layer,
+            read_tensor(dense, stored[layer.weight.tensor]),
+            forms.get(layer.weight.tensor, "dense"),
+            by_tensorrt[layer.name],
+        )
         for layer in found.layers
     )
     shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
@@ -97,6 +109,7 @@ def inspect(
         weights=sum(layer.weights for layer in by_tensor),
         zeros=sum(layer.zeros for layer in by_tensor),
         warnings=_warnings(given.proto),
+        target=None if target is None else foreseen(given, target, structure),
     )
 
 
@@ -172,7 +185,7 @@ def _way(observer: Observer, name: str) -> tuple[str, str]:
     return "reverse graph", ""
 
 
-def _prunable(layer: Layer, stored: np.ndarray, storage: Mapping[str, str]) -> Prunable:
+def _prunable(layer: Layer, stored: np.ndarray, form: str, tensorrt: str) -> Prunable:
     return Prunable(
         name=layer.name,
         op=layer.op,
@@ -181,8 +194,8 @@ def _prunable(layer: Layer, stored: np.ndarray, storage: Mapping[str, str]) -> P
         weights=stored.size,
         zeros=stored.size - int(np.count_nonzero(stored)),
         two_four="" if layer.reduction % 4 == 0 else f"4 does not divide {layer.reduction}",
-        tensorrt=tensorrt.refusal(layer),
-        storage=storage.get(layer.weight.tensor, "dense"),
+        tensorrt=tensorrt,
+        storage=form,
     )
 
 

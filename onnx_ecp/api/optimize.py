@@ -13,9 +13,12 @@ from typing import Any, Unpack
 import numpy as np
 import onnx
 
+from onnx_ecp.api import quantise
 from onnx_ecp.api.build_report import build_report, predicted_error
 from onnx_ecp.api.choices import Choices
+from onnx_ecp.api.command import command_line
 from onnx_ecp.api.effort import within_budget
+from onnx_ecp.api.evidence import gather_evidence
 from onnx_ecp.api.gain import gain
 from onnx_ecp.api.metric import settle_metric
 from onnx_ecp.api.options import Options
@@ -46,12 +49,13 @@ from onnx_ecp.evaluation import compare as evaluate
 from onnx_ecp.evaluation.compare import Comparison
 from onnx_ecp.evaluation.facts import ModelFacts, model_facts
 from onnx_ecp.evaluation.latency import measure_latency
+from onnx_ecp.evaluation.targets import check_taken, taken
 from onnx_ecp.graph import Model, remove, stale_data
 from onnx_ecp.graph.staging import Staging
 from onnx_ecp.pruning.control import not_behind_magnitude
 from onnx_ecp.pruning.loop import Pruned, importances, observe, polished, prune, stage
 from onnx_ecp.pruning.search import Judge, Point, seek
-from onnx_ecp.report import Report, rendered
+from onnx_ecp.report import Report, is_drawn, rendered
 from onnx_ecp.runtime.limits import deadline, threads_of
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.statistics.columns import Measure
@@ -109,17 +113,20 @@ def optimize(
         OnnxEcpError: one subclass per exit code of the command line; nothing was written.
     """
     began = time.monotonic()
-    options = Options.of(**choices)
+    options = asked = Options.of(**choices)
     reports = [report] if isinstance(report, str | Path) else list(report)
     with ExitStack() as running:
         running.enter_context(deadline(options.timeout))
         running.enter_context(threads_of(options.threads))
         given = load(model)
         check_outputs(given, calibration, output, reports, options)
+        check_taken(given, options.target)
         layers, skips = choose_layers(given, options)
         data = gather(given, calibration, options)
         options = settle_metric(given, layers, data, options, progress)
         ready = prepare(given, layers, data, options, progress)
+        drawn = any(is_drawn(path) for path in reports)
+        ready = replace(ready, plan=replace(ready.plan, with_levels=drawn))
         network = ready.network
         judge = judge_of(network, data, options)
         budget, found = "", None
@@ -135,9 +142,22 @@ def optimize(
             pruned, made, speedup = fast_enough(ready, pruned, made, data, options, progress)
         curve = curve or gate(pruned, judge, options)
         predicted = predicted_error(network, ready.plan, pruned)
+        evidence = None
+        if drawn:
+            took = time.monotonic() - began
+            evidence = gather_evidence(
+                network, ready.plan, pruned, data.test, seconds=took, progress=progress
+            )
         network.observer.close()
         original = model_facts(given)  # now: the output may be the same file
-        result = made.model
+        floats, measure = made.model, network.observer.measure
+        result = floats
+        in_int8 = None
+        if options.quantize is not None:
+            in_int8 = quantise.in_int8(given, result, data, options, measure, progress)
+            result = in_int8.model
+            curve = tuple(quantise.gate(given, result, p, data, options, measure) for p in curve)
+        result = taken(result, options.target)
         staging, final = running.enter_context(Staging()), None
         stale: list[Path] = []
         if output is not None and not options.dry_run:
@@ -151,14 +171,13 @@ def optimize(
         # The weights are in the result; what is told of the state are its masks and shifts.
         made = replace(made, model=result)
         pruned = replace(pruned, state=replace(pruned.state, weights=network.original.weights))
-        measure = network.observer.measure
         comparison = compare(given, result, data, options, original, measure)
         known = None if speedup is None else speedup.measured
         worth = gain(given, made, data, options, measured=known, began=began)
         place = None if final is None else str(final)
         comparison = replace(comparison, b=replace(comparison.b, path=place))
         learnt = learnt_error(given, result, data, options, measure)
-        bounded = bound(given, result, data, options) if options.bound else None
+        bounded = bound(given, result, data, options, measure) if options.bound else None
         masks = stored_masks(network.layers, pruned.state)
         account = build_report(
             given,
@@ -169,6 +188,7 @@ def optimize(
             made,
             comparison,
             options,
+            floats=floats,
             output=output,
             predicted=predicted,
             worth=worth,
@@ -176,7 +196,12 @@ def optimize(
             speedup=speedup,
             curve=curve,
             bounded=bounded,
+            int8=None
+            if in_int8 is None
+            else quantise.told(in_int8, comparison.gap, given, data, options, measure),
             budget=budget,
+            evidence=evidence,
+            command=command_line(model, calibration, output, asked),
             seconds=time.monotonic() - began,
         )
         if options.masks is not None:
@@ -350,7 +375,9 @@ def learnt_error(
     return gap.relative_error
 
 
-def bound(source: Model, result: Model, data: Data, options: Options) -> bounds.Bounds:
+def bound(
+    source: Model, result: Model, data: Data, options: Options, measure: Measure
+) -> bounds.Bounds:
     """How far the outputs can be apart on inputs like the held-out samples."""
     return bounds.bound(
         source,
@@ -359,4 +386,6 @@ def bound(source: Model, result: Model, data: Data, options: Options) -> bounds.
         provider=options.provider,
         threads=options.threads,
         batch_size=options.batch_size,
+        metric="l2-raw" if options.resolved_metric == "l2-raw" else "l2",
+        measure=measure,
     )

@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 
 from onnx_ecp.errors import UsageError, did_you_mean
+from onnx_ecp.evaluation.targets import TARGETS
 from onnx_ecp.gradients.cotangents import METRICS
 from onnx_ecp.graph import ENCODINGS
 from onnx_ecp.methods import COMPENSATIONS, EFFORTS, METHODS, SUPPORTS, Method
@@ -33,6 +34,8 @@ from onnx_ecp.units.cleanup import UNREAD
 STAGED, EFFORT = "ecp-refit", "balanced"
 # What is removed: single weights, or whole neurons, channels and heads.
 GRANULARITIES = ("weight", "unit")
+# What the numbers of the result may become.
+QUANTIZE = ("int8",)
 # Beside a larger ridge nothing that was measured is left in double precision.
 MOST_DAMPING = 1 / float(np.finfo(np.float64).eps)
 # No limit can be larger: percentage points of accuracy, and any number that is one.
@@ -69,6 +72,7 @@ class Options:
     unit_multiple: int = 1
     cleanup: bool | None = None
     unread_inputs: str = "faster"
+    target: str | None = None
     permute: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -78,6 +82,7 @@ class Options:
     cbs_select: bool = True
     cbs_update: bool = True
     finetune_steps: int = 0
+    quantize: str | None = None
     format: str = "dense"
     samples: int | None = None
     batch_size: int | None = None
@@ -107,7 +112,8 @@ class Options:
         for name in choices:
             if name not in kinds:
                 raise UsageError(f"unknown option {name!r}.", hint=did_you_mean(name, kinds))
-        return Options(**{name: _typed(name, kinds[name], v) for name, v in choices.items()})
+        typed = {name: _typed(name, kinds[name], v) for name, v in choices.items()}
+        return Options(**with_defaults_of_target(typed))
 
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
@@ -144,6 +150,8 @@ class Options:
         one_of("cost", self.cost, COSTS)
         one_of("unread-inputs", self.unread_inputs, UNREAD)
         one_of("format", self.format, ENCODINGS)
+        self._check_target()
+        self._check_int8()
         for name in ("samples", "batch_size", "threads", "stages", "probes", "unit_multiple"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -173,6 +181,18 @@ class Options:
                 "--blocks says what the curvature couples; "
                 f"--method {self.method} does not look at it.",
                 hint="It goes with woodfisher and cbs.",
+            )
+
+    def _check_target(self) -> None:
+        """Refuse what the runtime does not take."""
+        if self.target is None:
+            return
+        one_of("target", self.target, TARGETS)
+        formats = TARGETS[self.target].formats
+        if self.format not in formats:
+            raise UsageError(
+                f"--target {self.target} does not go with --format {self.format}.",
+                hint=f"It takes {' or '.join(formats)}.",
             )
 
     def _check_own(self) -> None:
@@ -230,6 +250,24 @@ class Options:
             raise UsageError(
                 f"a search ends where the target is met, not where every group is {pattern}.",
                 hint="Give --sparsity too: the target is then a gate.",
+            )
+
+    def _check_int8(self) -> None:
+        if self.quantize is None:
+            return
+        one_of("quantize", self.quantize, QUANTIZE)
+        refused = {
+            f"--format {self.format}, which stores floats": self.format != "dense",
+            "--cost latency, whose target is one of floats": self.cost == "latency",
+            "--bound, which compares layers in floats": self.bound,
+        }
+        for what, given in refused.items():
+            if given:
+                raise UsageError(f"--quantize does not go with {what}.")
+        if self.searches:
+            raise UsageError(
+                "--quantize does not go with a search: zeros alone would use up the limit.",
+                hint="Give --sparsity too: the limit is then a gate for zeros and int8 together.",
             )
 
     def _check_effort(self) -> None:
@@ -502,6 +540,33 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return f"array {value.dtype} {value.shape}"
     return str(value) if isinstance(value, NM | Path) else value
+
+
+def with_defaults_of_target(choices: dict[str, Any]) -> dict[str, Any]:
+    """The choices with the defaults of the target that they name, where nothing else was said."""
+    row = TARGETS.get(choices.get("target") or "")
+    if row is None:
+        return choices
+
+    def said(*names: str) -> bool:
+        return any(choices.get(name) not in (None, "", {}) for name in names)
+
+    limits = ("max_error", "max_accuracy_drop")
+    other = said("speedup", "apply_masks") or choices.get("granularity") == "unit"
+    if row.granularity == "unit":
+        kept = isinstance(choices.get("sparsity"), NM) or choices.get("scope") == "layer"
+        if not kept and not said("granularity", "apply_masks", "layer_sparsity"):
+            return choices | {"granularity": "unit"}
+    if row.sparsity is None or other:
+        return choices
+    if row.scope is not None and not said("scope"):
+        choices = choices | {"scope": row.scope}
+    if said("sparsity"):
+        return choices
+    wanted = parse_sparsity(row.sparsity)
+    if said(*limits) and not isinstance(wanted, NM):
+        return choices  # the limit says how far to go
+    return choices | {"sparsity": wanted}
 
 
 def one_of(what: str, name: str, known: Any) -> None:

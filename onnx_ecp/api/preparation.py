@@ -19,6 +19,7 @@ from onnx_ecp.data.untrusted import npz_names, read_npz
 from onnx_ecp.errors import ModelError, TargetError, UsageError, did_you_mean
 from onnx_ecp.evaluation import compare as evaluate
 from onnx_ecp.evaluation.facts import model_of
+from onnx_ecp.evaluation.targets import TARGETS
 from onnx_ecp.graph import Model
 from onnx_ecp.graph.free_batch import PROBED, free_batch
 from onnx_ecp.graph.randomness import refuse_random
@@ -31,11 +32,11 @@ from onnx_ecp.report import CalibrationFacts
 from onnx_ecp.runtime.limits import free_memory, workers
 from onnx_ecp.runtime.progress import Progress
 from onnx_ecp.statistics.collection import batch_size
-from onnx_ecp.statistics.layerwise import Network
+from onnx_ecp.statistics.layerwise import GRANTED, Network
 from onnx_ecp.statistics.observer import Observer, original_state
 from onnx_ecp.units import Structure
 from onnx_ecp.units.latency import Watch
-from onnx_ecp.units.shrink import units_of, with_order, with_turned_heads
+from onnx_ecp.units.shrink import biases_of, units_of, with_order, with_turned_heads
 from onnx_ecp.units.stages import Goal, UnitStep
 
 # Shares of the calibration samples that are set aside, and how many at most: to judge refits, and
@@ -207,8 +208,9 @@ def wanted_layers(source: Model, options: Options) -> tuple[list[Layer], list[Sk
         names = [x.name for x in found.layers] + [x.name for x in found.skips]
         _check_matches(options, names)
     layers, skips = [], list(found.skips)
+    useless = no_gain(source, found.layers, options)
     for layer in found.layers:
-        reason = _unwanted_weight(layer, found.layers, options)
+        reason = _unwanted_weight(layer, found.layers, options) or useless.get(layer.name, "")
         if reason and not options.by_units:
             skips.append(Skip(layer.name, layer.op, reason))
         else:
@@ -216,6 +218,23 @@ def wanted_layers(source: Model, options: Options) -> tuple[list[Layer], list[Sk
     if not layers:
         raise nothing_to_prune(skips)
     return layers, skips
+
+
+def no_gain(source: Model, layers: Sequence[Layer], options: Options) -> dict[str, str]:
+    """By name, the layers whose zeros the target cannot use, with the reason.
+
+    A weight that several layers share is pruned where one of them gains.
+    """
+    if options.target is None or TARGETS[options.target].granularity == "unit":
+        return {}
+    proto = modelling.decode_sparse(source.proto)
+    refused = TARGETS[options.target].refused(proto, layers)
+    gaining = {layer.weight.tensor for layer in layers if not refused[layer.name]}
+    return {
+        layer.name: f"--target {options.target} gains nothing: {refused[layer.name]}"
+        for layer in layers
+        if layer.weight.tensor not in gaining
+    }
 
 
 def _check_matches(options: Options, names: Sequence[str]) -> None:
@@ -395,7 +414,9 @@ def observe_network(
     size = batch_size(observer, original, data.train, options.batch_size, options.positions)
     observer.normalise_outputs(original, data.seen(size), options.output_weights)
     memory = options.max_memory or free_memory() // 2
-    return Network(observer, original, data.train, data.validation, size, memory), skips
+    granted = options.max_memory or GRANTED
+    train, validation = data.train, data.validation
+    return Network(observer, original, train, validation, size, memory, granted), skips
 
 
 def with_free_batch(dense: Model, data: Data, options: Options) -> tuple[Model, Data]:
@@ -540,7 +561,8 @@ def unit_step(
             options.session | {"threads": workers()},  # as the result is measured in the end
             progress=progress,
         )
-    return UnitStep(network, structure, goal, watch)
+    biases = biases_of(source, network, structure)
+    return UnitStep(network, structure, goal, watch, biases=biases)
 
 
 def timed_batch(data: Data, options: Options) -> Batch:

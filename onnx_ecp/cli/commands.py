@@ -12,11 +12,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, TypeVar
 
 import click
 
+from onnx_ecp.cli.grouped import Grouped
 from onnx_ecp.cli.progress import bars
 from onnx_ecp.errors import (
     Interrupted,
@@ -132,14 +133,20 @@ CONFIG = click.option(
 )  # fmt: skip
 CALIBRATION = click.option(
     "-c", "--calibration", metavar="PATH",
-    help="Calibration inputs: .npz (one array per input, first axis = sample), .npy, a folder "
-    "of them, test_data_set_N/input_*.pb, Polygraphy .json, SCRIPT.py[:function].  [default: "
-    "MODEL.npz beside the model, else made-up inputs]",
+    help="Calibration inputs: .npz, .npy, a folder, SCRIPT.py[:function]; .npz has one array per "
+    "input, first axis = sample. Folders of these, of test_data_set_N/input_*.pb, and Polygraphy "
+    ".json work too.  [default: MODEL.npz beside the model, else made-up inputs]",
 )  # fmt: skip
 
 INPUT_SHAPES = click.option(
     "--input-shapes", type=Pair(":", _sizes, "x:1,3,224,224"), metavar="NAME:D1,D2,...",
     multiple=True, help="Shape of an input with free dimensions (repeatable).",
+)  # fmt: skip
+
+TARGET = click.option(
+    "--target", metavar="NAME",
+    help="The runtime that the result is for: onnxruntime, deepsparse, openvino, tensorrt, xnnpack "
+    "or coreml. It sets what is pruned and how, and the report says which layers gain.",
 )  # fmt: skip
 
 OUTPUT_WEIGHTS = click.option(
@@ -217,7 +224,8 @@ RUNNING = (
     click.option(
         "--max-memory", metavar="SIZE",
         help="What statistics and activations may take, such as 8G; below it, more passes over "
-        "the data and temporary files.  [default: half of what is free]",
+        "the data and temporary files, and no joint refit where half of it is too little.  "
+        "[default: half of what is free; 8G for what is left out]",
     ),
     click.option(
         "--seed", type=int, metavar="N", default=0, show_default=True,
@@ -262,6 +270,7 @@ OPTIONS = (
         help="Prune as far as top-1 accuracy on held-out --labels drops P points at most; a gate "
         "as --max-error is.",
     ),
+    TARGET,
     click.option(
         "--granularity", metavar="weight|unit",
         help="unit: remove whole neurons, channels and heads, which makes a smaller dense model.  "
@@ -305,6 +314,11 @@ OPTIONS = (
         help="cbs: update the weights that stay, or leave them.",
     ),
     *PRUNING,
+    click.option(
+        "--quantize", metavar="int8",
+        help="Then put layers into int8: zeros stay zeros, what rounding takes away is made good "
+        "for, and layers that cost too much stay in floats.",
+    ),
     _choice("--format", "dense|sparse|packed", "dense", "Storage of zeros; dense loads anywhere."),
     *RUNNING,
     click.option(
@@ -342,6 +356,7 @@ PRESENTATION = (
         "--report", metavar="FILE.json|FILE.html", multiple=True,
         help="Write a report (repeatable).",
     ),
+    JSON,
     QUIET,
     VERBOSE,
     TRACEBACK,
@@ -472,13 +487,14 @@ def main() -> None:
     """  # noqa: D301 - the \b is for click
 
 
-@main.command()
+@main.command(cls=Grouped)
 @click.argument("model")
 @click.argument("output", required=False)
 @_with(*OPTIONS, *PRESENTATION)
 def optimize(
     model: str,
     output: str | None,
+    as_json: bool,
     quiet: bool,
     verbose: bool,
     traceback: bool,
@@ -495,8 +511,11 @@ def optimize(
 
     options |= {name: dict(options[name]) for name in PAIRS}
     calibration = options.pop("calibration")
-    with bars(quiet) as progress:
+    with bars(quiet) as progress, _stdout_for_json(as_json):
         result = pipeline.optimize(model, calibration, output=output, progress=progress, **options)
+    if as_json:
+        _print_json(result.report)
+        return
     if quiet:
         _warn(result.report.warnings)
     else:
@@ -506,10 +525,11 @@ def optimize(
 
 @main.command()
 @click.argument("model")
-@_with(CALIBRATION, INPUT_SHAPES, JSON, VERBOSE, TRACEBACK)
+@_with(CALIBRATION, INPUT_SHAPES, TARGET, JSON, VERBOSE, TRACEBACK)
 def inspect(
     model: str,
     calibration: str | None,
+    target: str | None,
     input_shapes: tuple[tuple[str, tuple[int, ...]], ...],
     as_json: bool,
     verbose: bool,
@@ -518,7 +538,9 @@ def inspect(
     """Show what of MODEL is prunable, what is not, and why."""
     from onnx_ecp.api import inspect as inspection
 
-    found = inspection.inspect(model, calibration, input_shapes=dict(input_shapes))
+    shapes = dict(input_shapes)
+    with _stdout_for_json(as_json):
+        found = inspection.inspect(model, calibration, input_shapes=shapes, target=target)
     if as_json:
         _print_json(found)
         return
@@ -533,6 +555,11 @@ def inspect(
 @click.option("-d", "--data", metavar="PATH", required=True, help="Inputs, as of optimize -c.")
 @click.option("--labels", metavar="PATH", help="Labels of the inputs: .npy, or .npz with y.")
 @click.option("--measure", is_flag=True, help="Measure latency too, the models in turns.")
+@click.option(
+    "--runtime", metavar="NAME",
+    help="Measure latency in onnxruntime, openvino or deepsparse, where it is installed, and check "
+    "that outputs are equal.",
+)  # fmt: skip
 @_with(OUTPUT_WEIGHTS, BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
 def compare(
     model_a: str, model_b: str, data: str, as_json: bool, traceback: bool, **options: Any
@@ -541,7 +568,8 @@ def compare(
     from onnx_ecp.evaluation import compare as evaluate
 
     options["output_weights"] = dict(options["output_weights"])
-    comparison = evaluate.compare(model_a, model_b, data, **options)
+    with _stdout_for_json(as_json):
+        comparison = evaluate.compare(model_a, model_b, data, **options)
     if as_json:
         _print_json(comparison)
         return
@@ -573,7 +601,11 @@ def compare(
 @click.option(
     "--sparsity", type=float, metavar="S", help="Of --method.  [default: 0.1]",
 )  # fmt: skip
-@_with(BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
+@_choice(
+    "--metric", "l2|l2-raw", "l2",
+    "Gaps with every output column in units of its spread over the inputs, or as it is.",
+)  # fmt: skip
+@_with(OUTPUT_WEIGHTS, BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
 def bound(
     model_a: str,
     model_b: str | None,
@@ -589,7 +621,7 @@ def bound(
 ) -> None:
     """Bound how far the outputs of MODEL_B can be from those of MODEL_A.
 
-    The gap of an input is the L2 norm of the difference of the outputs.
+    The gap of an input is the distance of the outputs, every column in units of its own spread.
 
     \b
     onnx-ecp bound in.onnx out.onnx -d held-out.npz --confidence 0.95
@@ -599,10 +631,12 @@ def bound(
         raise UsageError(
             "a bound is for MODEL_B or for a --method.", hint="Name exactly one of the two."
         )
-    if method is not None and (data is not None or input_range):
+    options["output_weights"] = dict(options["output_weights"])
+    if method is not None and (data is not None or input_range or options["output_weights"]):
         raise UsageError(
             "--method bounds all inputs, from the weights alone.",
-            hint="Leave out --data and --input-range, or prune first and name MODEL_B.",
+            hint="Leave out --data, --input-range and --output-weights, or prune first and name "
+            "MODEL_B.",
         )
     if model_b is not None and sparsity is not None:
         raise UsageError(
@@ -621,16 +655,17 @@ def bound(
             text.show(text.planning_tables(plan))
         return
     ranges = dict(bounds.parse_range(text_of) for text_of in input_range)
-    found = bounds.bound(
-        model_a, model_b, data, confidence=confidence, eps=eps, input_range=ranges, **options
-    )
+    with _stdout_for_json(as_json):
+        found = bounds.bound(
+            model_a, model_b, data, confidence=confidence, eps=eps, input_range=ranges, **options
+        )
     if as_json:
         _print_json(found)
     else:
         text.show(text.bound_tables(found))
 
 
-@main.command(short_help="Compare several methods and sparsities on MODEL.")
+@main.command(cls=Grouped, short_help="Compare several methods and sparsities on MODEL.")
 @click.argument("model")
 @_with(CALIBRATION)
 @click.option(
@@ -667,14 +702,20 @@ def bound(
     multiple=True,
     help="Write the points; .html has curves (repeatable).",
 )
-@_with(*PRUNING, *RUNNING, FORCE, CONFIG, QUIET, TRACEBACK)
+@_with(*PRUNING, *RUNNING, FORCE, CONFIG, JSON, QUIET, TRACEBACK)
 def sweep(
-    model: str, output: Sequence[str], quiet: bool, force: bool, traceback: bool, **options: Any
+    model: str,
+    output: Sequence[str],
+    as_json: bool,
+    quiet: bool,
+    force: bool,
+    traceback: bool,
+    **options: Any,
 ) -> None:
     """Prune MODEL with several methods to several sparsities, and compare.
 
     \b
-    onnx-ecp sweep in.onnx -c calibration.npz --eval test.npz --labels test.npz -o sweep.html
+    onnx-ecp sweep in.onnx -c in.npz --eval t.npz --labels t.npz -o sweep.html
     """  # noqa: D301 - the \b is for click
     from onnx_ecp.api import sweep as sweeping
     from onnx_ecp.report import sweeps, text
@@ -685,9 +726,12 @@ def sweep(
         sweeps.check_target(path, force=force)
     options |= {name: dict(options[name]) for name in PAIRS}
     calibration = options.pop("calibration")
-    with bars(quiet) as progress:
+    with bars(quiet) as progress, _stdout_for_json(as_json):
         swept = sweeping.sweep(model, calibration, progress=progress, **options)
     sweeps.write(swept, output)
+    if as_json:
+        click.echo(sweeps.as_json(swept), nl=False)
+        return
     if quiet:
         _warn(swept.warnings)
     else:
@@ -717,7 +761,17 @@ def _warn(warnings: Sequence[str]) -> None:
         click.echo(f"warning: {_one_line(warning)}", err=True)
 
 
-def _print_json(value: Any) -> None:
-    from onnx_ecp.report.as_json import dumps, encode
+@contextmanager
+def _stdout_for_json(wanted: bool) -> Iterator[None]:
+    """Send what others print meanwhile, such as a reader of inputs, to stderr."""
+    if not wanted:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
 
-    click.echo(dumps(encode(value)), nl=False)
+
+def _print_json(found: Any) -> None:
+    from onnx_ecp.report.as_json import dumps, to_dict
+
+    click.echo(dumps(to_dict(found)), nl=False)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.errors import CalibrationError, ModelError, ProviderError
 from onnx_ecp.evaluation.facts import ModelFacts, model_facts, model_of
 from onnx_ecp.evaluation.latency import Latency, measure_latency
+from onnx_ecp.evaluation.runtimes import InRuntime, check_runtime, in_runtime
 from onnx_ecp.evaluation.work import Work, work
 from onnx_ecp.graph import (
     Model,
@@ -220,6 +221,7 @@ class Comparison:
         b: the other one.
         gap: their outputs.
         latency: of both, where it was measured.
+        runtime: where it was measured, if a runtime was named.
         work_a: what the layers of a take; None where it was not counted.
         work_b: what those of b take.
     """
@@ -228,6 +230,7 @@ class Comparison:
     b: ModelFacts
     gap: Gap
     latency: Latency | None = None
+    runtime: InRuntime | None = None
     work_a: Work | None = None
     work_b: Work | None = None
 
@@ -452,6 +455,7 @@ def compare(
     threads: int | None = None,
     batch_size: int | None = None,
     measure: bool = False,
+    runtime: str | None = None,
     output_weights: Mapping[str, float] | None = None,
 ) -> Comparison:
     """Compare model b with model a: outputs, scores on labels, sizes and, if asked for, latency.
@@ -465,6 +469,7 @@ def compare(
         threads: threads within an operator; None leaves it to ONNX Runtime.
         batch_size: samples a run; None takes what fits.
         measure: whether to measure latency.
+        runtime: "onnxruntime", "openvino" or "deepsparse": measure it there.
         output_weights: see ``Measure.of``.
 
     Raises:
@@ -472,6 +477,8 @@ def compare(
         CalibrationError: data or labels do not fit the models.
         ProviderError: ONNX Runtime cannot run a model.
     """
+    if runtime is not None:
+        check_runtime(runtime)
     first, second = model_of(a), model_of(b)
     for model in (first, second):
         refuse_random(model)
@@ -488,15 +495,18 @@ def compare(
         batch_size=batch_size,
         output_weights=output_weights,
     )
-    latency = None
-    if measure:
-        size = batch_size or fitting(samples)
+    latency, elsewhere = None, None
+    size = batch_size or fitting(samples)
+    if runtime is not None:
+        elsewhere = in_runtime(runtime, first, second, next(samples.batches(size)), threads=threads)
+        latency = elsewhere.latency
+    elif measure:
         latency = measure_latency(
             first, second, next(samples.batches(size)), provider=provider, threads=threads
         )
     settings = {"provider": provider, "threads": threads}
     works = (_work(model, samples, settings) for model in (first, second))
-    return Comparison(model_facts(first), model_facts(second), gap, latency, *works)
+    return Comparison(model_facts(first), model_facts(second), gap, latency, elsewhere, *works)
 
 
 def _work(model: Model, samples: Calibration, settings: Mapping[str, Any]) -> Work | None:
@@ -604,8 +614,16 @@ Outputs = Mapping[str, np.ndarray]
 def paired_outputs(
     a: Model, b: Model, batches: Iterable[Batch], provider: str, threads: int | None
 ) -> Iterator[tuple[Batch, Outputs, Outputs]]:
-    """Outputs of both models by name; of halves where a batch does not fit in memory."""
-    sessions = [Session(m.proto, provider=provider, threads=threads, base=m.base) for m in (a, b)]
+    """Outputs of both models by name."""
+    for batch, (of_a, of_b) in outputs_of((a, b), batches, provider, threads):
+        yield batch, of_a, of_b
+
+
+def outputs_of(
+    models: Sequence[Model], batches: Iterable[Batch], provider: str, threads: int | None
+) -> Iterator[tuple[Batch, tuple[Outputs, ...]]]:
+    """Outputs of models by name; of halves where a batch does not fit in memory."""
+    sessions = [Session(m.proto, provider=provider, threads=threads, base=m.base) for m in models]
     waiting = [iter(batches)]
     while waiting:
         batch = next(waiting[-1], None)
@@ -613,13 +631,13 @@ def paired_outputs(
             waiting.pop()
             continue
         try:
-            of_a, of_b = (arrays(session.run(batch.feeds)) for session in sessions)
+            found = tuple(arrays(session.run(batch.feeds)) for session in sessions)
         except (OutOfMemory, MemoryError):
             if batch.samples == 1:
                 raise
             waiting.append(iter(batch.halves()))
         else:
-            yield batch, of_a, of_b
+            yield batch, found
 
 
 _SAME_HINT = "Only models with the same inputs and outputs can be compared."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,8 +46,8 @@ class ModelFacts:
         sha256: of the file (of the serialised proto for a model in memory).
         bytes: size, external data included.
         compressed_bytes: size after gzip.
-        parameters: elements of all stored floating-point tensors; a sparse or packed one counts as
-            the dense tensor that it stands for.
+        parameters: elements of all stored floating-point tensors; a sparse, packed or quantised one
+            counts as the dense tensor that it stands for.
         zeros: how many of them are zero.
     """
 
@@ -71,6 +72,7 @@ def model_facts(model: Model) -> ModelFacts:
         for sparse in model.proto.graph.sparse_initializer
         if sparse.values.data_type in _FLOATS
     ]
+    counts += _quantised(model, found)
     counts += [
         (p.elements, math.prod(p.values.dims)) for p in packed if p.values.data_type in _FLOATS
     ]
@@ -82,6 +84,33 @@ def model_facts(model: Model) -> ModelFacts:
         parameters=sum(size for size, _ in counts),
         zeros=sum(size - nonzero for size, nonzero in counts),
     )
+
+
+def _quantised(model: Model, stored: Mapping[str, onnx.TensorProto]) -> list[tuple[int, int]]:
+    """Elements, and those that are not zero, of the stored tensors that are dequantised."""
+    read = {n.input[0]: n for n in model.proto.graph.node if n.op_type == "DequantizeLinear"}
+    counts = []
+    for name, node in read.items():
+        if name in stored and stored[name].dims:
+            q = read_tensor(model, stored[name]).astype(np.int64)
+            counts.append((q.size, int(np.count_nonzero(q - _zero(model, node, stored, q)))))
+    return counts
+
+
+def _zero(
+    model: Model, node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto], q: np.ndarray
+) -> np.ndarray:
+    """The integers that stand for zero, in a shape that meets q."""
+    if len(node.input) < 3 or node.input[2] not in stored:
+        return np.zeros((), np.int64)
+    zero = read_tensor(model, stored[node.input[2]]).astype(np.int64)
+    numbers = {a.name: a.i for a in node.attribute}
+    axis = numbers.get("axis", 1)
+    if zero.ndim == 1 and q.ndim > 1 and zero.size > 1:
+        return zero.reshape([-1 if k == axis % q.ndim else 1 for k in range(q.ndim)])
+    if block := numbers.get("block_size", 0):
+        return np.repeat(zero, block, axis).take(range(q.shape[axis]), axis)
+    return zero
 
 
 def _size(model: Model) -> int:

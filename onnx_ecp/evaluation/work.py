@@ -48,7 +48,7 @@ def multiplications(
     # A fused operator has one name for z and what follows; both have the same shape.
     known = dict(shapes) | {preactivation(name): shape for name, shape in shapes.items()}
     seen = [layer for layer in layers if layer.output in known]
-    return {x.name: int(np.prod(known[x.output])) * x.shape[1] for x in seen}
+    return {x.name: x.uses(known[x.input], known[x.output]) * int(np.prod(x.shape)) for x in seen}
 
 
 def samples_of(feeds: Mapping[str, np.ndarray]) -> int:

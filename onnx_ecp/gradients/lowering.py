@@ -16,9 +16,9 @@ import onnx
 import onnx.inliner
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.gradients.builder import Builder, Fact
 from onnx_ecp.gradients.rules import RULES
 from onnx_ecp.gradients.rules.registry import optional_input
+from onnx_ecp.graph.builder import Builder, Fact
 from onnx_ecp.graph.surgery import export_graph, import_graph
 from onnx_ecp.layers.fused import preactivation
 

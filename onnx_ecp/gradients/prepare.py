@@ -18,11 +18,11 @@ import onnx.version_converter
 import onnx_graphsurgeon as gs
 
 from onnx_ecp.errors import ModelError
-from onnx_ecp.gradients.builder import Builder, Fact
 from onnx_ecp.gradients.lowering import is_fused, lower
 from onnx_ecp.gradients.quantisation import in_floats, quantised
 from onnx_ecp.gradients.reverse import adjoints, names_read
 from onnx_ecp.graph import constants, is_external, printable
+from onnx_ecp.graph.builder import Builder, Fact
 from onnx_ecp.graph.inlining import has_bodies, inline
 from onnx_ecp.graph.proto import bodies, nested
 from onnx_ecp.graph.surgery import export_graph, import_graph

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.gradients.builder import Builder, Fact
 from onnx_ecp.gradients.reverse import names_read
 from onnx_ecp.gradients.rules.registry import nonnegative, optional_input
+from onnx_ecp.graph.builder import Builder, Fact
 
 _INTEGERS = ("int8", "uint8", "int16", "uint16")
 # Operators that treat integers as they would treat floats, with how many inputs are values.

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.gradients.builder import Builder
 from onnx_ecp.gradients.rules import RULES, Rule, Unsupported
 from onnx_ecp.gradients.rules.differences import by_differences
+from onnx_ecp.graph.builder import Builder
 
 NO_OUTPUT = "no float output of the model depends on it"
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from onnx_ecp.gradients.builder import Fact
+from onnx_ecp.graph.builder import Fact
 from onnx_ecp.graph.proto import subgraphs
 
 # Only shape or type of their first input matter to these.

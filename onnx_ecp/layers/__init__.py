@@ -9,8 +9,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_ecp.graph.operators import MICROSOFT
 from onnx_ecp.layers import attention, conv, fused, gemm, matmul, opaque
-from onnx_ecp.layers.conv import Conv
-from onnx_ecp.layers.dense import Dense
+from onnx_ecp.layers.affine import Affine
 from onnx_ecp.layers.fused import preactivation
 from onnx_ecp.layers.inlined import Inlined, inlined
 from onnx_ecp.layers.layer import Found, Layer, Skip, Weight
@@ -18,9 +17,18 @@ from onnx_ecp.layers.sharing import refuse_shared
 from onnx_ecp.layers.trace import Scope, body_scope, function_scope, main_scope
 from onnx_ecp.layers.views import operator
 
-__all__ = ["MATCHES", "Found", "Layer", "Skip", "Weight", "find_layers", "preactivation"]
+__all__ = [
+    "MATCHES",
+    "Found",
+    "Layer",
+    "Skip",
+    "Weight",
+    "find_layers",
+    "layer_of",
+    "preactivation",
+]
 
-Match = Callable[[gs.Node, Scope], Layer | Skip | None]
+Match = Callable[[gs.Node, Scope], Affine | Skip | None]
 
 MATCHES: dict[tuple[str, str], Match] = {
     ("", "Gemm"): gemm.match,
@@ -32,6 +40,12 @@ MATCHES: dict[tuple[str, str], Match] = {
     (MICROSOFT, "Attention"): attention.match,
     **dict.fromkeys(opaque.OPAQUE, opaque.match),
 }
+
+
+def layer_of(node: gs.Node, scope: Scope) -> Affine | Skip | None:
+    """The layer that one node is, why it is none, or None where it is no candidate."""
+    match = MATCHES.get(operator(node))
+    return None if match is None else match(node, scope)
 
 
 def find_layers(proto: onnx.ModelProto) -> Found:
@@ -74,11 +88,10 @@ def _answers(
         if function is not None and id(function) not in seen:
             seen.add(id(function))
             yield from _answers(function_scope(scope, function, node), functions, whole, seen)
-        match = None if function is not None else MATCHES.get(operator(node))
-        answer = None if match is None else match(node, scope)
+        answer = None if function is not None else layer_of(node, scope)
         if answer is not None and scope.refusal:
             yield scope.skip(node, scope.refusal)
-        elif isinstance(answer, Conv | Dense):
+        elif isinstance(answer, Affine):
             yield whole.settled(scope, node, answer)
         elif answer is not None:
             yield answer

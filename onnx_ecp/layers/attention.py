@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import onnx_graphsurgeon as gs
 
+from onnx_ecp.layers.affine import Affine
 from onnx_ecp.layers.bias import AddBehind, operator_bias
 from onnx_ecp.layers.dense import Dense
 from onnx_ecp.layers.fused import preactivation
-from onnx_ecp.layers.layer import Layer, Skip, Transpose
+from onnx_ecp.layers.layer import Skip, Transpose
 from onnx_ecp.layers.trace import Scope
+
+
+@dataclass(frozen=True)
+class Attention(Dense):
+    """The merged projection of queries, keys and values."""
+
+    @property
+    def units_refusal(self) -> str:
+        """Rows of three kinds, whose heads the operator itself takes apart."""
+        return "its heads are not followed"
+
 
 # Ranks of a padding mask that lowering understands.
 _MASKS = (1, 2, 3)
 
 
-def match(node: gs.Node, scope: Scope) -> Layer | Skip | None:
+def match(node: gs.Node, scope: Scope) -> Affine | Skip | None:
     """An Attention as the layer that computes its queries, keys and values, or why it is none.
 
     Its rows are those of the queries, then the keys, then the values; z is inside the operator, so
@@ -34,7 +48,7 @@ def match(node: gs.Node, scope: Scope) -> Layer | Skip | None:
     if isinstance(bias, AddBehind):
         return scope.skip(node, "its bias is computed from the inputs of the model")
     name, z = scope.names[id(node)], preactivation(node.outputs[0].name)
-    return Dense(name, node.op, a.name, z, seen.weight(Transpose((1, 0))), (out, width), bias)
+    return Attention(name, node.op, a.name, z, seen.weight(Transpose((1, 0))), (out, width), bias)
 
 
 def _refusal(node: gs.Node, scope: Scope, shape: tuple[int, ...]) -> str:

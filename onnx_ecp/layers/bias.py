@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,12 @@ class BiasInput:
         """Whether the model has this bias already."""
         return self.constant is not None
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether it is the same at all positions."""
+        size = 1 if self.constant is None else math.prod(self.constant.seen_shape)
+        return size in (1, math.prod(self.units))
+
     def values(self, model: onnx.ModelProto, base: Path | None) -> np.ndarray:
         """What is added to z, flat: (out,) or one number, or more where positions differ."""
         if self.constant is None:
@@ -77,6 +84,7 @@ class AddBehind:
     units: tuple[int, ...]
     dtype: int
     exists: bool = False
+    is_flat: bool = True
 
     def values(self, model: onnx.ModelProto, base: Path | None) -> np.ndarray:
         """(1,): nothing yet."""

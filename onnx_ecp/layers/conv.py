@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.lib.stride_tricks import sliding_window_view
 
+from onnx_ecp.graph import windows
+from onnx_ecp.graph.builder import Builder
 from onnx_ecp.layers.affine import Affine
 from onnx_ecp.layers.bias import operator_bias
-from onnx_ecp.layers.layer import Layer, Reshape, Skip
+from onnx_ecp.layers.layer import Reshape, Skip
 from onnx_ecp.layers.trace import Scope
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(windows.Window):
     """How a kernel moves over the spatial axes: the attributes of Conv.
 
     Args:
-        kernel: size per spatial axis; strides and dilations likewise.
-        strides: step per spatial axis.
-        dilations: distance of the kernel's elements per spatial axis.
         pads: zeros before and after, per spatial axis; not used with ``auto_pad`` SAME.
         auto_pad: NOTSET, VALID, SAME_UPPER or SAME_LOWER.
     """
 
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
     pads: tuple[tuple[int, int], ...]
     auto_pad: str
-
-    @property
-    def extent(self) -> tuple[int, ...]:
-        """What the dilated kernel covers, per spatial axis."""
-        return tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True))
 
     def padding(self, spatial: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
         """Zeros (before, after) per spatial axis, for an input of this size."""
@@ -44,7 +37,7 @@ class Window:
             return self.pads
         totals = [
             max((math.ceil(size / stride) - 1) * stride + extent - size, 0)
-            for size, stride, extent in zip(spatial, self.strides, self.extent, strict=True)
+            for size, stride, extent in zip(spatial, self.strides, self.reach.tolist(), strict=True)
         ]
         # The odd zero goes behind in SAME_UPPER, in front in SAME_LOWER.
         halves = [(total // 2, total - total // 2) for total in totals]
@@ -54,7 +47,7 @@ class Window:
         """(samples, channels, *spatial) as a view (samples, channels, *positions, *kernel)."""
         axes = tuple(range(2, a.ndim))
         a = np.pad(a, ((0, 0), (0, 0), *self.padding(a.shape[2:])))
-        windows = sliding_window_view(a, self.extent, axes)
+        windows = sliding_window_view(a, tuple(self.reach.tolist()), axes)
         steps = [slice(None, None, step) for step in (*self.strides, *self.dilations)]
         return windows[(slice(None), slice(None), *steps)]
 
@@ -67,7 +60,6 @@ class Conv(Affine):
     """
 
     window: Window
-    groups: int = 1
 
     @property
     def reduction(self) -> int:
@@ -101,13 +93,62 @@ class Conv(Affine):
         z = z.transpose(0, 2, 3, 1, *range(4, z.ndim))
         return z.reshape(probes, self.groups, units, -1).swapaxes(2, 3)
 
+    def rows_in_graph(self, op: Builder, a: gs.Tensor, z: gs.Tensor) -> gs.Tensor:
+        """Cells of the padded image are numbered; those a position sees at every tap are taken."""
+        own, rank = self.window, self.window.rank
+        attrs = {"auto_pad": own.auto_pad, "pads": [begin for begin, _ in own.pads]}
+        total = op.Sub(own.covered(op, op.Shape(z, start=2)), op.Shape(a, start=2))
+        padded = windows.pad_spatial(op, a, *windows.margins(op, attrs, total, rank), rank)
+        sizes = [op.Shape(padded, start=2 + d, end=3 + d) for d in range(rank)]
+        counts = [op.Squeeze(op.Shape(z, start=2 + d, end=3 + d)) for d in range(rank)]
+        starts = _numbers(op, sizes, [
+            op.Mul(op.Range(op.const(0), n, op.const(1)), stride)
+            for n, stride in zip(counts, own.strides, strict=True)
+        ])  # fmt: skip
+        taps = _numbers(op, sizes, [
+            op.const(np.arange(size) * step)
+            for size, step in zip(own.kernel, own.dilations, strict=True)
+        ])  # fmt: skip
+        seen = op.Add(op.Unsqueeze(starts, [1]), taps)
+        images = op.Reshape(padded, [0, self.groups, self.reduction, -1])
+        cells = op.Transpose(images, perm=[1, 0, 3, 2])
+        return op.Reshape(op.Gather(cells, seen, axis=2), [self.groups, -1, self.shape[1]])
+
+    def rows_out_graph(self, op: Builder, z: gs.Tensor) -> gs.Tensor:
+        """Positions of all samples one after the other."""
+        units = self.shape[0] // self.groups
+        maps = op.Reshape(z, [0, 0, self.groups, units, -1])
+        by_unit = op.Transpose(maps, perm=[0, 2, 3, 1, 4])
+        return op.Reshape(by_unit, [0, self.groups, units, -1])
+
+    def graph_order(self) -> np.ndarray | None:
+        """Taps vary slowest: so all channels of a cell are taken in one piece."""
+        return self.nm_order()
+
     @property
     def shift_shape(self) -> tuple[int, ...]:
         """(out, 1, 1, ...): the units lie on the second axis."""
         return (self.shape[0],) + (1,) * len(self.window.kernel)
 
+    @property
+    def units_axis(self) -> int:
+        """Channels lie on the second axis."""
+        return 1
 
-def match(node: gs.Node, scope: Scope) -> Layer | Skip | None:
+    def weight_axes(self, node: gs.Node) -> tuple[int, tuple[int, int]]:
+        """(out, in per group, *kernel)."""
+        return 1, (0, 1)
+
+
+def _numbers(op: Builder, sizes: Sequence[gs.Tensor], coordinates: Sequence[Any]) -> gs.Tensor:
+    """Numbers (cells,) of the cells on a grid with these coordinates, in an image of a size."""
+    cells = coordinates[0]
+    for along, size in zip(coordinates[1:], sizes[1:], strict=True):
+        cells = op.Add(op.Mul(op.Unsqueeze(cells, [-1]), size), along)
+    return op.Reshape(cells, [-1])
+
+
+def match(node: gs.Node, scope: Scope) -> Affine | Skip | None:
     """A Conv as a layer, or why it is none; FusedConv has the same attributes."""
     a, w = scope.operands(node)
     seen = scope.weight(w)
@@ -126,7 +167,8 @@ def match(node: gs.Node, scope: Scope) -> Layer | Skip | None:
     name, z = scope.names[id(node)], node.outputs[0].name
     groups = int(node.attrs.get("group", 1))
     window = _window(node, kernel)
-    return Conv(name, node.op, a.name, z, seen.weight(Reshape(shape)), shape, bias, window, groups)
+    weight = seen.weight(Reshape(shape))
+    return Conv(name, node.op, a.name, z, weight, shape, bias, window, groups=groups)
 
 
 def _window(node: gs.Node, kernel: tuple[int, ...]) -> Window:

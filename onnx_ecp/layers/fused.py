@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from onnx_ecp.layers import conv, gemm
 from onnx_ecp.layers.affine import Affine
 from onnx_ecp.layers.bias import AddBehind
-from onnx_ecp.layers.layer import Layer, Skip
+from onnx_ecp.layers.layer import Skip
 from onnx_ecp.layers.trace import Scope
 
 
@@ -25,19 +25,19 @@ def preactivation(output: str) -> str:
     return f"{output}/preactivation"
 
 
-def match_gemm(node: gs.Node, scope: Scope) -> Layer | Skip | None:
+def match_gemm(node: gs.Node, scope: Scope) -> Affine | Skip | None:
     """FusedGemm: a Gemm and its activation."""
     return _before_activation(node, scope, gemm.match(node, scope))
 
 
-def match_conv(node: gs.Node, scope: Scope) -> Layer | Skip | None:
+def match_conv(node: gs.Node, scope: Scope) -> Affine | Skip | None:
     """FusedConv: a Conv, a tensor that is added to it (Z), and the activation of the sum."""
     return _before_activation(node, scope, conv.match(node, scope))
 
 
 def _before_activation(
-    node: gs.Node, scope: Scope, answer: Layer | Skip | None
-) -> Layer | Skip | None:
+    node: gs.Node, scope: Scope, answer: Affine | Skip | None
+) -> Affine | Skip | None:
     if not isinstance(answer, Affine) or not node.attrs.get("activation"):
         return answer
     if isinstance(answer.bias, AddBehind):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
+from onnx_ecp.layers.affine import Affine
 from onnx_ecp.layers.bias import operator_bias
 from onnx_ecp.layers.dense import Dense
-from onnx_ecp.layers.layer import Layer, Skip, Transpose
+from onnx_ecp.layers.layer import Skip, Transpose
 from onnx_ecp.layers.trace import Scope
 
 
-def match(node: gs.Node, scope: Scope) -> Layer | Skip | None:
+def match(node: gs.Node, scope: Scope) -> Affine | Skip | None:
     """A Gemm as a layer, or why it is none; FusedGemm has the same attributes."""
     a, b = scope.operands(node)
     seen = scope.weight(b)

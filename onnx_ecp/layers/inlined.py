@@ -17,9 +17,8 @@ from onnx_ecp.graph.external import is_external
 from onnx_ecp.graph.inlining import Place, has_bodies, inline
 from onnx_ecp.graph.proto import constants
 from onnx_ecp.graph.tensors import byte_size
+from onnx_ecp.layers.affine import Affine
 from onnx_ecp.layers.bias import AddBehind, Bias, BiasInput
-from onnx_ecp.layers.conv import Conv
-from onnx_ecp.layers.dense import Dense
 from onnx_ecp.layers.layer import Layer, Skip
 from onnx_ecp.layers.trace import Scope
 
@@ -41,7 +40,7 @@ class Inlined:
     places: Mapping[str, Place] = field(default_factory=dict)
     stored: Collection[str] = ()
 
-    def settled(self, scope: Scope, node: gs.Node, layer: Conv | Dense) -> Layer | Skip:
+    def settled(self, scope: Scope, node: gs.Node, layer: Affine) -> Layer | Skip:
         """A layer of ``proto`` as one that the model it came from can store, or why it cannot."""
         place, bias = self.places.get(node.outputs[0].name), layer.bias
         if place is not None and layer.weight.tensor not in self.stored:

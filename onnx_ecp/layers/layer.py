@@ -10,10 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
+
+from onnx_ecp.graph.builder import Builder
+
+if TYPE_CHECKING:
+    from onnx_ecp.layers.bias import Bias
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,11 @@ class Layer(Protocol):
 
     @property
     def groups(self) -> int:
-        """1, but for a grouped Conv."""
+        """How many parts of the input have a part of the output each: 1, mostly."""
+
+    @property
+    def bias(self) -> Bias:
+        """Where a shift of z goes."""
 
     @property
     def has_bias(self) -> bool:
@@ -161,6 +171,56 @@ class Layer(Protocol):
 
     def rows_out(self, z: np.ndarray) -> np.ndarray:
         """An array (P, *shape of tensor ``output``) as rows (P, groups, rows, out // groups)."""
+
+    def rows_in_graph(self, op: Builder, a: gs.Tensor, z: gs.Tensor) -> gs.Tensor:
+        """Nodes that do what ``rows_in`` does, with columns in the order of ``graph_order``.
+
+        Args:
+            op: writes them; it knows ranks and shapes of one run, but sizes may be others.
+            a: the values of tensor ``input``, in any float type.
+            z: tensor ``output``, for its sizes.
+        """
+
+    def rows_out_graph(self, op: Builder, z: gs.Tensor) -> gs.Tensor:
+        """Nodes that do what ``rows_out`` does, but with rows last: (P, groups, out, rows)."""
+
+    def graph_order(self) -> np.ndarray | None:
+        """Which column of W each column of ``rows_in_graph`` is; None: they are in order."""
+
+    @property
+    def reads_vectors(self) -> bool:
+        """Whether rows are the vectors along ``units_axis`` of the input, as it is.
+
+        Layers of which this is true see the same rows where they read the same tensor.
+        """
+
+    @property
+    def makes_number(self) -> bool:
+        """Whether the output has no axis of units: one number per row, as MatMul with a vector."""
+
+    @property
+    def groups_side_by_side(self) -> bool:
+        """Whether groups lie one behind the other on ``units_axis``; else on their own axis."""
+
+    def fits(self, a: tuple[int, ...], z: tuple[int, ...]) -> bool:
+        """Whether tensors ``input`` and ``output`` of these shapes have the same rows.
+
+        They have not where a batch makes the operator broadcast what it did not in another.
+        """
+
+    def uses(self, a: tuple[int, ...], z: tuple[int, ...]) -> int:
+        """How often every weight is multiplied, for tensors ``input`` and ``output`` of a shape."""
+
+    @property
+    def units_axis(self) -> int:
+        """Where units lie in tensor ``output``, and inputs in ``input``: from the end if < 0."""
+
+    def weight_axes(self, node: gs.Node) -> tuple[int, tuple[int, int]]:
+        """Which input of the node is the weight, and the axes of rows and of columns in it."""
+
+    @property
+    def units_refusal(self) -> str:
+        """Why whole units of the layer cannot be followed; empty where they can."""
 
     @property
     def shift_shape(self) -> tuple[int, ...]:

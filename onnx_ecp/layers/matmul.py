@@ -1,16 +1,21 @@
-"""MatMul: z = a W on the last axis, or z = W a on the second last; the bias is added behind it."""
+"""MatMul: z = a W on the last axis, or z = W a on the second last; the bias is added behind it.
+
+W is a matrix, a vector, or a batch of matrices on the third last axis.
+"""
 
 from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
+from onnx_ecp.layers.affine import Affine
+from onnx_ecp.layers.batched import Batched
 from onnx_ecp.layers.bias import bias_behind
-from onnx_ecp.layers.dense import Dense, dense_units
-from onnx_ecp.layers.layer import Layer, Reshape, Skip, Transpose
-from onnx_ecp.layers.trace import Scope
+from onnx_ecp.layers.dense import Dense, Dot, dense_units
+from onnx_ecp.layers.layer import Reshape, Skip, Transpose
+from onnx_ecp.layers.trace import Scope, Traced
 
 
-def match(node: gs.Node, scope: Scope) -> Layer | Skip | None:
+def match(node: gs.Node, scope: Scope) -> Affine | Skip | None:
     """A MatMul as a layer, or why it is none; None for a product of two activations.
 
     FusedMatMul is the same with attributes: alpha, transA, transB, transBatchA, transBatchB.
@@ -28,9 +33,12 @@ def match(node: gs.Node, scope: Scope) -> Layer | Skip | None:
         return scope.skip(node, seen)
     if scope.is_of_shapes(a):
         return scope.skip(node, "its input is the same for all samples: only their shape matters")
-    reason = _refusal(node, side, seen.seen_shape)
+    shape = _without_leading_ones(seen.seen_shape)
+    reason = _refusal(node, side, shape, scope.rank(a))
     if reason:
         return scope.skip(node, reason)
+    if len(shape) != 2:
+        return (_dot if len(shape) == 1 else _batched)(scope, node, side, seen)
     rank = scope.rank(a) if side == 0 else None
     if side == 0 and rank is None:
         return scope.skip(node, "its weight is on the left and the rank of its input is not known")
@@ -48,12 +56,61 @@ def match(node: gs.Node, scope: Scope) -> Layer | Skip | None:
     return Dense(name, node.op, a.name, z, weight, (out, width), bias, axis)
 
 
-def _refusal(node: gs.Node, side: int, shape: tuple[int, ...]) -> str:
-    """Why a constant operand on this side is not pruned; empty if it is."""
-    if len(shape) < 2:
-        return f"its weight is a vector {shape}: there is no unit to prune"
-    if any(size != 1 for size in shape[:-2]):
-        return f"its weight {shape} is a batch of matrices; only one matrix per node is pruned"
+def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a matrix, or of a batch that has more axes than ones in front."""
+    while len(shape) > 2 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
+def _dot(scope: Scope, node: gs.Node, side: int, seen: Traced) -> Dot:
+    """A product with a stored vector."""
+    operands, name, z = scope.operands(node), scope.names[id(node)], node.outputs[0]
+    width = seen.seen_shape[0]
+    weight = seen.weight(Reshape((1, width)), scale=float(node.attrs.get("alpha", 1.0)))
+    bias = bias_behind(scope, node, (1,), seen.seen_dtype)
+    axis = -2 if side == 0 else -1
+    return Dot(name, node.op, operands[1 - side].name, z.name, weight, (1, width), bias, axis)
+
+
+def _batched(scope: Scope, node: gs.Node, side: int, seen: Traced) -> Batched:
+    """A product with a stored batch of matrices: (groups, in, out), or (groups, out, in)."""
+    operands, name, z = scope.operands(node), scope.names[id(node)], node.outputs[0]
+    transposed = bool(node.attrs.get("transA" if side == 0 else "transB", 0))
+    swapped = transposed == (side == 0)
+    groups, *matrix = seen.seen_shape[-3:]
+    out, width = matrix[::-1] if swapped else matrix
+    weight = seen.weight(
+        Reshape(seen.seen_shape[-3:]),
+        *((Transpose((0, 2, 1)),) if swapped else ()),
+        Reshape((groups * out, width)),
+        scale=float(node.attrs.get("alpha", 1.0)),
+    )
+    units = (groups, 1, out) if side == 1 else (groups, out, 1)
+    bias = bias_behind(scope, node, units, seen.seen_dtype)
+    data, axis = operands[1 - side].name, -1 if side == 1 else -2
+    shape = (groups * out, width)
+    return Batched(name, node.op, data, z.name, weight, shape, bias, axis, groups=groups)
+
+
+def _refusal(node: gs.Node, side: int, shape: tuple[int, ...], rank: int | None) -> str:
+    """Why a constant operand on this side is not pruned; empty if it is.
+
+    Args:
+        node: the product.
+        side: of the operand.
+        shape: of the operand, without ones in front.
+        rank: of the other operand; None where it is not known.
+    """
+    if len(shape) > 3:
+        return f"its weight {shape} is a batch of matrices along several axes; one is pruned"
+    if len(shape) == 1 and (rank is None or rank < 2):
+        return "its weight is a vector, and its input is not known to have an axis of samples"
+    if len(shape) == 3 and (rank is None or rank < 4):
+        return (
+            f"its weight {shape} is a batch of matrices, and its input is not known to have an "
+            "axis of samples in front of that of the batch"
+        )
     if node.attrs.get("transBatchA", 0) or node.attrs.get("transBatchB", 0):
         return "transBatchA or transBatchB: its batch axes are transposed"
     other = "transB" if side == 0 else "transA"

@@ -10,7 +10,7 @@ from onnx_ecp.layers.trace import Scope
 from onnx_ecp.layers.views import operator
 
 _NOT_YET = "{op} is not supported yet: its weights stay as they are"
-_INSIDE = "its weights are inside {op}; only Gemm, MatMul and Conv are pruned"
+_INSIDE = "its weights are inside {op}, which is not taken apart"
 _QUANTISED = "its weight is quantised ({op}); prune before quantising"
 _LAYOUT = "{op} is tied to ONNX Runtime's own layout; prune before optimising at that level"
 

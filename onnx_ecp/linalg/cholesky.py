@@ -62,3 +62,13 @@ def diagonal_of_inverse(matrix: np.ndarray) -> np.ndarray:
         x[..., b, above] = inverse @ -(lower[..., b, above] @ x[..., above, above])
         x[..., b, b] = inverse
     return np.asarray(np.einsum("...ij,...ij->...j", x, x))
+
+
+def inverse_factor(matrix: np.ndarray) -> np.ndarray:
+    """Upper triangular U with ``U^T U = matrix^-1``.
+
+    With the order of rows and columns reversed a Cholesky factor is upper triangular: matrix =
+    R R^T, and U = R^-1, without the inverse of the matrix.
+    """
+    reverse = np.linalg.cholesky(matrix[::-1, ::-1])
+    return np.asarray(np.triu(np.linalg.inv(reverse[::-1, ::-1])))

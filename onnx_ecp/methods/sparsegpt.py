@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from onnx_ecp.linalg.cholesky import inverse_factor
 from onnx_ecp.methods.method import Compensation, LayerProblem, Method, Part, Solved, View
 
 # Columns whose mask is chosen together, and within which every step is taken at once (the paper's).
@@ -96,7 +97,7 @@ class _Choice:
 
 def _sweep(weight: np.ndarray, hessian: np.ndarray, choice: _Choice) -> np.ndarray:
     """The new weights (rows, in)."""
-    weight, upper = weight.copy(), _inverse_factor(hessian)
+    weight, upper = weight.copy(), inverse_factor(hessian)
     diagonal = np.diagonal(upper)
     columns = weight.shape[1]
     for first in range(0, columns, choice.block):
@@ -111,16 +112,6 @@ def _sweep(weight: np.ndarray, hessian: np.ndarray, choice: _Choice) -> np.ndarr
             weight[~choice.keep[:, j], j] = 0.0  # exactly, whatever rounding left
         weight[:, last:] -= errors @ upper[first:last, last:]
     return weight
-
-
-def _inverse_factor(matrix: np.ndarray) -> np.ndarray:
-    """Upper triangular U with ``U^T U = matrix^-1``.
-
-    With the order of rows and columns reversed a Cholesky factor is upper triangular: matrix =
-    R R^T, and U = R^-1, without the inverse of the matrix.
-    """
-    reverse = np.linalg.cholesky(matrix[::-1, ::-1])
-    return np.asarray(np.triu(np.linalg.inv(reverse[::-1, ::-1])))
 
 
 COMPENSATION = Compensation(solve=solve, summary="the columns still to come")

@@ -59,13 +59,12 @@ def compensate(
     """
     if not any(newly_removed(layer, before, after.keep).any() for layer in network.layers):
         return before, {}
-    repair, shifts = plan.method.repair, dict(before.shifts)
+    repair, state = plan.method.repair, replace(after, weights=removed(network, before, after))
     if repair.shifts:
         for layer in network.layers:
             keep = after.keep[layer.weight.tensor]
             gap = bias_shift(matrix(layer, before), measured.moments[layer.name], keep)
-            shifts[layer.name] = before.shifts[layer.name] + gap
-    state = replace(after, weights=removed(network, before, after), shifts=shifts)
+            state = state.with_shift(layer.name, before.shifts[layer.name] + gap)
     if repair.update is not None:
         return update_blocks(network, plan, before, state, measured), {}
     if repair.solve is None:
@@ -135,7 +134,7 @@ def solve_layers(
             if network.uses[tensor] == 1:
                 what = "refit" if better is state.shifts[layer.name] else "refit and bias shift"
                 notes[layer.name] = f"last {what} rejected: {RAISED}"
-            state = replace(state, shifts={**state.shifts, layer.name: better})
+            state = state.with_shift(layer.name, better)
         progress("refit", done, len(network.segments))
     return state, notes
 

@@ -15,12 +15,13 @@ of the system, and preconditions it. Samples that no step has seen say where to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.layers import Layer
+from onnx_ecp.linalg.sums import dot
 from onnx_ecp.pruning.finetune import Tuned
 from onnx_ecp.runtime.lazy import Spill
 from onnx_ecp.runtime.limits import check_deadline
@@ -46,20 +47,31 @@ RIDGE = 10.0
 # Size of the disturbance that J d is measured with, as a share of the weights, both in units of the
 # outputs: float32 outputs have seven digits, of which a difference this small keeps four.
 DISTURBANCE = 3e-3
-# Vectors as long as theta, in float64, and states with all weights, mostly float32, that are in
-# memory at a time, sums of a batch included.
+# Vectors as long as theta, and states with all weights, that are in memory at a time, sums of a
+# batch included: as measured, with some to spare.
 VECTORS, STATES = 15, 3
 
 
-def memory_needed(layers: Sequence[Layer], keep: Mapping[str, np.ndarray]) -> int:
+def memory_needed(layers: Sequence[Layer], state: State) -> int:
     """Bytes that ``refit_jointly`` takes for weights, whatever the samples.
 
     Args:
         layers: that are refitted.
-        keep: by stored tensor, (out, in), True where the weight stays.
+        state: whose weights they are.
     """
-    dense = sum(keep[name].size for name in {layer.weight.tensor for layer in layers})
-    return 8 * VECTORS * Parameters.count(layers, keep) + 4 * STATES * dense
+    dense = sum(state.keep[name].size for name in {layer.weight.tensor for layer in layers})
+    numbers = VECTORS * Parameters.count(layers, state.keep) + STATES * dense
+    return precision(layers, state).itemsize * numbers
+
+
+def precision(layers: Sequence[Layer], state: State) -> np.dtype:
+    """Type of the vectors: that of the weights, float32 at least.
+
+    Sums over weights and samples are taken in float64 whatever it is. The products with J are
+    differences of outputs in the type of the weights, so more digits in between add none.
+    """
+    kinds = {state.weights[layer.weight.tensor].dtype for layer in layers}
+    return np.result_type(np.float32, *kinds)
 
 
 def refit_jointly(
@@ -88,7 +100,8 @@ def refit_jointly(
         memory: bytes that outputs of all samples may take; beyond, they lie in a temporary file.
         progress: called after every step.
     """
-    theta = Parameters(objective.observer.layers, state.keep)
+    layers = objective.observer.layers
+    theta = Parameters(layers, state.keep, precision(layers, state))
     centred, diagonal = _coordinates(objective, state, fit, size, memory, theta)
     best, best_loss = state, objective.loss(state, guard, size)
     before, fit_loss = best_loss, objective.loss(state, fit, size)
@@ -156,8 +169,10 @@ def _ridge(
         norm = np.linalg.norm(matrix(layer, objective.original), axis=1)
         norms[tensor] = np.where(norm > 0, norm, norm.mean() or 1.0)
     squares = np.square(centred.by_row(norms))
-    means = [np.full(x.size, x.mean() if x.size else 0.0) for x in theta.parts(diagonal * squares)]
-    return np.asarray(np.concatenate(means) / squares)
+    for ridge, own in zip(theta.parts(squares), theta.parts(diagonal), strict=True):
+        if ridge.size:
+            np.divide(dot(own, ridge) / ridge.size, ridge, out=ridge)
+    return squares
 
 
 class _System:
@@ -189,9 +204,10 @@ class _System:
         self._objective, self._theta, self._batches = objective, theta, batches
         self._count = sum(batch.samples for batch in batches)
         self._centred, self._diagonal = centred, diagonal
-        self._ridge = damping * _ridge(objective, theta, centred, diagonal)
-        weights, _ = theta.named(self.point**2 * diagonal)
-        self._whole = float(np.sqrt(sum(x.sum() for x in weights.values())))
+        self._ridge = _ridge(objective, theta, centred, diagonal)
+        self._ridge *= damping
+        (points, _), (parts, _) = theta.named(self.point), theta.named(diagonal)
+        self._whole = float(np.sqrt(sum(dot(x, x, parts[name]) for name, x in points.items())))
         self._outputs = Spill(memory)
         for number, batch in enumerate(batches):
             for name, y in objective.observer.heads(state, batch).items():
@@ -201,45 +217,59 @@ class _System:
         """Better and better solutions d: preconditioned conjugate gradients from d = 0."""
         d = np.zeros_like(self.point)
         residual = -self._slope()
-        scale = self._diagonal + self._ridge
         direction = np.zeros_like(d)
         before = np.inf
         while True:
             check_deadline()
-            z = np.divide(residual, scale, out=np.zeros_like(d), where=scale > 0)
-            now = float(residual @ z)
-            direction = z + now / before * direction
+            z = self._preconditioned(residual)
+            now = dot(residual, z)
+            direction *= direction.dtype.type(now / before)
+            direction += z
+            del z
             image = self._times(direction)
-            curvature = float(direction @ image)
+            curvature = dot(direction, image)
             if not curvature > 0:  # rounding, or nothing left to gain
                 return
-            d = d + now / curvature * direction
-            residual = residual - now / curvature * image
+            step = direction.dtype.type(now / curvature)
+            d = d + step * direction
+            image *= step
+            residual -= image
+            del image
             before = now
             yield d
 
+    def _preconditioned(self, residual: np.ndarray) -> np.ndarray:
+        """The residual over the diagonal of the system; 0 where that is."""
+        scale = self._diagonal + self._ridge
+        return np.divide(residual, scale, out=np.zeros_like(residual), where=scale > 0)
+
     def _slope(self) -> np.ndarray:
         """E[J^T slope]."""
-        total = np.zeros_like(self.point)
+        total = np.zeros(self.point.shape)
         for batch, y in self._seen():
             slopes = self._objective.slopes(y, self._objective.targets(batch))
             total += self._objective.gradient(self.state, batch, slopes, self._theta)
-        return self._centred.pulled(total) / self._count
+        return self._centred.pulled(total / self._count)
 
     def _times(self, d: np.ndarray) -> np.ndarray:
         """(E[J^T H J] + R) d."""
-        size = float(np.sqrt(d**2 @ self._diagonal))
+        size = float(np.sqrt(dot(d, d, self._diagonal)))
         if not size * self._whole > 0:  # nothing moves, or there is nothing to take a share of
             return np.zeros_like(d)
         step = DISTURBANCE * self._whole / size
-        moved = self._theta.state(self.state, self.point + step * self._centred.moved(d))
-        total = np.zeros_like(d)
+        moved = self._theta.state(
+            self.state, self.point + d.dtype.type(step) * self._centred.moved(d)
+        )
+        total = np.zeros(d.shape)
         for batch, y in self._seen():
             there = self._objective.observer.heads(moved, batch)
             change = {n: (there[n].astype(np.float64) - y[n]) / step for n in y}
             bends = self._objective.bends(y, change)
             total += self._objective.gradient(self.state, batch, bends, self._theta)
-        return self._centred.pulled(total) / self._count + self._ridge * d
+        total /= self._count
+        pulled = self._centred.pulled(total)
+        pulled += self._ridge * d
+        return pulled
 
     def _seen(self) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
         """Every batch with the outputs that the state makes of it."""

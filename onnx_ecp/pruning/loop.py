@@ -21,10 +21,11 @@ from onnx_ecp.methods import MaskProblem, View
 from onnx_ecp.pruning.compensation import compensate, newly_removed, removed
 from onnx_ecp.pruning.finetune import finetune
 from onnx_ecp.pruning.joint_refit import ROUNDS, memory_needed, refit_jointly
+from onnx_ecp.pruning.levels import Levels, levels_of
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.pruning.selection import NM, select
 from onnx_ecp.pruning.standing import is_worse
-from onnx_ecp.runtime.lazy import LazyArrays, Spill
+from onnx_ecp.runtime.lazy import LazyArrays, Spill, size_text
 from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.statistics.collection import (
@@ -35,7 +36,7 @@ from onnx_ecp.statistics.collection import (
 )
 from onnx_ecp.statistics.curvature import CurvatureObserver
 from onnx_ecp.statistics.gram import Gram
-from onnx_ecp.statistics.layerwise import Network, grams_of, matrix
+from onnx_ecp.statistics.layerwise import GRANTED, Network, grams_of, matrix
 from onnx_ecp.statistics.objective import BATCH
 from onnx_ecp.statistics.observer import State
 
@@ -50,6 +51,8 @@ class Pruned:
         ess: by layer name, effective sample size in the last stage.
         notes: by layer name, remarks such as a refit that was not kept.
         warnings: about the network as a whole.
+        levels: importances of the original's weights, where the plan asks for them and a stage
+            ranked single weights.
     """
 
     state: State
@@ -57,6 +60,7 @@ class Pruned:
     ess: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    levels: Levels | None = None
 
     def removes_no_more_than(self, other: Pruned) -> bool:
         """Whether the same is gone as there."""
@@ -159,12 +163,12 @@ def jointly_refitted(
     if not network.observer.reverses:
         text = "the joint refit was left out: it would take too long by finite differences."
         return _warned(result, text)
-    needed = memory_needed(network.layers, result.state.keep)
-    share = network.share(2)
-    if share is not None and needed > share:
+    needed = memory_needed(network.layers, result.state)
+    if needed > network.granted // 2:
         text = (
-            f"the joint refit was left out: it takes {needed / 2**20:.3g} MiB, and half of "
-            f"--max-memory is {share / 2**20:.3g} MiB."
+            f"the joint refit was left out: it takes {size_text(needed)}, more than half of "
+            f"--max-memory, which is {size_text(network.granted)} ({size_text(GRANTED)} where none "
+            f"is given). With --max-memory {size_text(2 * needed)} it is done."
         )
         return _warned(result, text)
     found = refit_jointly(
@@ -251,7 +255,10 @@ def stage(
     warnings = before.warnings
     if state is network.original:  # later on, pruning itself may have cut a layer off
         warnings = tuple(_blind(network.layers, state, scores))
-    return Pruned(after, removed, ess, notes, warnings)
+    levels = before.levels
+    if plan.with_levels and state is network.original:
+        levels = levels_of(scores)
+    return Pruned(after, removed, ess, notes, warnings, levels)
 
 
 def _blind(

@@ -23,6 +23,7 @@ class Plan:
         seed: of the methods' random numbers.
         finetune_steps: of fine-tuning after the last stage; a tenth of it after every other one.
         blocks: what the curvature couples: a name in BLOCKS.
+        with_levels: whether the first stage notes the importances, for a picture of them.
     """
 
     method: Method
@@ -32,3 +33,4 @@ class Plan:
     seed: int = 0
     finetune_steps: int = 0
     blocks: str = "network"
+    with_levels: bool = False

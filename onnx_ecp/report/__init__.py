@@ -12,11 +12,13 @@ from onnx_ecp.evaluation.bounds import Bounds
 from onnx_ecp.evaluation.compare import ColumnError, Deviation, Gap
 from onnx_ecp.evaluation.facts import ModelFacts
 from onnx_ecp.evaluation.latency import Latency
-from onnx_ecp.evaluation.tensorrt import SparseKernel
+from onnx_ecp.evaluation.targets.target import Eligible
 from onnx_ecp.evaluation.work import Work
 from onnx_ecp.graph import check_output, write_whole
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.pruning.search import Point
+from onnx_ecp.quantising.rows import Int8, Int8Row
+from onnx_ecp.report.evidence import Evidence
 from onnx_ecp.runtime.versions import Versions
 from onnx_ecp.units.rows import MEET, Speedup, UnitRow
 
@@ -28,6 +30,11 @@ PATTERN_SPEED = (
     "N:M makes the compressed file smaller; ONNX Runtime multiplies its zeros like other numbers. "
     "Kernels for 2:4, such as those of TensorRT on NVIDIA's GPUs, can be faster; no other pattern "
     "has any there."
+)
+INT8_SPEED = (
+    "int8 makes the file four times smaller, and faster where the processor has int8 products "
+    "(AVX-512 VNNI, AVX-VNNI, ARM dot products); what it does here is measured above, unless "
+    "--no-measure was said."
 )
 # What a reader needs to know to compare the points of a search with the error of the report.
 CURVE_NOTE = (
@@ -41,8 +48,6 @@ SYNTHETIC_WARNING = (
 )
 
 
-# Title of the list of ``Report.sparse_kernels``.
-KERNELS = "2:4 kernels of TensorRT"
 # Title of the columns with the largest errors, every one in units of its own spread.
 WORST_COLUMNS = "Worst columns"
 # Title of the list of ``Report.staying``, and of the same in ``inspect``.
@@ -53,6 +58,8 @@ UNIT_WORDS = (
     f"of a dimension of every head, the number of heads. {MEET}: no layer reads these units, the "
     "products of attention do."
 )
+# Title of the list of ``Int8.layers``.
+INT8 = "int8"
 # Shifts below this are what is left of sums that cancel.
 ROUNDING = 1e-12
 # Words for the fields of ``Work``.
@@ -78,6 +85,20 @@ def latency_rows(latency: Latency) -> Iterator[tuple[str, float, float]]:
     yield "latency, least", latency.seconds_a, latency.seconds_b
     if latency.median_a is not None and latency.median_b is not None:
         yield "latency, median", latency.median_a, latency.median_b
+
+
+def int8_errors(int8: Int8) -> Iterator[tuple[str, float]]:
+    """The errors of the outputs that zeros and rounding leave, with what they are."""
+    yield "error of zeros alone", int8.zeros
+    yield "error of rounding alone", int8.rounding
+    if int8.compensated:
+        yield "error of rounding alone, not compensated", int8.uncompensated
+    yield "error of both", int8.both
+
+
+def int8_layer(row: Int8Row) -> str:
+    """Which type the products of a layer are taken in."""
+    return "int8" if row.int8 else "float"
 
 
 def fate(row: UnitRow) -> str:
@@ -106,6 +127,32 @@ class Recipe:
     support: str = "ranking"
     effort: str = ""
     budget: str = ""
+
+
+@dataclass(frozen=True)
+class ForTarget:
+    """What a runtime makes of the result; see ``evaluation.targets``.
+
+    Args:
+        name: of the target, its row.
+        title: its name for people.
+        gains: what turns zeros into speed there.
+        layers: which of them gain, and why not the others.
+        next_step: what to run next.
+        changes: what else was changed so that the runtime takes the file; else empty.
+    """
+
+    name: str
+    title: str
+    gains: str
+    layers: tuple[Eligible, ...]
+    next_step: str
+    changes: str = ""
+
+    @property
+    def heading(self) -> str:
+        """Title of the list of layers."""
+        return f"What {self.title} gains from"
 
 
 @dataclass(frozen=True)
@@ -199,8 +246,10 @@ class Report:
         speedup: what was asked for and what was measured, where latency was the target.
         latency: of both models, where it was measured.
         advice: what would be faster, where the result was measured and is not; else empty.
-        sparse_kernels: which layers of the result TensorRT's 2:4 kernels may take; empty without
-            N:M.
+        int8: what int8 took away and gave; None where all layers stayed in floats.
+        target: what the runtime that was named makes of it; with N:M, where none was, TensorRT.
+        evidence: what pictures are drawn from, where an HTML report was asked for.
+        command: what repeats it in a shell; empty where the model or its inputs were in memory.
     """
 
     original: ModelFacts
@@ -223,10 +272,13 @@ class Report:
     curve: tuple[Point, ...] = ()
     bounds: Bounds | None = None
     speedup: Speedup | None = None
-    sparse_kernels: tuple[SparseKernel, ...] = ()
+    int8: Int8 | None = None
+    target: ForTarget | None = None
     latency: Latency | None = None
     advice: str = ""
     learnt_error: float | None = None
+    evidence: Evidence | None = None
+    command: str = ""
 
     @property
     def errors(self) -> dict[str, str]:
@@ -358,6 +410,11 @@ def write(report: Report, path: str | Path) -> None:
     """
     check_target(path, force=True)
     write_whole(path, rendered(report, path))
+
+
+def is_drawn(path: str | Path) -> bool:
+    """Whether a report of this name has pictures."""
+    return Path(path).suffix.lower() == ".html"
 
 
 def rendered(report: Report, path: str | Path) -> bytes:

@@ -2,7 +2,8 @@
 
 The schema is the dataclasses: an object per dataclass, a list per tuple, ``null`` for None. JSON
 has no NaN and no infinities: they are the strings "NaN", "Infinity" and "-Infinity".
-``headline``, ``totals`` and ``sparsity`` of a layer are computed, for readers that only read.
+``headline``, ``totals``, ``sparsity`` of a layer and ``warnings`` of bounds are computed, for
+readers that only read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from onnx_ecp.errors import UsageError
-from onnx_ecp.report import Report
+from onnx_ecp.evaluation.bounds import Bounds
+from onnx_ecp.evaluation.bounds.planning import Planning
+from onnx_ecp.evaluation.compare import Comparison
+from onnx_ecp.report import Report, bounding
+from onnx_ecp.report.diagnosis import Diagnosis
+from onnx_ecp.report.inspection import Inspection
 
 SCHEMA = 2
 _COMPUTED = ("schema", "headline", "totals")
@@ -29,6 +35,8 @@ def report_to_dict(report: Report) -> dict[str, Any]:
     values = encode(report)
     for row, layer in zip(report.layers, values["layers"], strict=True):
         layer["sparsity"] = row.sparsity
+    if report.bounds is not None:
+        values["bounds"] = to_dict(report.bounds)
     totals = {name: getattr(report, name) for name in _TOTALS}
     return {"schema": SCHEMA, "headline": report.headline, "totals": totals, **values}
 
@@ -45,9 +53,28 @@ def report_from_dict(values: Mapping[str, Any]) -> Report:
         fields["layers"] = [
             {name: v for name, v in row.items() if name != "sparsity"} for row in fields["layers"]
         ]
+    if fields.get("bounds"):
+        fields["bounds"] = {n: v for n, v in fields["bounds"].items() if n != "warnings"}
     report = decode(Report, fields)
     assert isinstance(report, Report), "decode returns what it was asked for"
     return report
+
+
+def to_dict(
+    found: Report | Comparison | Bounds | Inspection | Planning | Diagnosis,
+) -> dict[str, Any]:
+    """JSON values of what a command found: its fields, and what its tables work out of them."""
+    if isinstance(found, Report):
+        return report_to_dict(found)
+    values: dict[str, Any] = encode(found)
+    match found:
+        case Comparison():
+            return {**values, "warnings": list(found.gap.warnings)}
+        case Bounds():
+            return {**values, "warnings": list(bounding.warnings(found))}
+        case Diagnosis():
+            return {**values, "ok": found.ok}
+    return values
 
 
 def dumps(values: Any) -> str:

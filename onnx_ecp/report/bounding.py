@@ -7,8 +7,16 @@ from collections.abc import Iterable, Iterator
 from onnx_ecp.evaluation.bounds import Bounds
 from onnx_ecp.evaluation.bounds.planning import Planning
 
-GAP = "gap: L2 norm of the pruned model's outputs minus the original's, for one input."
-VACUOUS = "vacuous: it would hold for a model whose outputs are all zero as well."
+GAP = (
+    "gap: distance of the pruned model's outputs from the original's for one input, every column "
+    "in units of its own standard deviation; its root mean square is the relative error."
+)
+PLAIN_GAP = "gap: L2 norm of the pruned model's outputs minus the original's, for one input."
+PLAN_GAP = (
+    "gap: L2 norm of the pruned model's outputs minus the original's, for one input, relative to "
+    "what the norms of the layers allow the outputs."
+)
+VACUOUS = "vacuous: it would hold for a model of constant outputs as well."
 COLUMNS = ("bound", "for", "value>")
 
 
@@ -21,7 +29,7 @@ def rows(bounds: Bounds) -> Iterator[tuple[str, str, str]]:
 
     if bounds.measured is not None and bounds.output_norm is not None:
         seen = f"largest of {bounds.samples:,}"
-        yield "output of the original (L2 norm)", seen, f"{bounds.output_norm:.4g}"
+        yield "gap of constant outputs", seen, f"{bounds.output_norm:.4g}"
         yield "gap, measured", seen, f"{bounds.measured:.4g}"
     if bounds.conformal is not None:
         one = f"one new input, with probability {chance}"
@@ -40,7 +48,10 @@ def rows(bounds: Bounds) -> Iterator[tuple[str, str, str]]:
 
 def terms(found: Bounds | Planning) -> list[str]:
     """What the words of the table mean."""
-    return [GAP, VACUOUS] if found.vacuous else [GAP]
+    gap = PLAN_GAP
+    if isinstance(found, Bounds):
+        gap = PLAIN_GAP if found.plain else GAP
+    return [gap, VACUOUS] if found.vacuous else [gap]
 
 
 def warnings(bounds: Bounds) -> Iterator[str]:

@@ -6,17 +6,18 @@ It stays under 500 kB: of very many layers the middle is left out, as the page s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from onnx_ecp.graph import printable
 from onnx_ecp.report import (
     CURVE_NOTE,
-    KERNELS,
+    INT8,
     ROUNDING,
     UNITS_STAY,
     WORK,
     WORST_COLUMNS,
+    ForTarget,
     LayerRow,
     Report,
     bounding,
@@ -24,36 +25,21 @@ from onnx_ecp.report import (
     counted,
     curve_title,
     fate,
+    int8_errors,
+    int8_layer,
     latency_rows,
 )
 from onnx_ecp.report.as_json import dumps, encode
+from onnx_ecp.report.document import document, number, table
 from onnx_ecp.report.headline import ADVICE
+from onnx_ecp.report.pictures.answer import answer
+from onnx_ecp.report.pictures.cards import cards
+from onnx_ecp.report.pictures.layers import layers
+from onnx_ecp.report.pictures.outputs import outputs
+from onnx_ecp.report.pictures.search import search
+from onnx_ecp.report.pictures.text import shown
+from onnx_ecp.report.pictures.units import units
 from onnx_ecp.units.rows import MEET
-
-# Rows at either end of a table; a row takes at most 2 kB, whatever the names are.
-_ENDS = 60
-_BAR = 120
-
-_STYLE = """
-:root { color-scheme: light dark; --fg: #1c2024; --bg: #fff; --soft: #e6e8eb; --bar: #3b7dd8;
-  --old: #9db8dc; --warn: #a35200; }
-@media (prefers-color-scheme: dark) { :root { --fg: #e4e6e8; --bg: #16181b; --soft: #33373c;
-  --bar: #6aa5f0; --old: #44618a; --warn: #f0a860; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--fg); background: var(--bg);
-  max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--soft); text-align: left;
-  overflow-wrap: anywhere; }
-/* Without a least width, anywhere lets a name shrink to one letter a line. */
-td { min-width: 4em; } td:first-child { min-width: 11em; }
-.share { white-space: nowrap; }
-td.n, th.n { text-align: right; overflow-wrap: normal; } td.n { min-width: 0; white-space: nowrap; }
-rect.all { fill: var(--soft); } rect.new { fill: var(--bar); } rect.old { fill: var(--old); }
-.warning { color: var(--warn); font-weight: 600; }
-pre { overflow-x: auto; }
-"""
 
 
 def page(report: Report) -> str:
@@ -61,61 +47,32 @@ def page(report: Report) -> str:
     title = f"onnx-ecp: {shown(report.original.path or 'model in memory', 200)}"
     parts = [
         f"<h1>{title}</h1>",
-        *(f'<p class="warning">{shown(warning, 500)}</p>' for warning in report.warnings),
+        answer(report),
+        _warnings(report.warnings),
         _headline(report),
-        _sizes(report),
-        _scores(report),
+        layers(report),
+        units(report),
+        cards(report),
+        outputs(report),
         _outputs(report),
+        _scores(report),
         _curve(report),
         _bounds(report),
         _layers(report),
         _units(report),
-        _kernels(report),
+        _int8(report),
+        _target(report.target),
         _skips(report),
+        _files(report),
         _origin(report),
     ]
     return document(title, parts)
 
 
-def document(title: str, parts: Iterable[str], style: str = "") -> str:
-    """A page of these parts, empty ones left out.
-
-    Args:
-        title: HTML.
-        parts: HTML.
-        style: CSS besides the common one.
-    """
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}{style}</style>\n</head>\n<body>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def bar(before: float, after: float, fine: bool = True) -> str:
-    """An inline SVG bar: the share of zeros in the result, and within it that of the original.
-
-    Args:
-        before: share of zeros in the given model, in [0, 1].
-        after: share in the result.
-        fine: False for what was tried but not taken.
-    """
-    label = f"{100 * after:.2f} % zeros, {100 * before:.2f} % before"
-    rects = "".join(
-        f'<rect class="{kind}" width="{_BAR * share:.1f}" height="12"/>'
-        for kind, share in (("all", 1.0), ("new" if fine else "old", after), ("old", before))
-    )
-    return (
-        f'<svg width="{_BAR}" height="12" role="img" aria-label="{label}">'
-        f"<title>{label}</title>{rects}</svg>"
-    )
-
-
-def _share(before: float, after: float, fine: bool = True) -> str:
-    """A bar with its number."""
-    return f'<span class="share">{bar(before, after, fine)} {100 * after:.2f} %</span>'
+def _warnings(warnings: Sequence[str]) -> str:
+    """What the user must know, and what to do about it."""
+    lines = "\n".join(f'<p class="warning">{_with_code(shown(text, 500))}</p>' for text in warnings)
+    return f'<section class="warnings">\n{lines}\n</section>' if lines else ""
 
 
 def _headline(report: Report) -> str:
@@ -141,7 +98,7 @@ def _with_code(sentence: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", sentence)
 
 
-def _sizes(report: Report) -> str:
+def _files(report: Report) -> str:
     a, b = report.original, report.result
     rows = [
         ["file", shown(a.path or "in memory", 200), shown(b.path or "not written", 200), ""],
@@ -160,7 +117,7 @@ def _sizes(report: Report) -> str:
         for name, x, y in latency_rows(report.latency):
             what = f"{name}, {report.latency.conditions}"
             rows.append([what, f"{1e3 * x:.3g} ms", f"{1e3 * y:.3g} ms", f"x{y / x:.2f}"])
-    return table("Model", ["", "original", "result", "change>"], rows)
+    return table("Files", ["", "original", "result", "change>"], rows)
 
 
 def _scores(report: Report) -> str:
@@ -190,7 +147,7 @@ def _outputs(report: Report) -> str:
     columns = ["output", "relative error>", "in one unit>", "mean squared error>"]
     columns += ["largest deviation>"]
     columns += ["at sample>", *(["top-1 agreement>"] if agrees else [])]
-    return table("Outputs", columns, rows) + _columns(report)
+    return table("Outputs in numbers", columns, rows) + _columns(report)
 
 
 def _columns(report: Report) -> str:
@@ -205,20 +162,21 @@ def _columns(report: Report) -> str:
 
 
 def _curve(report: Report) -> str:
-    """The points of a search, those beyond the target in grey."""
+    """The points of a search."""
     dropped = any(point.drop is not None for point in report.curve)
     rows = []
     for point in report.curve:
         drop = [f"{point.drop:.2f} points"] if point.drop is not None else []
         verdict = "within" if point.within else "beyond"
-        share = _share(0.0, point.sparsity, point.within)
+        share = f"{100 * point.sparsity:.2f} %"
         high = "" if point.high is None else f"{point.high:.4g}"
         rows.append([share, f"{point.error:.4g}", high, *drop, verdict])
     if not rows:
         return ""
-    columns = ["sparsity", "relative error>", "up to (95 %)>"]
+    columns = ["sparsity>", "relative error>", "up to (95 %)>"]
     columns += [*(["accuracy drop>"] if dropped else []), "target"]
-    return f"{table(curve_title(report.curve), columns, rows)}\n<p>{CURVE_NOTE}</p>"
+    told = table(curve_title(report.curve), columns, rows)
+    return f"{told}\n<p>{CURVE_NOTE}</p>\n{search(report.curve)}"
 
 
 def _bounds(report: Report) -> str:
@@ -233,9 +191,9 @@ def _bounds(report: Report) -> str:
 
 def _layers(report: Report) -> str:
     after = "zeros after>" if report.gone == "zeros" else "removed>"
-    columns = ["layer", "op", "out x in>", "zeros before>", after, "sparsity"]
+    columns = ["layer", "op", "out x in>", "zeros before>", after, "sparsity>"]
     columns += ["importance removed>", "largest bias shift>", "effective samples>", "note"]
-    return table("Layers", *_used(columns, [_layer(row) for row in report.layers]))
+    return table("Layers in numbers", *_used(columns, [_layer(row) for row in report.layers]))
 
 
 def _used(
@@ -247,14 +205,13 @@ def _used(
 
 
 def _layer(row: LayerRow) -> list[str]:
-    before = row.zeros_before / row.weights if row.weights else 0.0
     return [
         shown(row.name),
         shown(row.op, 30),
         f"{row.shape[0]} x {row.shape[1]}",
         f"{row.zeros_before:,}",
         f"{row.zeros_after:,}",
-        _share(before, row.sparsity),
+        f"{100 * row.sparsity:.2f} %",
         number(row.importance_removed),
         number(row.largest_shift if row.largest_shift > ROUNDING else 0.0),
         "" if row.ess is None else f"{row.ess:,.0f}",
@@ -276,17 +233,47 @@ def _units(report: Report) -> str:
     return table("Units", ["made by", "read by", "before>", "after>", ""], rows)
 
 
-def _kernels(report: Report) -> str:
+def _int8(report: Report) -> str:
+    int8 = report.int8
+    if int8 is None:
+        return ""
+    rows = [
+        [
+            shown(row.name),
+            shown(row.op, 30),
+            f"{row.weights:,}",
+            int8_layer(row),
+            number(row.error),
+            shown(row.note, 200),
+        ]
+        for row in int8.layers
+    ]
+    layers = table(INT8, ["layer", "op", "weights>", "type", "error>", "why"], rows)
+    worth = [[what, number(error)] for what, error in int8_errors(int8)]
+    worth += [
+        ["bytes in floats", f"{int8.bytes:,}"],
+        ["bytes in floats after gzip", f"{int8.compressed_bytes:,}"],
+    ]
+    return layers + table("Zeros and rounding", ["", ">"], worth)
+
+
+def _target(target: ForTarget | None) -> str:
+    if target is None:
+        return ""
     rows = [
         [
             shown(x.name),
             shown(x.op, 30),
+            f"{100 * x.zeros:.0f} %",
             "no" if x.refused else "yes",
             shown(x.refused or x.advice, 200),
         ]
-        for x in report.sparse_kernels
+        for x in target.layers
     ]
-    return table(KERNELS, ["layer", "op", "possible", "why"], rows)
+    words = [f"{target.title}: {target.gains}.", target.changes, f"next: {target.next_step}"]
+    notes = "\n".join(f"<p>{shown(sentence, 500)}</p>" for sentence in words if sentence)
+    columns = ["layer", "op", "zeros>", "gains", "why"]
+    return f"{table(target.heading, columns, rows)}\n{notes}"
 
 
 def _skips(report: Report) -> str:
@@ -317,7 +304,14 @@ def _origin(report: Report) -> str:
         **{f"{name} version": value for name, value in encode(report.versions).items()},
     }
     told = [[shown(k.replace("_", " ")), shown(v, 300)] for k, v in rows.items() if v]
-    return table("How", ["", ""], told) + _options(report.options)
+    return table("How", ["", ""], told) + _command(report.command) + _options(report.options)
+
+
+def _command(command: str) -> str:
+    """What repeats it."""
+    if not command:
+        return "<p>The model or its inputs were in memory: no command repeats it.</p>"
+    return f'<h2>Repeat it</h2>\n<pre class="command">{shown(command, 4000)}</pre>\n'
 
 
 def _recipe(report: Report) -> Mapping[str, object]:
@@ -333,33 +327,3 @@ def _options(options: Mapping[str, object]) -> str:
         f"{printable(line, 300)}\n" for line in dumps(encode(options)).splitlines()[:200]
     )
     return f"<details><summary>Options</summary><pre>{escape(text)}</pre></details>"
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A titled table; cells are HTML; a column that ends in ``>`` is aligned at the right."""
-    if not rows:
-        return ""
-    kinds = [' class="n"' if column.endswith(">") else "" for column in columns]
-    head = _row("th", [escape(column.rstrip(">")) for column in columns], kinds)
-    lines = [_row("td", row, kinds) for row in rows]
-    if len(lines) > 2 * _ENDS:
-        omitted = f"... {len(lines) - 2 * _ENDS:,} more, all in the JSON report"
-        middle = f'<tr><td colspan="{len(columns)}">{omitted}</td></tr>'
-        lines = [*lines[:_ENDS], middle, *lines[-_ENDS:]]
-    body = "\n".join([head, *lines])
-    return f'<h2>{title}</h2>\n<div class="wide"><table>\n{body}\n</table></div>'
-
-
-def _row(tag: str, cells: Iterable[str], kinds: Iterable[str]) -> str:
-    inner = "".join(f"<{tag}{kind}>{cell}</{tag}>" for cell, kind in zip(cells, kinds, strict=True))
-    return f"<tr>{inner}</tr>"
-
-
-def shown(value: object, limit: int = 60) -> str:
-    """HTML of a name: printable, cut, escaped."""
-    return escape(printable(value, limit))
-
-
-def number(value: float | None) -> str:
-    """Four digits; nothing for None."""
-    return "" if value is None else f"{value:.4g}"

@@ -8,6 +8,7 @@ from onnx_ecp.graph import (
     InputSpec,
 )
 from onnx_ecp.layers import Skip
+from onnx_ecp.report import ForTarget
 from onnx_ecp.units.rows import UnitGroup
 
 
@@ -61,6 +62,7 @@ class Inspection:
         weights: of all prunable layers; tensors that several share count once.
         zeros: among them.
         warnings: what the user must know.
+        target: what a runtime would gain from, where one was named.
     """
 
     path: str | None
@@ -75,3 +77,4 @@ class Inspection:
     weights: int
     zeros: int
     warnings: tuple[str, ...] = ()
+    target: ForTarget | None = None

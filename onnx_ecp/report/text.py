@@ -1,4 +1,4 @@
-"""Reports for the terminal: tables of at most 100 columns, readable without colour.
+"""Reports for the terminal: tables of at most 80 columns, readable without colour.
 
 Names come from files that others made: they pass through ``printable``, and the console takes
 nothing as markup.
@@ -25,18 +25,19 @@ from onnx_ecp.evaluation.bounds.planning import Planning
 from onnx_ecp.evaluation.compare import Comparison, Gap
 from onnx_ecp.evaluation.facts import ModelFacts
 from onnx_ecp.evaluation.latency import Latency
-from onnx_ecp.evaluation.tensorrt import SparseKernel
 from onnx_ecp.graph import printable
 from onnx_ecp.layers.layer import Skip
 from onnx_ecp.pruning.search import Point
+from onnx_ecp.quantising.rows import Int8
 from onnx_ecp.report import (
     CURVE_NOTE,
-    KERNELS,
+    INT8,
     ROUNDING,
     UNIT_WORDS,
     UNITS_STAY,
     WORK,
     WORST_COLUMNS,
+    ForTarget,
     LayerRow,
     Recipe,
     Report,
@@ -45,20 +46,23 @@ from onnx_ecp.report import (
     counted,
     curve_title,
     fate,
+    int8_errors,
+    int8_layer,
     latency_rows,
 )
 from onnx_ecp.report.diagnosis import Diagnosis
 from onnx_ecp.report.headline import ADVICE
 from onnx_ecp.report.inspection import Inspection, Prunable
+from onnx_ecp.report.names import LEAST, Names, cut
 from onnx_ecp.units.rows import MEET, UnitGroup
 
-WIDTH = 100
+WIDTH = 80
 # Rows of a long table that are shown at its beginning and at its end.
 _HEAD = _TAIL = 15
 # Columns of an output that are shown.
 _WORST = 3
-# Characters of a name that a narrow terminal has room for in a line.
-_NAME = 14
+# Characters of a name in a sentence, and of the name of a file.
+_NAME, _FILE = 40, 24
 # Characters of a sentence that are shown; names get fewer.
 _SENTENCE = 400
 
@@ -68,7 +72,7 @@ Row = TypeVar("Row")
 def show(renderable: RenderableType, file: TextIO | None = None) -> None:
     """Print tables on stdout, or into ``file``.
 
-    Where that is no terminal, they are 100 columns wide, without colour and trailing blanks.
+    Where that is no terminal, they are 80 columns wide, without colour and trailing blanks.
     """
     file = sys.stdout if file is None else file
     plain_text: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
@@ -78,7 +82,7 @@ def show(renderable: RenderableType, file: TextIO | None = None) -> None:
         return
     console = Console(file=file, width=WIDTH, color_system=None, **plain_text)
     with console.capture() as captured:
-        console.print(renderable)
+        console.print(fitted(renderable, console))
     file.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
@@ -93,7 +97,7 @@ def fitted(renderable: RenderableType, console: Console) -> RenderableType:
         return renderable
     table = copy.copy(renderable)
     table.columns = [
-        _at_least(column, _NAME if k == 0 else None) for k, column in enumerate(table.columns)
+        _at_least(column, LEAST if k == 0 else None) for k, column in enumerate(table.columns)
     ]
     options = console.options.update(max_width=100 * WIDTH)  # a measurement ends there
     while Measurement.get(console, options, table).minimum > console.width and table.columns[2:]:
@@ -132,6 +136,9 @@ def ok_line(report: Report) -> str:
             fields["agreement"] = f"{report.gap.agreement:.2f}"
     if report.speedup is not None:
         fields["speedup"] = f"{report.speedup.reached:.3f}"
+    if report.int8 is not None:
+        chosen = sum(row.int8 for row in report.int8.layers)
+        fields["int8"] = f"{chosen}/{len(report.int8.layers)}"
     fields["zeros"] = f"{report.zeros_after}/{report.weights}"
     fields["bytes"] = str(report.result.bytes)
     fields["gzip"] = str(report.result.compressed_bytes)
@@ -153,8 +160,10 @@ def report_tables(report: Report, *, verbose: bool = False) -> Group:
         parts.append(_notes(report.layers, verbose))
     if report.units:
         parts.append(_unit_table(report, verbose))
-    if report.sparse_kernels:
-        parts.append(_kernel_table(report.sparse_kernels, verbose))
+    if report.int8 is not None:
+        parts.append(_int8_tables(report.int8, report.result, verbose))
+    if report.target is not None:
+        parts.append(target_tables(report.target, verbose=verbose))
     if report.dense:
         parts.append(_skip_table(report.dense, verbose))
     if report.staying:
@@ -176,7 +185,7 @@ def inspection_tables(inspection: Inspection, *, verbose: bool = False) -> Group
     stored = any(row.storage != "dense" for row in inspection.layers)
     columns = ["layer", "op", "out x in>", "weights>", "zeros>", "fits 2:4"]
     columns += [*(["stored"] if stored else []), "sensitivity"]
-    table = _table("Prunable layers", *columns)
+    table, name = _table("Prunable layers", *columns), Names()
     for row in _cut(inspection.layers, verbose):
         if isinstance(row, int):
             table.add_row(_omitted(row))
@@ -186,7 +195,14 @@ def inspection_tables(inspection: Inspection, *, verbose: bool = False) -> Group
         if row.tensorrt and not row.two_four:
             two_four = f"yes, but TensorRT: {row.tensorrt}"
         size = f"{row.weights:,}"
-        cells = [printable(row.name), row.op, _shape(row.shape), size, zeros, two_four]
+        cells: list[RenderableType] = [
+            name(row.name),
+            row.op,
+            _shape(row.shape),
+            size,
+            zeros,
+            two_four,
+        ]
         table.add_row(*cells, *([row.storage] if stored else []), row.sensitivity)
     total, zeros_now = inspection.weights, inspection.zeros
     table.add_section()
@@ -202,6 +218,8 @@ def inspection_tables(inspection: Inspection, *, verbose: bool = False) -> Group
         parts.append(_skip_table(inspection.skips, verbose))
     if inspection.unit_refusals:
         parts.append(_skip_table(inspection.unit_refusals, verbose, UNITS_STAY))
+    if inspection.target is not None:
+        parts.append(target_tables(inspection.target, verbose=verbose))
     parts += [_warning(text) for text in inspection.warnings]
     return Group(*parts)
 
@@ -220,7 +238,7 @@ def _blocked(layers: Sequence[Prunable]) -> list[RenderableType]:
     found: dict[tuple[str, str], list[str]] = {}
     for row in layers:
         if row.sensitivity in _WAYS:
-            found.setdefault((row.sensitivity, row.blocked), []).append(printable(row.name))
+            found.setdefault((row.sensitivity, row.blocked), []).append(cut(row.name, _NAME))
     return [
         Text(
             f"{_WAYS[way]}: {names[0]}"
@@ -233,13 +251,14 @@ def _blocked(layers: Sequence[Prunable]) -> list[RenderableType]:
 
 def _group_table(groups: Sequence[UnitGroup], verbose: bool) -> Table:
     table = _table("Units (--granularity unit)", "made by", "read by", "units>", "width>")
+    maker, reader = Names(), Names()
     for group in _cut(groups, verbose):
         if isinstance(group, int):
             table.add_row(_omitted(group))
             continue
         ends = (group.producers, group.consumers or (MEET,))
-        made, read = (" + ".join(map(printable, names)) for names in ends)
-        table.add_row(made, read, f"{group.units:,}", f"{group.width:,}")
+        made, read = (" + ".join(names) for names in ends)
+        table.add_row(maker(made), reader(read), f"{group.units:,}", f"{group.width:,}")
     return table
 
 
@@ -253,6 +272,12 @@ def comparison_tables(comparison: Comparison) -> Group:
         table.add_row("multiplications of layers", f"{x:,}", f"{y:,}", _ratio(x, y))
     if comparison.latency is not None:
         _latency_rows(table, comparison.latency)
+        table.add_row("B is", "", "", comparison.latency.verdict)
+    if comparison.runtime is not None:
+        there = comparison.runtime
+        table.add_row("in", "", "", f"{there.name} {printable(there.version)}")
+        differences = [_number(x) for x in (there.difference_a, there.difference_b)]
+        table.add_row("differs from ONNX Runtime", *differences, "")
     gap = comparison.gap
     parts: list[RenderableType] = [table, _gap_table(gap), *_column_tables(gap)]
     if gap.certainty is not None:
@@ -274,14 +299,14 @@ def bound_tables(bounds: Bounds) -> Group:
 def planning_tables(plan: Planning) -> Group:
     """What pruning costs at most, layer by layer."""
     columns = ["layer", "out x in>", "share>", "typical>", "expected <=>", "limit>"]
-    table = _table("Norm of what goes, relative to the layer", *columns)
+    table, name = _table("Norm of what goes, relative to the layer", *columns), Names()
     for row in _cut(plan.layers, verbose=False):
         if isinstance(row, int):
             table.add_row(_omitted(row))
             continue
         numbers = [_number(x) for x in (row.typical, row.expected, row.limit)]
         share = f"{100 * row.share:.2f} %"
-        table.add_row(printable(row.name), _shape(row.shape), share, *numbers)
+        table.add_row(name(row.name), _shape(row.shape), share, *numbers)
     facts = Table.grid(padding=(0, 2))
     vacuous = " (vacuous)" if plan.vacuous else ""
     gap = f"{_number(plan.gap)}{vacuous} with probability {plan.confidence:.6g}"
@@ -352,7 +377,7 @@ def _score_rows(table: Table, gap: Gap) -> None:
 def _latency_rows(table: Table, latency: Latency) -> None:
     for what, x, y in latency_rows(latency):
         table.add_row(what, f"{1e3 * x:.3g} ms", f"{1e3 * y:.3g} ms", f"x{y / x:.2f}")
-    table.add_row("measured with", "", "", latency.conditions)
+    table.add_row("measured with", "", latency.conditions, "")
 
 
 def _layer_table(report: Report, verbose: bool) -> Table:
@@ -363,8 +388,11 @@ def _layer_table(report: Report, verbose: bool) -> Table:
     columns += ["zeros\nafter>" if report.gone == "zeros" else "removed>"]
     columns += ["sparsity>", "imp.\nremoved>", "bias\nshift>"]
     table = _table("Layers", *columns, *(["effective\nsamples>"] if has_ess else []))
+    name = Names()
 
-    def add(layer: str, op: str, shape: str, before: int, after: int, *rest: str) -> None:
+    def add(
+        layer: RenderableType, op: str, shape: str, before: int, after: int, *rest: str
+    ) -> None:
         table.add_row(layer, op, shape, *([f"{before:,}"] * pruned_before), f"{after:,}", *rest)
 
     for row in _cut(report.layers, verbose):
@@ -379,7 +407,7 @@ def _layer_table(report: Report, verbose: bool) -> Table:
         ]
         share = _percent(row.zeros_after, row.weights)
         add(
-            printable(row.name), printable(row.op), _shape(row.shape),
+            name(row.name), printable(row.op), _shape(row.shape),
             row.zeros_before, row.zeros_after, share, *rest,
         )  # fmt: skip
     table.add_section()
@@ -394,7 +422,7 @@ def _notes(layers: Sequence[LayerRow], verbose: bool) -> Text:
     lines = [
         _omitted(row)
         if isinstance(row, int)
-        else f"{printable(row.name)}: {printable(row.note, _SENTENCE)}"
+        else f"{cut(row.name, _NAME)}: {printable(row.note, _SENTENCE)}"
         for row in _cut(noted, verbose)
     ]
     return Text("\n".join([*lines, ""]))
@@ -402,13 +430,14 @@ def _notes(layers: Sequence[LayerRow], verbose: bool) -> Text:
 
 def _unit_table(report: Report, verbose: bool) -> Table:
     table = _table("Units", "made by", "read by", "before>", "after>", "why")
+    maker, reader = Names(), Names()
     for row in _cut(report.units, verbose):
         if isinstance(row, int):
             table.add_row(_omitted(row))
             continue
         ends = (row.producers, row.consumers or (MEET,))
-        made, read = (" + ".join(map(printable, names)) for names in ends)
-        table.add_row(made, read, f"{row.before:,}", f"{row.after:,}", fate(row))
+        made, read = (" + ".join(names) for names in ends)
+        table.add_row(maker(made), reader(read), f"{row.before:,}", f"{row.after:,}", fate(row))
     before, after = report.work_before, report.work_after
     if before is not None and after is not None:
         table.add_section()
@@ -418,40 +447,62 @@ def _unit_table(report: Report, verbose: bool) -> Table:
     return table
 
 
-def _kernel_table(kernels: Sequence[SparseKernel], verbose: bool) -> Table:
-    table = _table(KERNELS, "layer", "op", "possible", "why")
-    for row in _cut(kernels, verbose):
+def _int8_tables(int8: Int8, result: ModelFacts, verbose: bool) -> Group:
+    table = _table(INT8, "layer", "op", "weights>", "type", "error>", "why")
+    for row in _cut(int8.layers, verbose):
+        if isinstance(row, int):
+            table.add_row(_omitted(row))
+            continue
+        error = "" if row.error is None else _number(row.error)
+        cells = [printable(row.name), row.op, f"{row.weights:,}", int8_layer(row), error]
+        table.add_row(*cells, printable(row.note, _SENTENCE))
+    worth = Table.grid(padding=(0, 2))
+    for what, share in int8_errors(int8):
+        worth.add_row(what, _number(share))
+    sizes = {"size": (int8.bytes, result.bytes)}
+    sizes["size, gzip"] = int8.compressed_bytes, result.compressed_bytes
+    for what, (x, y) in sizes.items():
+        worth.add_row(f"{what} in floats, in int8", f"{_bytes(x)}, {_bytes(y)} ({_ratio(x, y)})")
+    return Group(table, worth, Text(""))
+
+
+def target_tables(target: ForTarget, *, verbose: bool = False) -> Group:
+    """Which layers a runtime gains from, why not from the others, and what to run next."""
+    table, name = _table(target.heading, "layer", "op", "zeros>", "gains", "why"), Names()
+    for row in _cut(target.layers, verbose):
         if isinstance(row, int):
             table.add_row(_omitted(row))
         else:
             why = printable(row.refused or row.advice, _SENTENCE)
-            table.add_row(printable(row.name), row.op, "no" if row.refused else "yes", why)
-    return table
+            gains, zeros = "no" if row.refused else "yes", f"{100 * row.zeros:.0f} %"
+            table.add_row(name(row.name), row.op, zeros, gains, why)
+    words = [f"{target.title}: {target.gains}."]
+    words += [target.changes] if target.changes else []
+    words += [f"next: {printable(target.next_step, _SENTENCE)}", ""]
+    return Group(table, Text("\n".join(words)))
 
 
 def _skip_table(skips: Sequence[Skip], verbose: bool, title: str = "Not pruned") -> Table:
-    table = _table(title, "node", "op", "reason")
+    table, name = _table(title, "node", "op", "reason"), Names()
     for skip in _cut(skips, verbose):
         if isinstance(skip, int):
             table.add_row(_omitted(skip))
         else:
-            table.add_row(
-                printable(skip.name), printable(skip.op), printable(skip.reason, _SENTENCE)
-            )
+            reason = printable(skip.reason, _SENTENCE)
+            table.add_row(name(skip.name), printable(skip.op), reason)
     return table
 
 
 def _gap_table(gap: Gap) -> Table:
-    columns = ["output", "relative error>", "mean squared error>", "largest deviation>"]
+    columns = ["output", "relative\nerror>", "mean squared\nerror>", "largest\ndeviation>"]
     agrees = gap.agreement is not None
-    title = f"Outputs on {counted(gap.samples, 'sample')}"
-    table = _table(title, *columns, *(["top-1 agreement>"] if agrees else []))
+    title, name = f"Outputs on {counted(gap.samples, 'sample')}", Names()
+    table = _table(title, *columns, *(["top-1\nagreement>"] if agrees else []))
     for d in gap.outputs:
         largest = f"{_number(d.largest)} (sample {d.largest_at})"
         agreement = "" if d.agreement is None else f"{d.agreement:.2f} %"
         error, squared = _number(d.relative_error), _number(d.mean_squared_error)
-        row = [printable(d.output), error, squared, largest]
-        table.add_row(*row, *([agreement] if agrees else []))
+        table.add_row(name(d.output), error, squared, largest, *([agreement] if agrees else []))
     if len(gap.outputs) > 1:
         table.add_section()
         table.add_row("all", _number(gap.relative_error))
@@ -461,11 +512,11 @@ def _gap_table(gap: Gap) -> Table:
 def _column_tables(gap: Gap) -> list[Table]:
     """The worst columns of the outputs that have several."""
     columns = ["output", "column>", "relative error>", "standard deviation>"]
-    table = _table(WORST_COLUMNS, *columns)
+    table, name = _table(WORST_COLUMNS, *columns), Names()
     for d in gap.outputs:
         for c in d.worst[:_WORST]:
             spread, error = _number(c.spread), _number(c.relative_error)
-            table.add_row(printable(d.output), column_of(d, c), error, spread)
+            table.add_row(name(d.output), column_of(d, c), error, spread)
     return [table] if table.row_count else []
 
 
@@ -548,12 +599,10 @@ def _omitted(count: int) -> str:
 
 def _signature_table(inspection: Inspection) -> Group:
     path = Text(printable(inspection.path or "model in memory", _SENTENCE), style="bold")
-    table = _table(None, "", "name", "type", "shape")
+    table, name = _table(None, "", "name", "type", "shape"), Names()
     for role, values in (("input", inspection.inputs), ("output", inspection.outputs)):
         for value in values:
-            table.add_row(
-                role, printable(value.name), str(value.dtype or "other"), _axes(value.shape)
-            )
+            table.add_row(role, name(value.name), str(value.dtype or "other"), _axes(value.shape))
     return Group(path, table)
 
 
@@ -566,7 +615,7 @@ def _axes(shape: Sequence[int | str | None] | None) -> str:
 def _path(facts: ModelFacts) -> str:
     if facts.path is None:
         return "(in memory)"
-    return printable(Path(facts.path).name)
+    return cut(Path(facts.path).name, _FILE)
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -35,6 +35,17 @@ def parse_size(value: int | str) -> int:
     return size
 
 
+def size_text(size: int) -> str:
+    """A size in bytes as ``parse_size`` takes it, in few digits, rounded up.
+
+    >>> size_text(1610612736), size_text(4097), size_text(100)
+    ('1.5G', '4.1K', '100')
+    """
+    unit = max((u for u, bytes_ in _UNITS.items() if bytes_ <= size), key=_UNITS.__getitem__)
+    tenths = -(-10 * size // _UNITS[unit])
+    return f"{tenths / 10:g}{unit}" if tenths < 10_000 else f"{-(-tenths // 10)}{unit}"
+
+
 class LazyArrays(Mapping[str, np.ndarray]):
     """Arrays by name that are computed each time they are asked for; nothing is kept.
 

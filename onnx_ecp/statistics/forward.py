@@ -37,13 +37,18 @@ class Segment:
     drops: frozenset[str]
 
 
-def segments(observer: Observer, layers: Sequence[Layer]) -> list[Segment]:
-    """Cut the observation graph in front of every one of these layers, in graph order."""
+def segments(
+    observer: Observer, layers: Sequence[Layer], *, in_order: bool = False
+) -> list[Segment]:
+    """Cut the observation graph in front of every one of these layers, in graph order.
+
+    With ``in_order`` they are taken as they come, which is to be an order of some graph of theirs.
+    """
     proto = observer.proto
     nodes = list(proto.graph.node)
     producer = {y: i for i, node in enumerate(nodes) for y in node.output if y}
     depth = {layer.name: _last(producer, layer.output) for layer in layers}
-    ordered = sorted(layers, key=lambda layer: depth[layer.name])
+    ordered = sorted(layers, key=lambda layer: 0 if in_order else depth[layer.name])
     done: set[int] = set()
     parts: list[list[int]] = []
     for layer in ordered:

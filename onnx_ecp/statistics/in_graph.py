@@ -1,7 +1,7 @@
 """The sums of ``statistics.Moments`` as nodes behind the adjoints: nothing large leaves the graph.
 
 Accumulators are graph inputs, their new values graph outputs, so sums of batches add up wherever
-the graph is run. Rows are those of ``Layer.rows_in`` and ``Layer.rows_out``, sums those of
+the graph is run. Rows are those of ``rows_in_graph`` and ``rows_out_graph``, sums those of
 ``statistics.expand``, in float64. The constant c that activations are centred about is the mean of
 the first batch; as long as there is none it is NaN. What goes in at first are scalars, which
 broadcast.
@@ -11,18 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.gradients.builder import Builder, Fact
-from onnx_ecp.gradients.rules.convolution import Window, margins, pad_spatial
+from onnx_ecp.graph.builder import Builder, Fact
 from onnx_ecp.graph.surgery import export_graph, import_graph
 from onnx_ecp.layers import Layer
-from onnx_ecp.layers.conv import Conv
-from onnx_ecp.layers.dense import Dense
 from onnx_ecp.statistics.moments import Moments
 
 
@@ -72,12 +68,13 @@ def accumulation(
         s = None
         if g is not None:
             g = op.cast(g, np.float64)
-            s = _rows_out(op, layer, op.ReduceSumSquare(g, [0], keepdims=1))
+            s = layer.rows_out_graph(op, op.ReduceSumSquare(g, [0], keepdims=1))
             mean = op.rename(op.ReduceMean(s, [2], keepdims=0), f"ecp/weights/{layer.name}")
             graph.outputs.append(_typed(mean))
             weights[layer.name] = mean.name
         if layer.name in summed:
-            a = _rows_in(op, layer, op.cast(tensors[layer.input], np.float64), tensors)
+            wide = op.cast(tensors[layer.input], np.float64)
+            a = layer.rows_in_graph(op, wide, tensors[layer.output])
             sums.of(layer, a, s, g if with_gradient else None, with_squares=with_squares)
     model = export_graph(graph)
     model.ir_version = proto.ir_version
@@ -87,7 +84,7 @@ def accumulation(
 def moments(layer: Layer, sums: Mapping[str, np.ndarray], samples: int) -> Moments:
     """The moments of one layer from the values of its accumulators, by the names of the inputs."""
     out, width = layer.shape
-    order = layer.nm_order()  # of a Conv: taps vary slowest, as they do in the graph
+    order = layer.graph_order()
 
     def columns(part: str, shape: tuple[int, ...]) -> np.ndarray:
         """The sums in the order and shape of W's columns."""
@@ -156,7 +153,7 @@ class _Sums:
             if with_squares:
                 parts["ww"] = op.MatMul(s, squared)
         if g is not None:
-            parts["gradient"] = op.MatMul(_rows_out(op, layer, g), a)
+            parts["gradient"] = op.MatMul(layer.rows_out_graph(op, g), a)
         for part, values in parts.items():
             self._after(part, layer, op.Add(self._before(part, layer, 0.0), values))
 
@@ -180,70 +177,3 @@ def _name(part: str, layer: Layer) -> str:
 def _typed(tensor: gs.Tensor) -> gs.Tensor:
     tensor.dtype = np.float64
     return tensor
-
-
-# Rows as the layers cut them out, but with the taps of a Conv varying slowest within a row.
-
-
-def _rows_in(op: Builder, layer: Layer, a: gs.Tensor, tensors: Mapping[str, gs.Tensor]) -> Any:
-    """The layer's input, in float64, as (groups, rows, in)."""
-    if isinstance(layer, Conv):
-        return _patches(op, layer, a, tensors[layer.output])
-    assert isinstance(layer, Dense), "there are two kinds"
-    if layer.axis == -2:
-        a = _swapped(op, a, len(op.facts[layer.input].shape))
-    return op.Reshape(a, [1, -1, layer.shape[1]])
-
-
-def _rows_out(op: Builder, layer: Layer, g: gs.Tensor) -> Any:
-    """Values (P, *shape of z) as (P, groups, out per group, rows)."""
-    out, groups = layer.shape[0], layer.groups
-    if isinstance(layer, Conv):
-        maps = op.Reshape(g, [0, 0, groups, out // groups, -1])
-        by_unit = op.Transpose(maps, perm=[0, 2, 3, 1, 4])
-        return op.Reshape(by_unit, [0, groups, out // groups, -1])
-    assert isinstance(layer, Dense), "there are two kinds"
-    if layer.axis == -2:
-        g = _swapped(op, g, 1 + len(op.facts[layer.output].shape))
-    return op.Transpose(op.Reshape(g, [0, 1, -1, out]), perm=[0, 1, 3, 2])
-
-
-def _swapped(op: Builder, x: gs.Tensor, rank: int) -> Any:
-    """The last two axes exchanged."""
-    return op.Transpose(x, perm=[*range(rank - 2), rank - 1, rank - 2])
-
-
-def _patches(op: Builder, layer: Conv, a: gs.Tensor, z: gs.Tensor) -> Any:
-    """Patches (groups, samples * positions, taps * channels) of images (samples, channels, ...).
-
-    Sizes are those of the run: cells of the padded image are numbered, and those that a position
-    sees at every tap are gathered.
-    """
-    own, rank = layer.window, len(layer.window.kernel)
-    window = Window(own.kernel, own.strides, own.dilations)
-    attrs = {"auto_pad": own.auto_pad, "pads": [begin for begin, _ in own.pads]}
-    covered = window.covered(op, op.Shape(z, start=2))
-    begin, end = margins(op, attrs, op.Sub(covered, op.Shape(a, start=2)), rank)
-    padded = pad_spatial(op, a, begin, end, rank)
-    sizes = [op.Shape(padded, start=2 + d, end=3 + d) for d in range(rank)]
-
-    def numbers(coordinates: Sequence[Any]) -> Any:
-        """Of the cells on a grid with these coordinates along its axes, (cells,)."""
-        cells = coordinates[0]
-        for along, size in zip(coordinates[1:], sizes[1:], strict=True):
-            cells = op.Add(op.Mul(op.Unsqueeze(cells, [-1]), size), along)
-        return op.Reshape(cells, [-1])
-
-    counts = [op.Squeeze(op.Shape(z, start=2 + d, end=3 + d)) for d in range(rank)]
-    starts = numbers([
-        op.Mul(op.Range(op.const(0), n, op.const(1)), stride)
-        for n, stride in zip(counts, own.strides, strict=True)
-    ])  # fmt: skip
-    taps = numbers([
-        op.const(np.arange(size) * step)
-        for size, step in zip(own.kernel, own.dilations, strict=True)
-    ])  # fmt: skip
-    seen = op.Add(op.Unsqueeze(starts, [1]), taps)
-    images = op.Reshape(padded, [0, layer.groups, layer.reduction, -1])
-    cells = op.Transpose(images, perm=[1, 0, 3, 2])
-    return op.Reshape(op.Gather(cells, seen, axis=2), [layer.groups, -1, layer.shape[1]])

@@ -18,6 +18,8 @@ from onnx_ecp.statistics.observer import Observer, State
 
 # Rows are looked at in blocks: of BLOCK rows, or as many as take so much memory.
 BLOCK_BYTES = 64 * 2**20
+# What is left out for want of memory is decided by this many bytes where nobody says how many.
+GRANTED = 8 * 2**30
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Network:
         memory: bytes that statistics and activations may take, None for any number: half of it
             goes to moments and the sensitivities of rows, a quarter to scores and a quarter to the
             activations of a walk. What does not fit lies in temporary files.
+        granted: bytes by which it is decided what is left out: what was asked for, or the same on
+            every machine.
     """
 
     observer: Observer
@@ -41,6 +45,7 @@ class Network:
     validation: Calibration
     size: int
     memory: int | None = None
+    granted: int = GRANTED
 
     def share(self, part: int) -> int | None:
         """One of so many equal parts of the memory."""
@@ -127,7 +132,7 @@ class LayerwiseForward:
         self,
         segment: Segment,
         state: State,
-        weights: np.ndarray,
+        weights: np.ndarray | None,
         shrink: float,
         candidates: Sequence[tuple[np.ndarray, np.ndarray]],
         units: np.ndarray | None = None,

@@ -96,6 +96,8 @@ class Objective:
             part = theta.kept(tensor, layer.weight.layout(by_matrix)) * layer.weight.scale
             weights[tensor] = weights[tensor] + part if tensor in weights else part
             shifts[layer.name] = g.sum(axis=1, dtype=np.float64).reshape(-1)
+            if layer.name in state.held:
+                shifts[layer.name][state.held[layer.name]] = 0
         return theta.vector(weights, shifts)
 
     def _probabilities(self, head: str, y: np.ndarray) -> np.ndarray:
@@ -109,14 +111,21 @@ class Objective:
 
 
 class Parameters:
-    """The kept weights and the shifts of a state as one vector, float64.
+    """The kept weights and the shifts of a state as one vector.
 
     Args:
         layers: whose weights and shifts they are.
         keep: by stored tensor, (out, in), True where the weight stays.
+        dtype: of the vector.
     """
 
-    def __init__(self, layers: Sequence[Layer], keep: Mapping[str, np.ndarray]) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        keep: Mapping[str, np.ndarray],
+        dtype: np.typing.DTypeLike = np.float64,
+    ) -> None:
+        self.dtype = np.dtype(dtype)
         views = {x.weight.tensor: x.weight for x in layers}
         self._kept = {name: view.layout(keep[name]) for name, view in views.items()}
         self._units = {layer.name: layer.shape[0] for layer in layers}
@@ -134,11 +143,13 @@ class Parameters:
         """Kept values by stored tensor, see ``kept``, and by layer name (out,), as one vector."""
         parts = [weights[name] for name in self._kept]
         parts += [shifts[name] for name in self._units]
-        return np.concatenate(parts)
+        return np.concatenate(parts, dtype=self.dtype)
 
-    def kept(self, tensor: str, values: np.ndarray) -> np.ndarray:
-        """(kept,) float64: of values in the layout of a stored tensor, those of kept weights."""
-        return values[self._kept[tensor]].astype(np.float64)
+    def kept(
+        self, tensor: str, values: np.ndarray, dtype: np.typing.DTypeLike | None = None
+    ) -> np.ndarray:
+        """(kept,): of values in the layout of a stored tensor, those of kept weights."""
+        return values[self._kept[tensor]].astype(dtype or self.dtype, copy=False)
 
     def of(self, state: State) -> np.ndarray:
         """The vector of a state."""
@@ -163,8 +174,10 @@ class Parameters:
         for name, kept in self._kept.items():
             weights[name] = state.weights[name].copy()
             weights[name][kept] = next(parts)
-        shifts = {name: next(parts) for name in self._units}
-        return replace(state, weights=LazyArrays.of(weights), shifts=shifts)
+        state = replace(state, weights=LazyArrays.of(weights))
+        for name in self._units:
+            state = state.with_shift(name, next(parts).astype(np.float64))
+        return state
 
 
 class Centred:
@@ -189,7 +202,7 @@ class Centred:
             mean_input = theta.kept(view.tensor, view.layout(mean(layer)))
             self._means[layer.name] = mean_input * view.scale
             rows = np.broadcast_to(np.arange(layer.shape[0])[:, None], layer.shape)
-            self._units[view.tensor] = theta.kept(view.tensor, view.layout(rows)).astype(np.intp)
+            self._units[view.tensor] = theta.kept(view.tensor, view.layout(rows), np.int32)
 
     def moved(self, d: np.ndarray) -> np.ndarray:
         """(theta.size,): how d moves theta, b = b' - W m."""

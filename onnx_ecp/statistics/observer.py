@@ -18,7 +18,6 @@ import onnx
 
 from onnx_ecp.data.calibration import Batch
 from onnx_ecp.errors import CalibrationError, ModelError, UsageError, did_you_mean
-from onnx_ecp.gradients.builder import Fact
 from onnx_ecp.gradients.cotangents import SQUARED, plan
 from onnx_ecp.gradients.links import LINKS, Link
 from onnx_ecp.gradients.numeric import numeric_adjoint, step_for
@@ -26,10 +25,10 @@ from onnx_ecp.gradients.prepare import MINIMUM_OPSET, add_reverse, facts_of, ops
 from onnx_ecp.gradients.reverse import NO_OUTPUT
 from onnx_ecp.gradients.selections import Selection, parts_of_outputs, selections
 from onnx_ecp.graph import Model, constants, is_external, printable, read_tensor
+from onnx_ecp.graph.builder import Fact
 from onnx_ecp.graph.columns import column_axes
 from onnx_ecp.graph.operators import OPERATORS, Moves, moving
 from onnx_ecp.layers import Layer
-from onnx_ecp.layers.dense import Dense
 from onnx_ecp.runtime.lazy import LazyArrays
 from onnx_ecp.runtime.session import Session, Value
 from onnx_ecp.statistics.columns import Measure, Spread
@@ -59,19 +58,25 @@ class State:
             external data are mapped, or masked, when they are asked for.
         shifts: by layer name, (out,) float64 to be added to the pre-activation.
         keep: by stored tensor, (out, in), True where the weight stays.
+        held: by layer name, (out,) True where no refit may move the shift; all may where absent.
     """
 
     weights: LazyArrays
     shifts: dict[str, np.ndarray]
     keep: dict[str, np.ndarray] = field(default_factory=dict)
+    held: dict[str, np.ndarray] = field(default_factory=dict)
 
     def with_layer(self, layer: Layer, weight: np.ndarray, shift: np.ndarray) -> State:
         """A state in which one layer's stored tensor and shift are new."""
-        return replace(
-            self,
-            weights=self.weights.replaced(layer.weight.tensor, weight),
-            shifts={**self.shifts, layer.name: shift},
-        )
+        state = replace(self, weights=self.weights.replaced(layer.weight.tensor, weight))
+        return state.with_shift(layer.name, shift)
+
+    def with_shift(self, layer: str, shift: np.ndarray) -> State:
+        """A state in which one layer's shift (out,) is new, where it is not held."""
+        held = self.held.get(layer)
+        if held is not None:
+            shift = np.where(held, self.shifts[layer], shift)
+        return replace(self, shifts={**self.shifts, layer: shift})
 
 
 @dataclass(frozen=True)
@@ -640,7 +645,7 @@ def _check_rows(layer: Layer, a: np.ndarray, g: np.ndarray) -> None:
     Raises:
         ModelError: the adjoint (P, *shape of z) has other rows than the layer's input.
     """
-    if isinstance(layer, Dense) and a.size * layer.shape[0] * len(g) != g.size * layer.shape[1]:
+    if not layer.fits(a.shape, g.shape[1:]):
         raise ModelError(
             f"the adjoint of layer {printable(layer.name)!r} has shape {g.shape[1:]} where its "
             f"input has {a.shape}: in this batch sizes are broadcast that were not in the first.",

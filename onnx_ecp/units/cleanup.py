@@ -20,7 +20,6 @@ from onnx_ecp.errors import ModelError, ProviderError
 from onnx_ecp.graph import Model, constants, read_tensor
 from onnx_ecp.graph.shapes import shapes_of, values_of_a_run
 from onnx_ecp.layers import Layer, edit, find_layers
-from onnx_ecp.layers.dense import Dense
 from onnx_ecp.layers.trace import main_scope
 from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.outputs import arrays
@@ -201,7 +200,8 @@ def _without_dead(
     constant = ~unread & ~_any(
         structure, {n: np.isnan(x).any(axis=0) for n, x in seen.items()}, structure.columns
     )
-    keep = at_least_one(structure, ~unread & ~constant)
+    loud = _loud(model, structure, layers, alive)
+    keep = at_least_one(structure, loud | (~unread & ~constant))
     if keep.all():
         return None
     proto = cut(model.proto, structure, keep, model.base)
@@ -229,6 +229,21 @@ def _any(
     found = np.zeros(structure.units, np.bool_)
     for name, units in entries.items():
         found[units[alive[name] & (units != STAYS)]] = True
+    return found
+
+
+def _loud(
+    model: Model, structure: Structure, layers: Sequence[Layer], alive: Mapping[str, _Alive]
+) -> np.ndarray:
+    """(units,) bool: those that are summed, and of which a row has a weight or a bias."""
+    found = np.zeros(structure.units, np.bool_)
+    for layer in layers:
+        rows = structure.silent[layer.name]
+        if rows.any():
+            bias = layer.bias_values(model.proto, model.base)
+            assert bias is not None, "the bias of units that are summed is the same everywhere"
+            units = structure.rows[layer.name][rows & (alive[layer.name].rows | (bias != 0))]
+            found[units[units != STAYS]] = True
     return found
 
 
@@ -297,7 +312,7 @@ def _without_dead_inputs(
     proto.CopyFrom(model.proto)
     scope, rows = main_scope(model.proto), []
     for node, layer in with_layers(scope, layers):
-        if not isinstance(layer, Dense) or layer.axis != -1:
+        if layer is None or not layer.reads_vectors or layer.makes_number or layer.units_axis != -1:
             continue
         read = alive[layer.name].columns
         before, after = len(read), int(read.sum())

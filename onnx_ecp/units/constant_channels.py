@@ -18,7 +18,7 @@ from onnx_ecp.graph.operators import Moves, find, is_padded
 from onnx_ecp.layers import Layer
 from onnx_ecp.layers.trace import Scope
 from onnx_ecp.layers.views import operator
-from onnx_ecp.units.groups import Structure, is_conv, with_layers
+from onnx_ecp.units.groups import Structure, with_layers
 from onnx_ecp.units.union_find import Axis
 
 
@@ -50,11 +50,15 @@ class Steady:
         by_entry = np.moveaxis(self.values[tensor.name], self.axes[tensor.name].index, 0)
         return steady & ~by_entry.reshape(len(steady), -1).any(axis=1)
 
+    def shape(self, tensor: gs.Tensor) -> tuple[int, ...]:
+        """Shape of a tensor, stored or computed."""
+        return tuple(tensor.shape) if tensor.shape else np.shape(self.values.get(tensor.name, ()))
+
     def is_flat(self, tensor: gs.Tensor, place: int) -> bool:
         """Whether a tensor is stored and the same at all positions; units lie ``place`` (< 0)."""
         if not self.scope.is_constant(tensor):
             return False
-        shape = tuple(tensor.shape) if tensor.shape else np.shape(self.values.get(tensor.name, ()))
+        shape = self.shape(tensor)
         return all(size == 1 for i, size in enumerate(shape, -len(shape)) if i != place)
 
 
@@ -79,7 +83,7 @@ def steady_columns(
         if layer is not None:
             data = next(x for x in node.inputs if x.name == layer.input)
             seen = state.zero(data) if is_padded(node.attrs) else state.of(data)
-            if seen is not None and len(seen) % layer.groups == 0:
+            if seen is not None and layer.groups_side_by_side:
                 seen = np.asarray(seen.reshape(layer.groups, -1).all(axis=0))
             if seen is not None and layer.shape[1] % len(seen) == 0:
                 columns[layer.name] = np.repeat(seen, layer.shape[1] // len(seen))
@@ -95,15 +99,16 @@ def steady_columns(
 def _of_layer(state: Steady, node: gs.Node, layer: Layer, dead: np.ndarray) -> np.ndarray:
     """A row is its bias where it has no weights, or where a depthwise Conv reads one number."""
     output, data = node.outputs[0], state.of(node.inputs[0])
-    steady = dead.copy()
-    if data is not None and layer.groups == len(data) > 1:
+    of_groups = 1 if layer.groups_side_by_side else layer.groups
+    steady: np.ndarray = np.logical_and.reduce(dead.reshape(of_groups, -1))
+    if data is not None and layer.groups_side_by_side and layer.groups == len(data) > 1:
         seen = state.zero(node.inputs[0]) if is_padded(node.attrs) else data
         assert seen is not None, "its input has units"
         steady |= np.repeat(seen, len(dead) // len(data))
     place = state.axes[output.name].index - state.values[output.name].ndim
-    first = 3 if is_conv(layer) else 2
-    for added in (x for x in node.inputs[first:] if x.name):
-        steady &= _as_operand(state, added, place, len(steady))
+    for added in (x for x in node.inputs[2:] if x.name):
+        vector = len(state.shape(added)) == 1
+        steady &= _as_operand(state, added, -1 if vector else place, len(steady))
     return steady
 
 

@@ -14,6 +14,8 @@ A dimension of keys, rows K of a layer k = W a with adjoints g, is read by queri
 sum_K g_K (k_K - E k_K) at every position, so with the covariance of k, where S is that of g,
 
     I_K = sum_(i, j in K) S_ij (W C W^T)_ij
+
+A unit that is summed up is to be zero, so with E[z z^T] in the place of W C W^T; z = W a + b.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ class OutputMetric:
     def of(structure: Structure) -> OutputMetric:
         """For the readers of a structure, and the layers that make keys."""
         readers = (name for name, units in structure.columns.items() if np.any(units >= 0))
-        keys = (name for name, keys in structure.keys.items() if keys.any())
-        return OutputMetric(frozenset([*readers, *keys]))
+        made = [*structure.keys.items(), *structure.silent.items()]
+        return OutputMetric(frozenset([*readers, *(name for name, rows in made if rows.any())]))
 
     def __call__(self, seen: Observation, moments: Mapping[str, Moments]) -> None:
         """Take in one batch, of the layers in turn."""
@@ -112,7 +114,36 @@ def scores_of_keys(
         units: (out,), the unit of every row, negative for none.
         number: of units.
     """
-    together = metric[0] * (weight @ gram.covariance[0] @ weight.T)
+    return _of_rows(metric[0] * (weight @ gram.covariance[0] @ weight.T), units, number)
+
+
+def scores_of_summed(
+    weight: np.ndarray,
+    gram: Gram,
+    bias: np.ndarray,
+    metric: np.ndarray,
+    units: np.ndarray,
+    number: int,
+) -> np.ndarray:
+    """(number,): importance by unit of the rows that a layer makes for a sum over them.
+
+    Args:
+        weight: W, (out, in).
+        gram: of the layer's input.
+        bias: b, (out,).
+        metric: S, (groups, out per group, out per group).
+        units: (out,), the unit of every row, negative for none.
+        number: of units.
+    """
+    w = weight.reshape(len(metric), -1, weight.shape[1])
+    mean = (w @ gram.mean_now[..., None])[..., 0] + bias.reshape(len(metric), -1)
+    second = w @ gram.covariance @ w.swapaxes(1, 2) + mean[:, :, None] * mean[:, None]
+    parts = zip(metric * second, units.reshape(len(metric), -1), strict=True)
+    return np.sum([_of_rows(part, own, number) for part, own in parts], axis=0)  # type: ignore[no-any-return]
+
+
+def _of_rows(together: np.ndarray, units: np.ndarray, number: int) -> np.ndarray:
+    """(number,): entries (out, out) summed where row and column are of the same unit."""
     same = (units[:, None] == units) & (units >= 0)
     cost = np.where(same, together, 0.0).sum(axis=1)
     return np.maximum(np.bincount(units[units >= 0], cost[units >= 0], minlength=number), 0)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -26,7 +26,7 @@ from onnx_ecp.layers import Layer, Skip, preactivation
 from onnx_ecp.layers.trace import Scope, Traced, main_scope
 from onnx_ecp.layers.views import operator
 from onnx_ecp.units.propagation import Count, NotFollowed, Slot, Walk
-from onnx_ecp.units.rules import RULES
+from onnx_ecp.units.rules import RULES, is_silent
 from onnx_ecp.units.shape_values import computes_integers, follow_sizes
 from onnx_ecp.units.union_find import Axis
 
@@ -42,7 +42,7 @@ class Group:
 
     Args:
         producers: names of the layers that make them.
-        consumers: names of the layers that read them; none where queries meet keys.
+        consumers: names of the layers, or sums, that read them; none where queries meet keys.
         units: their numbers.
         width: rows of the first producer per unit: 1, the size of a head, or the number of heads.
         entries: rows, or columns, per unit of the layer that has the fewest.
@@ -81,6 +81,7 @@ class Structure:
         parts: units of which one must stay, set by set: all that lie along one axis.
         queries: by layer name, (out,) bool: rows that a product of activations takes as queries.
         keys: likewise, those that it takes as keys.
+        silent: likewise, those that a sum over units reads: they are to be zero where units go.
         refusals: the layers whose rows stay, or whose heads keep their width, and why.
     """
 
@@ -94,6 +95,7 @@ class Structure:
     parts: tuple[np.ndarray, ...]
     queries: dict[str, np.ndarray]
     keys: dict[str, np.ndarray]
+    silent: dict[str, np.ndarray]
     refusals: tuple[Skip, ...]
 
     @property
@@ -122,9 +124,18 @@ class Structure:
         return np.asarray(self.units_at(self.rows[layer])[-1])
 
     def rows_read(self, layer: str, keep: np.ndarray) -> np.ndarray:
-        """(out,) bool: all rows, but for queries and keys of dimensions that do not stay."""
-        met = self.queries[layer] | self.keys[layer]
+        """(out,) bool: all rows, but for those of units that go which no layer's columns read."""
+        met = self.queries[layer] | self.keys[layer] | self.silent[layer]
         return ~met | self.kept(self.rows[layer], keep)
+
+    @property
+    def summed(self) -> np.ndarray:
+        """(units,) bool: those that a sum over units reads."""
+        found = np.zeros(self.units, np.bool_)
+        for name, rows in self.silent.items():
+            units = self.units_at(self.rows[name][rows])
+            found[units[units >= 0]] = True
+        return found
 
 
 def find_structure(
@@ -151,7 +162,7 @@ def find_structure(
 
 def _followed(walk: Walk, layers: Sequence[Layer], frozen: Mapping[str, str]) -> _Found:
     """Everything that one walk finds, with the reasons why units stay."""
-    found = _Found(walk, {}, {}, {}, {})
+    found = _Found(walk, {}, {}, {}, {}, biased=_biased(layers))
     for node, layer in with_layers(walk.scope, layers):
         _visit(found, node, layer)
     for layer in layers:
@@ -191,7 +202,7 @@ def with_layers(scope: Scope, layers: Iterable[Layer]) -> list[tuple[gs.Node, La
 
 def column_slot(scope: Scope, node: gs.Node, layer: Layer) -> Slot:
     """Where the columns of a Gemm or MatMul layer are stored, each a unit of its own."""
-    index, (_, axis) = weight_axes(node, layer)
+    index, (_, axis) = layer.weight_axes(node)
     constant = scope.trace(node.inputs[index])
     assert isinstance(constant, Traced), "the weight of a layer is stored"
     return Slot(node.outputs[0].name, index, axis, constant, np.arange(layer.shape[1]))
@@ -206,6 +217,19 @@ class _Found:
     columns: dict[str, np.ndarray]
     queries: dict[str, np.ndarray]
     keys: dict[str, np.ndarray]
+    silent: dict[str, np.ndarray] = field(default_factory=dict)
+    biased: frozenset[str] = frozenset()
+
+
+def _is_silent_layer(node: gs.Node, layer: Layer) -> bool:
+    """Whether rows without weights, and without their bias, are zero."""
+    own = layer.bias.node == node.outputs[0].name
+    return layer.output == node.outputs[0].name and (not own or layer.bias.is_flat)
+
+
+def _biased(layers: Sequence[Layer]) -> frozenset[str]:
+    """Outputs of the nodes that add the bias of a layer in front of them, the same everywhere."""
+    return frozenset(x.bias.node for x in layers if x.bias.node != x.output and x.bias.is_flat)
 
 
 def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
@@ -222,6 +246,7 @@ def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
     try:
         if layer is not None:
             walk.axes |= _follow_layer(found, node, layer)
+            walk.silent |= {y.name for y in node.outputs if _is_silent_layer(node, layer)}
         elif _reads_sizes(walk, node):
             _follow_numbers(walk, node)
         elif any(walk.axis(x) for x in node.inputs):
@@ -229,6 +254,8 @@ def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
             if follow is None:
                 raise NotFollowed("units are not followed through this operator")
             walk.axes |= follow(walk, node)
+            if is_silent(walk, node) or node.outputs[0].name in found.biased:
+                walk.silent |= {y.name for y in node.outputs}
     except NotFollowed as refusal:
         reason = f"{node.op} {name!r}: {refusal}"
         for marks in (marks for x in node.inputs for marks in walk.marks_of(x.name)):
@@ -270,65 +297,70 @@ def _follow_layer(found: _Found, node: gs.Node, layer: Layer) -> dict[str, Axis]
     walk, (out, width) = found.walk, layer.shape
     found.rows[layer.name] = rows = walk.marks.fresh(out)
     found.columns[layer.name] = columns = walk.marks.fresh(width)
-    if node.op == "Attention":
-        walk.marks.pin([*rows, *columns], f"{node.op} {layer.name!r}: its heads are not followed")
-        raise NotFollowed("its heads are not followed")
+    if layer.units_refusal:
+        walk.marks.pin([*rows, *columns], f"{node.op} {layer.name!r}: {layer.units_refusal}")
+        raise NotFollowed(layer.units_refusal)
     data = next(x for x in node.inputs if x.name == layer.input)
     axis = walk.axis(data)
-    at = units_axis(layer)
+    at = layer.units_axis
     place, output = (
         at if at > 0 else len(walk.shape(tensor)) + at for tensor in (data, node.outputs[0])
     )
-    index, axes = weight_axes(node, layer)
+    index, axes = layer.weight_axes(node)
+    if layer.makes_number:
+        walk.marks.pin(rows, f"{node.op} {layer.name!r}: it makes a single number")
+        _follow_columns(walk, node, layer, axis, place, columns)
+        return {}
+    made = _of_one_group(walk, layer, rows)
     try:
-        walk.slot(node, index, axes[0], rows)
-        _follow_bias(walk, node, layer, rows)
+        walk.slot(node, index, axes[0], made)
+        _follow_bias(walk, node, layer, made)
     except NotFollowed as refusal:
         walk.marks.pin(rows, f"{node.op} {layer.name!r}: {refusal}")
-    if layer.groups > 1:
+    if layer.groups > 1 and layer.groups_side_by_side:
         _follow_groups(walk, node, layer, rows, columns)
-    elif axis is None:
-        walk.marks.pin(columns, "they are not made by a layer that is pruned")
-    elif axis.index != place or width % len(axis.marks):
-        walk.marks.pin(axis.marks, f"{node.op} {layer.name!r} reads another axis")
-        walk.marks.pin(columns, "they are not made by a layer that is pruned")
     else:
-        walk.marks.join(columns, np.repeat(axis.marks, width // len(axis.marks)))
-        walk.slot(node, index, axes[1], axis.marks)
-    return {node.outputs[0].name: Axis(output, rows)}
+        _follow_columns(walk, node, layer, axis, place, columns)
+    return {node.outputs[0].name: Axis(output, made)}
 
 
-def is_conv(layer: Layer) -> bool:
-    """Whether inputs and units are channels, on the second axis."""
-    return layer.op in ("Conv", "FusedConv")
+def _of_one_group(walk: Walk, layer: Layer, rows: np.ndarray) -> np.ndarray:
+    """The marks along the output's axis: of a batch of matrices, the k-th rows of all share it."""
+    if layer.groups_side_by_side:
+        return rows
+    first, *others = rows.reshape(layer.groups, -1)
+    for other in others:
+        walk.marks.join(first, other)
+    return np.asarray(first)
 
 
-def units_axis(layer: Layer) -> int:
-    """Where inputs lie in what a layer reads, and units in what it makes: from the end if < 0."""
-    return 1 if is_conv(layer) else -len(layer.shift_shape)
-
-
-def weight_axes(node: gs.Node, layer: Layer) -> tuple[int, tuple[int, int]]:
-    """Which input is the weight, and its axes of rows and columns."""
-    if is_conv(layer):
-        return 1, (0, 1)
-    left = node.inputs[0].name != layer.input
-    turned = bool(node.attrs.get("transA" if left else "transB", 0))
-    return (0 if left else 1), ((-2, -1) if left != turned else (-1, -2))
+def _follow_columns(
+    walk: Walk, node: gs.Node, layer: Layer, axis: Axis | None, place: int, columns: np.ndarray
+) -> None:
+    """Columns are the units that lie where a layer reads its inputs."""
+    # Sizes that shape inference tells may contradict each other where a model does not run.
+    fits = axis is not None and axis.index == place and len(columns) % len(axis.marks) == 0
+    if axis is not None and not fits:
+        walk.marks.pin(axis.marks, f"{node.op} {layer.name!r} reads another axis")
+    if axis is None or not fits:
+        walk.marks.pin(columns, "they are not made by a layer that is pruned")
+        return
+    index, (_, along) = layer.weight_axes(node)
+    walk.marks.join(columns, np.repeat(axis.marks, len(columns) // len(axis.marks)))
+    walk.slot(node, index, along, axis.marks)
 
 
 def _follow_bias(walk: Walk, node: gs.Node, layer: Layer, rows: np.ndarray) -> None:
-    """What the operator itself adds: the bias, and the tensor Z of FusedConv."""
-    conv = is_conv(layer)
+    """What the operator itself adds: the bias, and the tensor Z of FusedConv.
+
+    A vector has one entry per unit, wherever units lie.
+    """
+    z = len(walk.shape(node.outputs[0]))
     for index, tensor in enumerate(node.inputs[2:], 2):
-        if not tensor.name:
-            continue
-        if conv and index == 2:
-            walk.slot(node, index, 0, rows)
-        elif conv:
-            walk.meet(node, index, 1 - len(walk.shape(tensor)), rows)
-        else:
-            walk.meet(node, index, -1, rows)
+        if tensor.name:
+            vector = len(walk.shape(tensor)) == 1
+            place = layer.units_axis - z if layer.units_axis >= 0 else layer.units_axis
+            walk.meet(node, index, -1 if vector else place, rows)
 
 
 def _follow_groups(
@@ -340,7 +372,7 @@ def _follow_groups(
     both their channels and their rows are units; else the k-th channel of all groups is one unit,
     and so is the k-th row.
     """
-    index, axes = weight_axes(node, layer)
+    index, axes = layer.weight_axes(node)
     axis, groups = walk.axis(node.inputs[0]), layer.groups
     of_groups = rows.reshape(groups, -1)
     if axis is not None and axis.index != 1:
@@ -386,6 +418,10 @@ def _meet(found: _Found, layers: Sequence[Layer]) -> None:
         rows |= {name: np.isin(own, np.concatenate([*met, []])) for name, own in roots.items()}
     for query, key in found.walk.products:
         marks.join(query, key)
+    summed = [marks.roots(x) for x, _ in found.walk.summed]
+    for layer in layers:
+        own = marks.roots(found.rows[layer.name])
+        found.silent[layer.name] = np.isin(own, np.concatenate([*summed, []]))
 
 
 @dataclass(frozen=True)
@@ -406,6 +442,9 @@ def _kind(found: _Found, first: int) -> _Kind:
     """Marks to unit numbers from ``first`` on: those that may go and that something reads."""
     walk = found.walk
     made, read = _by_root(walk, found.rows), _by_root(walk, found.columns)
+    for marks, name in walk.summed:
+        for root in walk.marks.roots(marks).tolist():
+            read.setdefault(root, []).append(name)
     met = set(walk.marks.roots(np.concatenate([*(q for q, _ in walk.products), []])).tolist())
     for root in made:
         if root not in read and root not in met:
@@ -493,6 +532,7 @@ def _numbered(walks: Sequence[_Found], layers: Sequence[Layer]) -> Structure:
         _parts([axis.marks for axes in lying for axis in axes.values()]),
         walks[-1].queries,
         walks[-1].keys,
+        walks[0].silent,
         tuple(_refusals(walks, layers)),
     )
 

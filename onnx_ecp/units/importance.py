@@ -132,7 +132,7 @@ class UnitObserver:
         for layer in self.layers:
             if np.any(self.structure.columns[layer.name] >= 0):
                 # Kernels differ, so what one Conv sees is another's only by accident.
-                rows = layer.name if layer.op.endswith("Conv") or layer.groups > 1 else ""
+                rows = "" if layer.reads_vectors else layer.name
                 found.setdefault((layer.input, rows), []).append(layer)
         return list(found.values())
 
@@ -165,7 +165,7 @@ def read_by_unit(structure: Structure, scores: Mapping[str, np.ndarray]) -> np.n
 
 
 def met_by_unit(structure: Structure, scores: Mapping[str, np.ndarray]) -> np.ndarray:
-    """(units,): the importances of all weights that make a dimension of keys, summed.
+    """(units,): the importances of all weights that make keys, or units that are summed.
 
     Without its key a dimension of queries does nothing: its weights are no further cost.
     """
@@ -173,6 +173,9 @@ def met_by_unit(structure: Structure, scores: Mapping[str, np.ndarray]) -> np.nd
     for name, keys in structure.keys.items():
         units = structure.dimensions(name)[keys]
         total += _added(units, scores[name].sum(axis=1)[keys], len(total))
+    for name, rows in structure.silent.items():
+        units = structure.units_at(structure.rows[name])[0][rows]
+        total += _added(units, scores[name].sum(axis=1)[rows], len(total))
     return total
 
 

@@ -30,7 +30,7 @@ from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.runtime.session import Session
 from onnx_ecp.units.choice import NOTHING
 from onnx_ecp.units.cutting import cut
-from onnx_ecp.units.groups import Group, Structure, is_conv, units_axis, weight_axes, with_layers
+from onnx_ecp.units.groups import Group, Structure, with_layers
 
 Settings = Mapping[str, Any]
 # Seconds that one run of a model alone takes.
@@ -149,7 +149,7 @@ class Watch:
             rows = _sizes(self.structure.rows[layer.name])
             columns = _sizes(self.structure.columns[layer.name])
             if len(rows) > 1 or len(columns) > 1:
-                stored = scope.trace(node.inputs[weight_axes(node, layer)[0]])
+                stored = scope.trace(node.inputs[layer.weight_axes(node)[0]])
                 assert isinstance(stored, Traced), "the weight of a layer is stored"
                 single = Alone(
                     layer,
@@ -219,20 +219,22 @@ class Alone:
     def resized(self, rows: int, columns: int) -> tuple[onnx.ModelProto, np.ndarray]:
         """The model with so many rows and columns of W, and its input."""
         layer, weight, read = self.layer, list(self.weight), list(self.read)
-        index, (row_axis, column_axis) = weight_axes(self.node, layer)
+        index, (row_axis, column_axis) = layer.weight_axes(self.node)
         per_channel = layer.shape[1] // weight[column_axis]
-        weight[row_axis], weight[column_axis] = rows, columns // per_channel
+        beside = layer.groups if layer.groups_side_by_side else 1
+        if not layer.makes_number:
+            weight[row_axis] = rows * beside // layer.groups
+        weight[column_axis] = columns // per_channel
         attributes = dict(self.node.attrs)
         if self.by_group:
             read[1] = read[1] * rows // layer.shape[0]
             attributes["group"] = layer.groups * rows // layer.shape[0]
         else:
-            read[units_axis(layer)] = weight[column_axis] * layer.groups
+            read[layer.units_axis] = weight[column_axis] * beside
         dtype = onnx.helper.tensor_dtype_to_np_dtype(layer.dtype)
         stored = {"w": np.full(weight, 1 / columns, dtype)}
         if len(self.node.inputs) > 2 and self.node.inputs[2].name:
-            shape = (rows,) if is_conv(layer) else (rows, *layer.shift_shape[1:])
-            stored["b"] = np.ones(shape, dtype)
+            stored["b"] = np.ones(rows, dtype)
         names = ["x", *stored] if index else ["w", "x"]
         graph = onnx.helper.make_graph(
             [onnx.helper.make_node(layer.op, names, ["y"], domain=self.node.domain, **attributes)],

@@ -71,6 +71,8 @@ class Walk:
         inside: whether units are the dimensions of heads instead of the heads.
         heads: marks of dimensions of heads, where ``inside``.
         products: marks of queries and of keys that meet in a product, pair by pair.
+        summed: marks of units that are summed up, with the name of the operator.
+        silent: names of tensors whose entries are zero where the rows that make them are.
         computed: by name of an integer tensor, the marks that its values are computed from in some
             other way than in proportion.
     """
@@ -80,6 +82,8 @@ class Walk:
     inside: bool = False
     heads: list[int] = field(default_factory=list)
     products: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    summed: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    silent: set[str] = field(default_factory=set)
     marks: Marks = field(default_factory=Marks)
     axes: dict[str, Axis] = field(default_factory=dict)
     sizes: dict[str, Sizes] = field(default_factory=dict)

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_ecp.graph.operators import MICROSOFT, OPERATORS, Moves, find, moving
+from onnx_ecp.layers import Skip, layer_of
 from onnx_ecp.layers.views import operator
 from onnx_ecp.units.propagation import Count, NotFollowed, Walk
 from onnx_ecp.units.shape_values import entries_of, known_values, of_shape
@@ -93,7 +94,9 @@ def spatial(walk: Walk, node: gs.Node) -> Outputs:
     """Every channel on its own."""
     axis = _data(walk, node)
     shape = walk.shape(node.outputs[0])
-    if len(node.outputs) > 1:
+    if len(node.outputs) > 1 and _are_places(walk, node.outputs[1]):
+        walk.axes[node.outputs[1].name] = axis
+    elif len(node.outputs) > 1:
         readers = [f"{x.op} {walk.scope.names[id(x)]!r}" for x in node.outputs[1].outputs]
         by = f", read by {' and '.join(readers)}," if readers else ""
         raise NotFollowed(f"its indices{by} count all channels")
@@ -103,6 +106,25 @@ def spatial(walk: Walk, node: gs.Node) -> Outputs:
         named = [int(a) % len(shape) for a in node.attrs.get("axes", range(len(shape)))]
         if 1 in named:
             _note_size(walk, node, 3, named.index(1), axis.marks)
+    return {node.outputs[0].name: axis}
+
+
+def _are_places(walk: Walk, indices: gs.Tensor) -> bool:
+    """Whether the indices of a MaxPool say nothing but where a MaxUnpool puts its channels."""
+    places = [(x.op, i) for x in indices.outputs for i, y in enumerate(x.inputs) if y is indices]
+    output = any(y is indices for y in walk.scope.graph.outputs)
+    return not output and set(places) <= {("MaxUnpool", 1)}
+
+
+@rule("MaxUnpool")
+def unpools(walk: Walk, node: gs.Node) -> Outputs:
+    """Puts every channel where the MaxPool of the same channel found it."""
+    axis, places = walk.axis(node.inputs[0]), walk.axis(node.inputs[1])
+    if axis is None or places is None or axis.index != 1 or len(axis.marks) != len(places.marks):
+        raise NotFollowed("its indices count all channels")
+    if len(node.inputs) > 2 and node.inputs[2].name:
+        raise NotFollowed("its output has a size of its own")
+    walk.marks.join(axis.marks, places.marks)
     return {node.outputs[0].name: axis}
 
 
@@ -209,10 +231,37 @@ def reduction(walk: Walk, node: gs.Node) -> Outputs:
         raise NotFollowed("it reduces over units, or over axes that are not constants")
     gone = {a % rank for a in axes}
     if axis.index in gone:
-        raise NotFollowed("it reduces over units")
+        return _summed(walk, node, axis)
     before = sum(a < axis.index for a in gone)
     shift = 0 if node.attrs.get("keepdims", 1) else before
     return {node.outputs[0].name: Axis(axis.index - shift, axis.marks)}
+
+
+# Reductions to which an entry that is zero adds nothing.
+_SUMS = frozenset(("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2"))
+
+
+def _summed(walk: Walk, node: gs.Node, axis: Axis) -> Outputs:
+    """A sum over units reads them, as a layer does: one that is zero adds nothing to it."""
+    if node.op not in _SUMS or walk.inside:
+        raise NotFollowed("it reduces over units")
+    if node.inputs[0].name not in walk.silent:
+        raise NotFollowed("it sums over units that are not zero without their weights")
+    walk.summed.append((axis.marks, f"{node.op} {walk.scope.names[id(node)]!r}"))
+    return {}
+
+
+# Operators that make zero of operands that are all zero, and are not in the table for one that is.
+_OF_ZEROS = frozenset(("Add", "Concat", "Max", "Mean", "Min", "Sub", "Sum", "Where"))
+
+
+def is_silent(walk: Walk, node: gs.Node) -> bool:
+    """Whether entries of a node's outputs are zero where those of all units that it reads are."""
+    (domain, op), known = operator(node), find(*operator(node))
+    if any(i < len(node.inputs) and node.inputs[i].name in walk.silent for i in known.zeros):
+        return True
+    operands = node.inputs[1:] if op == "Where" else node.inputs
+    return not domain and op in _OF_ZEROS and all(x.name in walk.silent for x in operands)
 
 
 @rule("Transpose")
@@ -599,6 +648,8 @@ def _is_steady(walk: Walk, tensor: gs.Tensor) -> bool:
                 return False
             tensor = data
         else:
-            dense = op in ("Gemm", "MatMul", "FusedMatMul")
-            return bool(stored) and (dense or (op == "Conv" and node.attrs.get("group", 1) == 1))
+            layer = layer_of(node, walk.scope)
+            if layer is None or isinstance(layer, Skip):
+                return False
+            return layer.output == tensor.name and layer.groups == 1
     return False

@@ -98,6 +98,17 @@ def units_of(
     return structure
 
 
+def biases_of(source: Model, network: Network, structure: Structure) -> dict[str, np.ndarray]:
+    """By name of the layers whose units are summed, their bias (out,)."""
+    dense, found = modelling.decode_sparse(source.proto), dict[str, np.ndarray]()
+    for layer in network.layers:
+        if structure.silent[layer.name].any():
+            bias = layer.bias_values(dense, source.base)
+            assert bias is not None, "only those that are the same everywhere may become zero"
+            found[layer.name] = bias
+    return found
+
+
 def _not_to_be_cut(
     model: Model, structure: Structure, feeds: Mapping[str, np.ndarray], settings: Settings
 ) -> dict[str, str]:

@@ -21,7 +21,13 @@ from onnx_ecp.statistics.collection import Measured, Visit, effective_sample_siz
 from onnx_ecp.statistics.layerwise import Network, matrix
 from onnx_ecp.statistics.observer import State
 from onnx_ecp.units.choice import Budget, budget, choose, in_order, last_ones, multiples
-from onnx_ecp.units.elimination import OutputMetric, scores_of_keys, scores_of_reader, steps_of
+from onnx_ecp.units.elimination import (
+    OutputMetric,
+    scores_of_keys,
+    scores_of_reader,
+    scores_of_summed,
+    steps_of,
+)
 from onnx_ecp.units.groups import STAYS, Structure
 from onnx_ecp.units.importance import UnitObserver, met_by_unit, read_by_unit
 from onnx_ecp.units.latency import Watch, liked
@@ -78,6 +84,7 @@ class UnitStep:
         structure: its units.
         goal: what a share of 1 is.
         watch: for costs in time.
+        biases: by layer name, (out,): of the layers whose units are summed.
         margin: of the latency that is the target, what units are chosen to take.
     """
 
@@ -88,6 +95,7 @@ class UnitStep:
         goal: Goal,
         watch: Watch | None = None,
         margin: float = MARGIN,
+        biases: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         positions = positions_of(network)
 
@@ -99,6 +107,7 @@ class UnitStep:
 
         self.structure, self.goal, self._network = structure, goal, network
         self._watch, self._margin = watch, margin
+        self._biases = biases or {}
         self.costs, self._ranked_by = counted(goal.target), counted(goal.cost)
         by_clock = goal.cost == "latency" and goal.multiple == 1
         self._stops = liked if by_clock else partial(multiples, of=goal.multiple)
@@ -120,7 +129,7 @@ class UnitStep:
         left = 1 - share * self.goal.share
         going = max(1 - left * self.costs.total(whole) / self.costs.total(keep), 0.0)
         measured, scores = _scores(
-            network, plan, self.structure, before.state, keep, going, progress
+            network, plan, self.structure, self._biases, before.state, keep, going, progress
         )
         if self.goal.target == "latency":
             self._planned = self._planned or self._by_clock(plan, scores, keep)
@@ -129,7 +138,7 @@ class UnitStep:
             target, floor = left * self.costs.total(whole), plan.method.floor * left
             rest = self._chosen(scores, keep, lambda x: self._left(x) <= target, floor)
         state, notes = _without(
-            network, plan, self.structure, before.state, rest, measured, progress
+            network, plan, self.structure, self._biases, before.state, rest, measured, progress
         )
         ess = {name: effective_sample_size(s) for name, s in measured.weights.items()}
         removed = dict(before.removed)
@@ -193,7 +202,8 @@ class UnitStep:
     def with_more(self, ratio: float) -> UnitStep:
         """The same step towards a model that is faster still: the last one took ``ratio``."""
         margin = self._margin * min((1 - self.goal.share) / ratio, MARGIN)
-        return UnitStep(self._network, self.structure, self.goal, self._watch, margin)
+        given = (self._network, self.structure, self.goal, self._watch, margin)
+        return UnitStep(*given, self._biases)
 
     def check_reached(self, keep: np.ndarray) -> None:
         """TargetError where the floors kept more than a required goal allows, but of time."""
@@ -244,6 +254,7 @@ def _scores(
     network: Network,
     plan: Plan,
     structure: Structure,
+    biases: Mapping[str, np.ndarray],
     state: State,
     keep: np.ndarray,
     going: float,
@@ -255,6 +266,7 @@ def _scores(
         network: what is pruned.
         plan: how.
         structure: its units.
+        biases: by layer name, (out,): of the layers whose units are summed.
         state: what is observed.
         keep: (units,) bool, what is still there.
         going: share of the cost that is to go in this stage.
@@ -284,7 +296,7 @@ def _scores(
         metric = OutputMetric.of(structure)
         measured = measured_with(metric)
         return measured, _after_refit(
-            network, plan, structure, state, keep, going, measured, metric
+            network, plan, structure, biases, state, keep, going, measured, metric
         )
     measured = observe(network, plan, state, progress)
     weights = importances(network, plan, state, measured)
@@ -295,6 +307,7 @@ def _after_refit(
     network: Network,
     plan: Plan,
     structure: Structure,
+    biases: Mapping[str, np.ndarray],
     state: State,
     keep: np.ndarray,
     going: float,
@@ -325,6 +338,11 @@ def _after_refit(
         if structure.keys[layer.name].any():
             keys = np.where(structure.keys[layer.name], structure.dimensions(layer.name), STAYS)
             total += scores_of_keys(weight, gram, sensitivity, keys, len(total))
+        if structure.silent[layer.name].any():
+            rows = np.where(structure.silent[layer.name], structure.rows[layer.name], STAYS)
+            bias = biases[layer.name] + state.shifts[layer.name]
+            units = structure.units_at(rows)[0]
+            total += scores_of_summed(weight, gram, bias, sensitivity, units, len(total))
     return total
 
 
@@ -332,6 +350,7 @@ def _without(
     network: Network,
     plan: Plan,
     structure: Structure,
+    biases: Mapping[str, np.ndarray],
     state: State,
     keep: np.ndarray,
     measured: Measured,
@@ -339,15 +358,26 @@ def _without(
 ) -> tuple[State, dict[str, str]]:
     """The network without the units that went in one stage, and remarks by layer name."""
     read = masks(structure, network, keep, rows=False)
-    after, notes = compensate(network, plan, state, replace(state, keep=read), measured, progress)
+    zero = {
+        name: rows & ~structure.rows_kept(name, keep)
+        for name, rows in structure.silent.items()
+        if rows.any()
+    }
+    shifts = {n: np.where(rows, -biases[n], state.shifts[n]) for n, rows in zero.items()}
+    without = replace(state, keep=read, shifts=state.shifts | shifts, held=zero)
+    after, notes = compensate(network, plan, state, without, measured, progress)
     return replace(after, keep=masks(structure, network, keep)), notes
 
 
 def positions_of(network: Network) -> dict[str, int]:
     """By layer name, how often a sample applies it."""
     facts = network.observer.facts
+
+    def of_one(tensor: str) -> tuple[int, ...]:
+        return (1, *facts[tensor].shape[1:])
+
     return {
-        layer.name: max(int(np.prod(facts[layer.output].shape[1:])) // layer.shape[0], 1)
+        layer.name: max(layer.uses(of_one(layer.input), of_one(layer.output)), 1)
         for layer in network.layers
     }
 

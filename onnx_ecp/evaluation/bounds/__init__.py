@@ -1,8 +1,8 @@
 """Bounds on the gap between an original and a pruned network, each with what it assumes.
 
-The gap of one input is the L2 norm of the pruned network's outputs minus the original's, over all
-elements of all floating-point outputs. A bound is vacuous where it would hold for a network whose
-outputs are all zero as well.
+The gap of one input is the distance of the pruned network's outputs from the original's, over all
+elements of all floating-point outputs, every column in units of its own spread (`units`). A bound
+is vacuous where it would hold for a network of constant outputs as well.
 
 `sampling`: from held-out samples, for any two models. `telescoping`: deterministic, for given
 inputs or a box of inputs. `planning`: before pruning, for random masks and random weights.
@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import onnx
@@ -33,15 +33,29 @@ from onnx_ecp.evaluation.bounds.telescoping import (
     check_known,
     telescope,
 )
+from onnx_ecp.evaluation.bounds.units import PLAIN, Units, units_over
 from onnx_ecp.evaluation.facts import model_of
 from onnx_ecp.graph import Model, constants, decode_sparse, read_tensor, signature
 from onnx_ecp.graph.randomness import refuse_random
 from onnx_ecp.layers import find_layers
+from onnx_ecp.statistics.columns import Measure
 
 # The deterministic bound per sample is computed for so many samples at most: it only shows how far
 # theory is from measurement.
 _SAMPLES = 256
+# Samples a run, unless told otherwise.
+BATCH = 64
+# In what gaps are told: columns in units of their spread, or as they are.
+METRICS = ("l2", "l2-raw")
 Range = tuple[float, float]
+
+
+class Settings(TypedDict):
+    """How samples are run."""
+
+    provider: str
+    threads: int | None
+    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,7 @@ class Deterministic:
 
     Args:
         inputs: for which inputs.
-        gap: the L2 output gap is at most this for all of them; None where there is no bound.
+        gap: the output gap is at most this for all of them; None where there is no bound.
         ratio: largest bound over the largest measured gap; None where nothing was measured.
         refused: why there is no bound, or empty.
         assumptions: what must be true.
@@ -70,16 +84,17 @@ class Bounds:
     Args:
         confidence: of the probabilistic bounds.
         samples: number of held-out samples; 0 without data.
-        measured: largest L2 output gap among them.
+        measured: largest output gap among them.
         conformal: for one new input.
         above: share of inputs with a gap above eps, where eps was given.
         flips: share of inputs whose top class differs, where the model has classes.
         per_sample: the deterministic bound for these samples.
         box: the deterministic bound for all inputs in the declared ranges.
-        output_norm: largest L2 norm of model a's outputs among the samples: the largest gap of a
-            network whose outputs are all zero.
-        vacuous: names of those fields whose bound would hold for a network whose outputs are all
-            zero as well, shares of 1 included.
+        output_norm: largest gap of a network of constant outputs among the samples: the means over
+            them; zeros with plain norms.
+        vacuous: names of those fields whose bound would hold for such a network as well, shares of
+            1 included.
+        plain: whether gaps are L2 norms of the outputs as they are.
     """
 
     confidence: float
@@ -92,6 +107,7 @@ class Bounds:
     box: Deterministic | None
     output_norm: float | None = None
     vacuous: tuple[str, ...] = ()
+    plain: bool = False
 
 
 def bound(
@@ -105,8 +121,11 @@ def bound(
     provider: str = "cpu",
     threads: int | None = None,
     batch_size: int | None = None,
+    metric: str = "l2",
+    output_weights: Mapping[str, float] | None = None,
+    measure: Measure | None = None,
 ) -> Bounds:
-    """Bound the L2 distance of the outputs of b from those of a.
+    """Bound the distance of the outputs of b from those of a.
 
     Args:
         a: the original model.
@@ -118,6 +137,10 @@ def bound(
         provider: execution provider.
         threads: threads within an operator.
         batch_size: samples a run.
+        metric: "l2", every column in units of its spread, or "l2-raw", the L2 norm of outputs as
+            they are, which is all there is without data.
+        output_weights: what outputs and columns count; see ``Measure.of``.
+        measure: gives the units; None takes them from the data.
 
     Raises:
         UsageError: neither data nor a range, or a value out of range.
@@ -132,29 +155,55 @@ def bound(
         )
     if data is None and eps is not None:
         raise UsageError("--eps is about held-out samples.", hint="Add --data FILE.")
+    if metric not in METRICS:
+        raise UsageError(f"--metric: unknown value {metric!r}.", hint=did_you_mean(metric, METRICS))
+    if output_weights and (data is None or metric == "l2-raw"):
+        raise UsageError(
+            "--output-weights are of columns in units of their spread.",
+            hint="Add --data FILE, and leave out --metric l2-raw.",
+        )
     first, second = model_of(a), model_of(b)
     for model in (first, second):
         refuse_random(model)
     result = Bounds(confidence, 0, None, None, None, None, None, None)
-    samples = None
+    samples, units = None, PLAIN
     if data is not None:
         samples = calibration.load(data, signature(first.proto))
-        gaps = sampling.measure_gaps(
-            first, second, samples, provider=provider, threads=threads, batch_size=batch_size
-        )
-        result = replace(
-            from_gaps(gaps, confidence, eps), per_sample=_per_sample(first, second, samples, gaps)
-        )
+        settings: Settings = {
+            "provider": provider,
+            "threads": threads,
+            "batch_size": batch_size or BATCH,
+        }
+        if measure is not None and metric != "l2-raw":
+            units = Units.of(measure)
+        elif metric != "l2-raw":
+            units = units_over(first, samples, output_weights, **settings)
+        gaps = sampling.measure_gaps(first, second, samples, units=units, **settings)
+        result = from_gaps(gaps, confidence, eps)
+        if units.measure is not None and measure is None:
+            result = _with_own_units(result)
+        followed = _per_sample(first, second, samples, gaps, units)
+        result = replace(result, per_sample=followed)
     if input_range:
-        result = replace(result, box=_box(first, second, input_range, samples))
-    return replace(result, vacuous=(*result.vacuous, *_vacuous(result)))
+        result = replace(result, box=_box(first, second, input_range, samples, units))
+    plain = units.measure is None
+    return replace(result, vacuous=(*result.vacuous, *_vacuous(result)), plain=plain)
+
+
+def _with_own_units(found: Bounds) -> Bounds:
+    """The assumption that comes with units from the very samples."""
+
+    def added(x: Any) -> Any:
+        return replace(x, assumptions=(*x.assumptions, sampling.OWN_UNITS))
+
+    above = None if found.above is None else added(found.above)
+    return replace(found, conformal=added(found.conformal), above=above)
 
 
 def from_gaps(gaps: sampling.Gaps, confidence: float, eps: float | None = None) -> Bounds:
     """The distribution-free bounds.
 
-    The gap of a network whose outputs are all zero is the norm of the original's outputs: what
-    bounds no less than those is vacuous.
+    What bounds no less than the gaps of a network of constant outputs is vacuous.
     """
     vacuous = []
     above = None
@@ -257,27 +306,30 @@ def check_confidence(confidence: float) -> None:
         )
 
 
-def _per_sample(a: Model, b: Model, data: Calibration, gaps: sampling.Gaps) -> Deterministic:
+def _per_sample(
+    a: Model, b: Model, data: Calibration, gaps: sampling.Gaps, units: Units
+) -> Deterministic:
     chosen = data.take(np.arange(min(len(data), _SAMPLES)))
     what = f"each of {len(chosen)} samples"
     try:
         both = pair(a, b)
-        found = np.concatenate([_of_batch(both, batch) for batch in chosen.batches(64)])
+        parts = [_of_batch(both, batch, units) for batch in chosen.batches(BATCH)]
     except (CannotFollow, ModelError) as error:
         return Deterministic(what, None, refused=error.message)
+    found = np.concatenate(parts)
     largest, measured = float(found.max()), float(gaps.gaps[: len(found)].max())
     return Deterministic(what, largest, largest / measured if measured else None)
 
 
-def _of_batch(both: Pair, batch: calibration.Batch) -> np.ndarray:
+def _of_batch(both: Pair, batch: calibration.Batch, units: Units) -> np.ndarray:
     """(samples,): a sample of a fixed batch is several rows, which count together."""
     points = {name: Reach.of(x, np.zeros_like(x)) for name, x in batch.feeds.items()}
-    found = telescope(both, points)
+    found = telescope(both, points, units.factors)
     return np.asarray(np.sqrt(np.square(found).reshape(batch.samples, -1).sum(axis=1)))
 
 
 def _box(
-    a: Model, b: Model, ranges: Mapping[str, Range], samples: Calibration | None
+    a: Model, b: Model, ranges: Mapping[str, Range], samples: Calibration | None, units: Units
 ) -> Deterministic:
     names = [spec.name for spec in signature(a.proto)]
     for name in ranges:
@@ -298,7 +350,7 @@ def _box(
         f"{name or 'every input'} in [{lo:g}, {hi:g}]" for name, (lo, hi) in ranges.items()
     )
     try:
-        found = telescope(pair(a, b), inputs)
+        found = telescope(pair(a, b), inputs, units.factors)
     except (CannotFollow, ModelError) as error:
         return Deterministic(what, None, refused=error.message)
     return Deterministic(what, float(np.sqrt(np.square(found).sum())))

@@ -15,9 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_ecp.data.calibration import Calibration
+from onnx_ecp.evaluation.bounds.units import PLAIN, Units
 from onnx_ecp.evaluation.compare import check_same_shapes, check_same_signature, paired_outputs
 from onnx_ecp.graph import Model
 
+OWN_UNITS = (
+    "the units, standard deviations of the columns over these same samples, are taken as known"
+)
 INDEPENDENT = "the samples were drawn independently, as future inputs will be"
 UNUSED = "none of the samples was used to prune or to choose among pruned models"
 EXCHANGEABLE = "the samples and the new input are exchangeable"
@@ -52,8 +56,8 @@ class Conformal:
 
     Args:
         alpha: probability of a larger gap, over the draw of samples and input.
-        gap: L2 norm over all elements of all floating-point outputs; infinite where the samples are
-            too few.
+        gap: over all elements of all floating-point outputs; infinite where the samples are too
+            few.
         samples: number of samples.
         samples_needed: the least number with which the gap is finite.
         assumptions: what must be true for that.
@@ -71,9 +75,10 @@ class Gaps:
     """Two models on the same samples.
 
     Args:
-        gaps: (samples,), ||b - a||_2 over all floating-point outputs; infinite where only one is
+        gaps: (samples,), distances of all floating-point outputs; infinite where only one is
             finite.
-        norms: (samples,), ||a||_2 over the same outputs; infinite where an element is not finite.
+        norms: (samples,), those of a network of constant outputs; infinite where an element is not
+            finite.
         flips: (samples,) bool, whether the top class differs; empty where no output has classes.
     """
 
@@ -144,6 +149,7 @@ def measure_gaps(
     provider: str = "cpu",
     threads: int | None = None,
     batch_size: int | None = None,
+    units: Units = PLAIN,
 ) -> Gaps:
     """Run both models on all samples.
 
@@ -151,6 +157,7 @@ def measure_gaps(
         a: the original model.
         b: a model with the same inputs and outputs.
         data: samples.
+        units: of the gaps.
         provider: execution provider.
         threads: threads within an operator.
         batch_size: samples a run.
@@ -166,10 +173,12 @@ def measure_gaps(
         floats = [name for name, y in of_a.items() if y.dtype.kind == "f"]
         if any(of_a[n].shape[:1] != (batch.samples,) for n in floats) and batch.samples > 1:
             # The first axis does not count samples: one run per sample keeps them apart.
-            return measure_gaps(a, b, data, provider=provider, threads=threads, batch_size=1)
-        zero = {name: np.zeros_like(of_a[name]) for name in floats}
-        gaps.append(_distances(of_a, of_b, floats, batch.samples))
-        norms.append(_distances(zero, of_a, floats, batch.samples))
+            return measure_gaps(
+                a, b, data, provider=provider, threads=threads, batch_size=1, units=units
+            )
+        constant = {name: units.centre(name) for name in floats}
+        gaps.append(_distances(of_a, of_b, floats, batch.samples, units))
+        norms.append(_distances(constant, of_a, floats, batch.samples, units))
         scores = next((n for n in floats if of_a[n].ndim == 2 and of_a[n].shape[1] > 1), None)
         if scores is not None:
             flipped = of_a[scores].argmax(axis=1) != of_b[scores].argmax(axis=1)
@@ -179,17 +188,21 @@ def measure_gaps(
 
 
 def _distances(
-    a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], names: Sequence[str], samples: int
+    a: Mapping[str, np.ndarray],
+    b: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    samples: int,
+    units: Units,
 ) -> np.ndarray:
-    """(samples,): L2 distance over the elements of all these outputs together."""
-    squares = [_square_gaps(a[name], b[name], samples) for name in names]
+    """(samples,): distance over the elements of all these outputs together."""
+    squares = [_square_gaps(a[name], b[name], samples, units.factor(name)) for name in names]
     return np.sqrt(sum(squares, np.zeros(samples)))
 
 
-def _square_gaps(a: np.ndarray, b: np.ndarray, samples: int) -> np.ndarray:
+def _square_gaps(a: np.ndarray, b: np.ndarray, samples: int, factor: np.ndarray) -> np.ndarray:
     """(samples,): squared distance per sample; elements that are equal count 0, NaN or not."""
     with np.errstate(invalid="ignore", over="ignore"):
-        distance = np.square(b.astype(np.float64) - a)
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
+        distance = np.square((b.astype(np.float64) - a) * factor)
+    same = (a == b) | (np.isnan(a) & np.isnan(b)) | (factor == 0)
     distance = np.where(same, 0.0, np.where(np.isfinite(distance), distance, np.inf))
     return np.asarray(distance.reshape(samples, -1).sum(axis=1))

@@ -41,6 +41,32 @@ class CannotFollow(OnnxEcpError):
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """How the last linear operator made the error, so that scales of its columns are taken in.
+
+    The norm of diag(s) W is no larger than max |s| ||W||, and mostly much smaller.
+
+    Args:
+        error: (samples,), that of its input.
+        weight: columns on axis 0.
+        axis: of the columns in the tensor, from its end.
+        norm: of such a weight.
+    """
+
+    error: np.ndarray
+    weight: np.ndarray
+    axis: int
+    norm: Callable[[np.ndarray], float]
+
+    def scaled(self, scale: np.ndarray, rank: int) -> Stretch | None:
+        """Behind a scale that broadcasts with the tensor; None where it is not one per column."""
+        shape = (1,) * (rank - scale.ndim) + scale.shape
+        if scale.size > 1 and shape[self.axis] != scale.size:
+            return None
+        return replace(self, weight=self.weight * scale.reshape(-1, *(1,) * (self.weight.ndim - 1)))
+
+
+@dataclass(frozen=True)
 class Reach:
     """Where a tensor can be in both models; arrays have the tensor's shape, axis 0 = samples.
 
@@ -50,6 +76,7 @@ class Reach:
         shift: centre of reference - original.
         slack: how far reference - original can be from it, elementwise.
         error: (samples,), ||pruned - reference||_2 at most.
+        stretch: what made that error; None where no single linear operator did.
     """
 
     centre: np.ndarray
@@ -57,6 +84,7 @@ class Reach:
     shift: np.ndarray
     slack: np.ndarray
     error: np.ndarray
+    stretch: Stretch | None = None
 
     @staticmethod
     def of(centre: np.ndarray, radius: np.ndarray) -> Reach:
@@ -80,6 +108,26 @@ class Reach:
             self.error * norm,
         )
 
+    def error_scaled(self, scale: np.ndarray) -> tuple[np.ndarray, Stretch | None]:
+        """Error, and what made it, behind an elementwise scale."""
+        error = self.error * float(np.abs(scale).max(initial=0.0))
+        stretch = None if self.stretch is None else self.stretch.scaled(scale, self.centre.ndim)
+        if stretch is not None and np.ptp(np.abs(scale)) > 0:
+            error = np.minimum(error, stretch.error * stretch.norm(stretch.weight))
+        return error, stretch
+
+    def in_units(self, factor: np.ndarray) -> Reach:
+        """The same tensor times positive factors, in both models."""
+        error, stretch = self.error_scaled(factor)
+        return Reach(
+            factor * self.centre.astype(np.float64),
+            factor * self.radius.astype(np.float64),
+            factor * self.shift.astype(np.float64),
+            factor * self.slack.astype(np.float64),
+            error,
+            stretch,
+        )
+
     @property
     def is_point(self) -> bool:
         """Whether the original's values are known exactly."""
@@ -90,12 +138,15 @@ Inputs = Mapping[int, Reach]
 Rule = Callable[[LayerStep, Inputs], Reach]
 
 
-def telescope(pair: Pair, inputs: Mapping[str, Reach]) -> np.ndarray:
+def telescope(
+    pair: Pair, inputs: Mapping[str, Reach], factors: Mapping[str, np.ndarray] | None = None
+) -> np.ndarray:
     """(samples,): a bound on the L2 distance of all floating-point outputs.
 
     Args:
         pair: the models.
         inputs: by name; one entry of axis 0 per sample, in all tensors of the graph.
+        factors: by output, what it is multiplied by before; 1 where there is none.
 
     Raises:
         CannotFollow: an operator is not known; it is named.
@@ -111,7 +162,11 @@ def telescope(pair: Pair, inputs: Mapping[str, Reach]) -> np.ndarray:
         if {found.centre.shape[0]} != samples:
             raise _refused(step, "it changes the first axis, which must count samples")
         reached[step.node.output[0]] = found
-    ends = [reached[y].gap for y in pair.outputs if y in reached]
+    ends = []
+    for name in pair.outputs:
+        if name in reached:
+            factor = np.ones(1) if factors is None else factors.get(name, np.ones(1))
+            ends.append(reached[name].in_units(factor).gap)
     return np.asarray(np.sqrt(np.square(ends).sum(axis=0)))
 
 
@@ -169,13 +224,27 @@ def _weighted(step: LayerStep, inputs: Inputs) -> Reach:
     centre = run(x.centre, w, bias_a)
     shift = run(x.centre, v - w, _difference(bias_b, bias_a)) + run(x.shift, v)
     zero = np.zeros_like(centre)
+    columns, axis = _by_column(step, at, v)
+    stretch = Stretch(x.error, columns, axis, lambda m: _norm(step, m, x.centre.shape))
     return Reach(
         centre,
         zero if radius is None else radius,
         shift,
         zero if slack is None else slack,
-        x.error * _norm(step, v, x.centre.shape),
+        x.error * stretch.norm(columns),
+        stretch,
     )
+
+
+def _by_column(step: LayerStep, at: int, w: np.ndarray) -> tuple[np.ndarray, int]:
+    """A weight with the columns of the operator's output first, and their axis, from the end."""
+    if step.node.op_type == "Conv":
+        return w, -(w.ndim - 1)
+    if w.ndim != 2:
+        raise _refused(step, "its weight is not a matrix")
+    if step.node.op_type == "MatMul" and at == 1:
+        return w, -2
+    return (w if step.attributes.get("transB", 0) else w.T), -1
 
 
 def _difference(b: np.ndarray | None, a: np.ndarray | None) -> np.ndarray | None:
@@ -185,10 +254,14 @@ def _difference(b: np.ndarray | None, a: np.ndarray | None) -> np.ndarray | None
 
 
 def _norm(step: LayerStep, w: np.ndarray, shape: tuple[int, ...]) -> float:
-    if step.node.op_type == "Conv":
-        return convolution_norm(w, Kernel.of(step.attributes, w.shape[2:]), shape[2:])
-    if w.ndim != 2:
-        raise _refused(step, "its weight is not a matrix")
+    return NORMS[step.node.op_type](step, w, shape)
+
+
+def _convolution_norm(step: LayerStep, w: np.ndarray, shape: tuple[int, ...]) -> float:
+    return convolution_norm(w, Kernel.of(step.attributes, w.shape[2:]), shape[2:])
+
+
+def _matrix_norm(step: LayerStep, w: np.ndarray, shape: tuple[int, ...]) -> float:
     return abs(step.attributes.get("alpha", 1.0)) * matrix_norm(w)
 
 
@@ -229,12 +302,14 @@ def _diagonal(
     if centre.shape != x.centre.shape:
         raise _refused(step, "its constant is larger than the computed tensor")
     scale, offset = scale_b - scale_a, offset_b - offset_a
+    error, stretch = x.error_scaled(scale_b)
     return Reach(
         centre,
         np.abs(scale_a) * x.radius,
         scale_b * x.shift + scale * x.centre + offset,
         np.abs(scale_b) * x.slack + np.abs(scale) * x.radius,
-        x.error * float(np.abs(scale_b).max(initial=0.0)),
+        error,
+        stretch,
     )
 
 
@@ -377,6 +452,13 @@ def _check_axis(step: LayerStep, shape: tuple[int, ...]) -> int:
     return axis
 
 
+# By operator with weights, the factor by which W may lengthen a vector, given W as the operator
+# sees it and the shape of its input.
+NORMS: dict[str, Callable[[LayerStep, np.ndarray, tuple[int, ...]], float]] = {
+    "Conv": _convolution_norm,
+    "Gemm": _matrix_norm,
+    "MatMul": _matrix_norm,
+}
 # Functions of one input, entry by entry.
 _FUNCTIONS = tuple(
     op
@@ -384,7 +466,7 @@ _FUNCTIONS = tuple(
     if not domain and row.elementwise == 1 and row.moves is None and not row.flat
 )
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("Gemm", "MatMul", "Conv"), _weighted),
+    **dict.fromkeys(NORMS, _weighted),
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _elementwise),
     **dict.fromkeys(moving(Moves.IN_ORDER) - {"CastLike"} | {"Transpose"}, _moved),
     **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean"), _averaged),

@@ -15,8 +15,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_ecp.errors import ProviderError
-from onnx_ecp.gradients.builder import Builder
 from onnx_ecp.gradients.rules.registry import Unsupported, only
+from onnx_ecp.graph.builder import Builder
 from onnx_ecp.graph.operators import find
 from onnx_ecp.graph.surgery import export_graph
 from onnx_ecp.runtime.session import Session

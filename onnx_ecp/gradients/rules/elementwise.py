@@ -12,7 +12,6 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.gradients.builder import Builder
 from onnx_ecp.gradients.rules.registry import (
     Rule,
     Unsupported,
@@ -22,6 +21,7 @@ from onnx_ecp.gradients.rules.registry import (
     optional_input,
     rule,
 )
+from onnx_ecp.graph.builder import Builder
 from onnx_ecp.graph.operators import OPERATORS, SELU_ALPHA, SELU_GAMMA
 
 Derivative = Callable[..., gs.Tensor]

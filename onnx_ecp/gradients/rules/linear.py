@@ -7,8 +7,8 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.gradients.builder import Builder
 from onnx_ecp.gradients.rules.registry import Unsupported, rule
+from onnx_ecp.graph.builder import Builder
 
 
 def _swap(op: Builder, x: gs.Tensor, rank: int) -> Any:

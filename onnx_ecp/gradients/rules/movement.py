@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.gradients.builder import Builder
 from onnx_ecp.gradients.rules.convolution import merge_probes
 from onnx_ecp.gradients.rules.registry import (
     Unsupported,
@@ -22,6 +21,7 @@ from onnx_ecp.gradients.rules.registry import (
     optional_input,
     rule,
 )
+from onnx_ecp.graph.builder import Builder
 
 
 @rule("Flatten", "Reshape", "Squeeze", "Unsqueeze")

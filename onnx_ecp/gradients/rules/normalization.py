@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.gradients.builder import Builder
 from onnx_ecp.gradients.rules.registry import Unsupported, nonnegative, only, rule
+from onnx_ecp.graph.builder import Builder
 
 
 @rule("Softmax")

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.gradients.builder import Builder
-from onnx_ecp.gradients.rules.convolution import Window, margins, merge_probes, pad_spatial
+from onnx_ecp.gradients.rules.convolution import merge_probes
 from onnx_ecp.gradients.rules.movement import scatter_add
 from onnx_ecp.gradients.rules.reduction import extreme, mean
 from onnx_ecp.gradients.rules.registry import Unsupported, only, rule
+from onnx_ecp.graph.builder import Builder
+from onnx_ecp.graph.windows import Window, margins, pad_spatial
 
 
 @rule("MaxPool")
@@ -81,6 +82,19 @@ def _repeated(op: Builder, x: gs.Tensor, times: Sequence[int]) -> Any:
         nearest_mode="floor",
         coordinate_transformation_mode="asymmetric",
     )
+
+
+@rule("MaxUnpool")
+def _maxunpool(op: Builder, node: gs.Node, g: list[gs.Tensor | None], i: int) -> gs.Tensor | None:
+    """Every cell came from one place, which the indices count over the whole output."""
+    if len(node.inputs) > 2 and node.inputs[2].name:
+        raise Unsupported("an output size of its own")
+    adjoint = only(node, g, i, 0)
+    probes = op.probes(adjoint)
+    flat = op.Reshape(adjoint, op.Concat(probes, np.array([-1]), axis=0))
+    places = op.Reshape(node.inputs[1], np.array([1, -1]))
+    rows = op.Expand(places, op.Concat(probes, np.array([1]), axis=0))
+    return op.reshape_like(op.GatherElements(flat, rows, axis=1), adjoint, node.inputs[0])
 
 
 @rule("AveragePool")

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.gradients.builder import Builder
 from onnx_ecp.gradients.rules.registry import Unsupported, optional_input, rule
+from onnx_ecp.graph.builder import Builder
 
 # (builder of the body, adjoints of the states, values of the step) to (adjoints of the states
 # before, adjoint of the pre-activations).

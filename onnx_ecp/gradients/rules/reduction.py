@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.gradients.builder import Builder
 from onnx_ecp.gradients.rules.registry import Rule, known, nonnegative, only, optional_input, rule
+from onnx_ecp.graph.builder import Builder
 
 # (builder, g, x, y, axes) to the adjoint of x; g and y have the reduced axes with size 1.
 Derivative = Callable[[Builder, Any, Any, Any, Any], Any]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.gradients.builder import Builder
+from onnx_ecp.graph.builder import Builder
 
 Rule = Callable[[Builder, gs.Node, list[gs.Tensor | None], int], gs.Tensor | None]
 

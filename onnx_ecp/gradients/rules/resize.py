@@ -11,7 +11,6 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.gradients.builder import Builder
 from onnx_ecp.gradients.rules.registry import (
     Unsupported,
     constant,
@@ -20,6 +19,7 @@ from onnx_ecp.gradients.rules.registry import (
     optional_input,
     rule,
 )
+from onnx_ecp.graph.builder import Builder
 
 _INTERPOLATION = (
     "antialias",

@@ -1,4 +1,4 @@
-"""A thin writer of standard ONNX nodes for the reverse graph.
+"""A thin writer of standard ONNX nodes, for the reverse graph and for rows of layers.
 
 Adjoint convention: the adjoint of a tensor of shape S has shape (P, *S); P, the probe axis, is
 leading, so numpy broadcasting against forward tensors works unchanged (a forward tensor of lower

@@ -1,0 +1,1 @@
+"""One file for each kind of picture: values in, HTML out; no script, no network."""
