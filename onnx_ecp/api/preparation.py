@@ -18,6 +18,7 @@ from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.data.untrusted import npz_names, read_npz
 from onnx_ecp.errors import ModelError, TargetError, UsageError, did_you_mean
 from onnx_ecp.evaluation import compare as evaluate
+from onnx_ecp.evaluation.batching import as_taken
 from onnx_ecp.evaluation.facts import model_of
 from onnx_ecp.evaluation.targets import TARGETS
 from onnx_ecp.graph import Model
@@ -345,6 +346,7 @@ def gather(source: Model, calibration: Any, options: Options) -> Data:
         labels = calibrating.load_labels(options.labels, evaluate.expected_rows(everything))
         by_sample = labels.reshape(len(everything), -1, *labels.shape[1:])
         everything = replace(everything, labels=by_sample)
+    everything = as_taken(source, everything, **options.session)
     return Data(*_parts(everything, options))
 
 
@@ -363,7 +365,7 @@ def _parts(
     everything: Calibration, options: Options
 ) -> tuple[Calibration, Calibration, Calibration]:
     """The samples to use as (fit, guard, held out)."""
-    everything = everything.limit(options.samples or len(everything), options.seed)
+    everything = everything.limit(options.samples or len(everything), options.seed).grouped()
     samples = len(everything)
     share = max(_share(samples), min(FEW_SHARE, ENOUGH / samples))
     rest, held_out = everything.split(share, options.seed)
@@ -398,6 +400,7 @@ def observe_network(
             threads=options.threads,
             reverse=options.recipe.measures not in FORWARD or options.finetune_steps > 0,
             statistics=options.statistics,
+            other=data.train.another(),
         )
 
     observer = observing(layers)
@@ -425,13 +428,13 @@ def with_free_batch(dense: Model, data: Data, options: Options) -> tuple[Model, 
 
     Both are as they were where the batch is free, or where no such copy computes the same.
     """
-    names, few = (
-        data.train.of_one,
-        list(data.train.take(np.arange(len(data.train))[:PROBED]).batches(1)),
-    )
-    if len(few) < 2 or names != data.train.arrays.keys():
+    names, train = data.train.of_one, data.train
+    alike = [i for i in range(len(train)) if train.shapes(i) == train.shapes(0)][:PROBED]
+    if len(alike) < 2 or names != train.arrays.keys():
         return dense, data
-    copy = free_batch(dense, [batch.feeds for batch in few], names, **options.session)
+    few, other = [batch.feeds for batch in train.take(alike).batches(1)], train.another()
+    others = () if other is None else (other.feeds,)
+    copy = free_batch(dense, few, names, others, **options.session)
     if copy is None:
         return dense, data
     train = data.train.together()
