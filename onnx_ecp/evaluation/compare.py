@@ -22,7 +22,9 @@ import onnx
 
 from onnx_ecp.data import calibration
 from onnx_ecp.data.calibration import Batch, Calibration
+from onnx_ecp.data.ragged import largest_bytes, shape_of
 from onnx_ecp.errors import CalibrationError, ModelError, ProviderError
+from onnx_ecp.evaluation.batching import as_taken
 from onnx_ecp.evaluation.facts import ModelFacts, model_facts, model_of
 from onnx_ecp.evaluation.latency import Latency, measure_latency
 from onnx_ecp.evaluation.runtimes import InRuntime, check_runtime, in_runtime
@@ -485,6 +487,7 @@ def compare(
     samples = calibration.load(data, signature(first.proto))
     if isinstance(labels, str | Path):
         labels = calibration.load_labels(labels, expected_rows(samples))
+    samples = as_taken(first, samples, provider=provider, threads=threads)
     gap = measure_gap(
         first,
         second,
@@ -560,7 +563,10 @@ def measure_gap(
     predictions: list[tuple[np.ndarray, ...]] = []
     for batch, of_a, of_b in paired_outputs(a, b, data.batches(size), provider, threads):
         check_same_shapes(b, of_a, of_b)
-        axes = axes or axes_of(a, batch, of_a)
+        if not axes:
+            axes = axes_of(a, batch, of_a)
+            if measure is not None:  # its columns are these
+                axes |= {name: spread.axis for name, spread in measure.spreads.items()}
         for name, y in of_a.items():
             new = deviation_sums(y, of_b[name], batch.start, batch.samples, axes[name])
             sums[name] = sums[name] + new if name in sums else new
@@ -598,13 +604,13 @@ def axes_of(model: Model, batch: Batch, outputs: Outputs) -> dict[str, int | Non
 
 def expected_rows(data: Calibration) -> int:
     """Rows of outputs to expect: a sample of a fixed batch of B is B rows."""
-    fixed = next(iter(data.arrays.values())).shape[1:]
+    fixed = shape_of(next(iter(data.arrays.values())))
     return len(data) if data.stacked or len(fixed) < 2 else len(data) * fixed[0]
 
 
 def fitting(data: Calibration) -> int:
     """A batch size whose inputs take at most BATCH_BYTES."""
-    size = sum(array.nbytes for array in data.arrays.values()) // len(data)
+    size = sum(map(largest_bytes, data.arrays.values()))
     return int(np.clip(BATCH_BYTES // max(size, 1), 1, min(256, len(data))))
 
 

@@ -7,6 +7,7 @@ that share their fate, or raises ``NotFollowed``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise, takewhile
 from typing import TypeAlias
@@ -17,7 +18,7 @@ import onnx_graphsurgeon as gs
 from onnx_ecp.graph.operators import MICROSOFT, OPERATORS, Moves, find, moving
 from onnx_ecp.layers import Skip, layer_of
 from onnx_ecp.layers.views import operator
-from onnx_ecp.units.propagation import Count, NotFollowed, Walk
+from onnx_ecp.units.propagation import Count, NotFollowed, Parts, Walk
 from onnx_ecp.units.shape_values import entries_of, known_values, of_shape
 from onnx_ecp.units.union_find import Axis
 
@@ -271,6 +272,10 @@ def transpose(walk: Walk, node: gs.Node) -> Outputs:
     return {node.outputs[0].name: Axis(perm.index(axis.index), axis.marks)}
 
 
+# Every element of a tensor gets a mark of eight bytes while a Reshape is followed.
+_MOST_MARKED = 2**27
+
+
 @rule("Flatten", "Squeeze", "Unsqueeze", "Reshape")
 def reshape(walk: Walk, node: gs.Node) -> Outputs:
     """Units repeat where their axis is merged, and are joined where it is split.
@@ -281,6 +286,10 @@ def reshape(walk: Walk, node: gs.Node) -> Outputs:
     """
     axis = _data(walk, node)
     old, new = walk.shape(node.inputs[0]), walk.shape(node.outputs[0])
+    if math.prod(old) != math.prod(new) or old[axis.index] != len(axis.marks):
+        raise NotFollowed(f"shapes {old} and {new} contradict each other")
+    if math.prod(old) > _MOST_MARKED:
+        raise NotFollowed("it is too large to tell what becomes of every element")
     along = [1] * len(old)
     along[axis.index] = len(axis.marks)
     marks = np.broadcast_to(axis.marks.reshape(along), old).reshape(new)
@@ -289,9 +298,9 @@ def reshape(walk: Walk, node: gs.Node) -> Outputs:
         raise NotFollowed("it hides the axis of a single unit")
     apart = [_is_set_apart(walk, node.outputs[0], *pair) for pair in pairwise(varying)]
     if walk.inside and any(apart):
-        raise NotFollowed("it puts parts side by side that are read one by one")
+        return _put_side_by_side(walk, node, marks, varying, apart)
     index = varying[-1] if walk.inside else varying[sum(takewhile(bool, apart))]
-    if index == 0:
+    if index == 0 and not _follows_samples(marks.reshape(len(marks), -1)[:, 0], axis):
         raise NotFollowed("it merges units with the axis of samples")
     marks = marks[tuple(slice(None) if i in varying else slice(1) for i in range(len(new)))]
     first, *others = np.moveaxis(marks, index, 0).reshape(new[index], -1).T
@@ -302,6 +311,67 @@ def reshape(walk: Walk, node: gs.Node) -> Outputs:
     if node.op == "Reshape":
         _note_target(walk, node, index, first, [i for i in varying if i != index])
     return {node.outputs[0].name: Axis(index, first)}
+
+
+def _follows_samples(marks: np.ndarray, axis: Axis) -> bool:
+    """Whether an axis holds the units of one sample, then those of the next one."""
+    return np.array_equal(marks, np.resize(axis.marks, len(marks)))
+
+
+def _put_side_by_side(
+    walk: Walk, node: gs.Node, marks: np.ndarray, varying: Sequence[int], apart: Sequence[bool]
+) -> Outputs:
+    """Queries, keys and values as (3, heads, size): each has dimensions, of which the same go.
+
+    Args:
+        walk: the walk, inside heads.
+        node: what makes the parts, of one axis.
+        marks: of its output, in its shape.
+        varying: the axes that it made.
+        apart: by pairs of them, whether the first is read entry by entry.
+    """
+    if not apart[0] or any(apart[1:]):
+        raise NotFollowed("it puts parts side by side that are read one by one")
+    parts, index = varying[0], varying[-1]
+    marks = marks[tuple(slice(None) if i in varying else slice(1) for i in range(marks.ndim))]
+    size = marks.shape[index]
+    by_part = np.moveaxis(marks, (parts, index), (0, 1)).reshape(marks.shape[parts], size, -1)
+    for own in by_part:
+        first, *others = own.T
+        for other in others:
+            walk.marks.join(first, other)
+        walk.heads += first.tolist()
+    firsts = by_part[:, :, 0]
+    walk.parts[node.outputs[0].name] = Parts(parts, index, firsts)
+    walk.coupled.append(firsts)
+    if node.op == "Reshape":
+        _note_target(walk, node, index, firsts[0], [i for i in varying if i != index])
+    return {}
+
+
+def follow_parts(walk: Walk, node: gs.Node) -> Outputs:
+    """Through an operator that moves parts, or takes one of them.
+
+    Raises:
+        NotFollowed: it does something else.
+    """
+    own, rank = walk.parts.get(node.inputs[0].name), len(walk.shape(node.inputs[0]))
+    if own is None or node.domain:
+        raise NotFollowed("it reads queries, keys and values together")
+    if node.op == "Transpose":
+        perm = list(node.attrs.get("perm", range(rank)[::-1]))
+        moved = Parts(perm.index(own.parts), perm.index(own.index), own.marks)
+        walk.parts[node.outputs[0].name] = moved
+        return {}
+    along = int(node.attrs.get("axis", 0)) % rank
+    if node.op == "Split" and along == own.parts and len(node.outputs) == len(own.marks):
+        pairs = zip(node.outputs, own.marks, strict=True)
+        return {y.name: Axis(own.index, part) for y, part in pairs if y.name}
+    chosen = walk.integers(node.inputs[1]) if node.op == "Gather" else None
+    if chosen is None or along != own.parts or len(chosen) != 1:
+        raise NotFollowed("it reads queries, keys and values together")
+    gone = not walk.shape(node.inputs[1]) and along < own.index
+    return {node.outputs[0].name: Axis(own.index - gone, own.marks[chosen[0]])}
 
 
 # How many operators behind a Reshape are looked at.
@@ -398,6 +468,8 @@ def _note_target(
 
 # An entry of a target: its value, or the tensor of this one entry, or None where nobody knows.
 _Entry: TypeAlias = int | gs.Tensor | None
+# A target has an entry for every axis; there are not more of them.
+_MOST_AXES = 64
 
 
 def _target(walk: Walk, tensor: gs.Tensor, rank: int) -> list[_Entry]:
@@ -407,13 +479,19 @@ def _target(walk: Walk, tensor: gs.Tensor, rank: int) -> list[_Entry]:
 
 
 def _entries(walk: Walk, tensor: gs.Tensor) -> list[_Entry]:
-    numbers = walk.integers(tensor)
-    if numbers is not None:
-        return list(numbers)
-    if tensor.inputs and tensor.inputs[0].op == "Concat":
-        return [entry for part in tensor.inputs[0].inputs for entry in _entries(walk, part)]
-    length = int(np.prod(walk.shape(tensor)))
-    return [tensor] if length == 1 else [None] * length
+    found: list[_Entry] = []
+    pending = [tensor]
+    while pending:
+        tensor = pending.pop()
+        numbers = walk.integers(tensor)
+        length = int(np.prod(walk.shape(tensor)))
+        if numbers is not None:
+            found += numbers
+        elif tensor.inputs and tensor.inputs[0].op == "Concat" and length <= _MOST_AXES:
+            pending += reversed(tensor.inputs[0].inputs)
+        else:
+            found += [tensor] if length == 1 else [None] * length
+    return found
 
 
 def _is_size(walk: Walk, entry: _Entry) -> bool:
@@ -454,7 +532,8 @@ def _marks_or_pinned(walk: Walk, tensor: gs.Tensor, along: int) -> np.ndarray:
     if axis is not None:
         return axis.marks
     marks = walk.marks.fresh(walk.shape(tensor)[along])
-    walk.marks.pin(marks, f"{tensor.name!r} is not made by a layer that is pruned")
+    own = f"{tensor.name!r} is not made by a layer that is pruned"
+    walk.marks.pin(marks, walk.ended.get(tensor.name, own))
     return marks
 
 
@@ -555,12 +634,13 @@ def product_of_activations(walk: Walk, node: gs.Node) -> Outputs:
     if (here, there) == (-1, -2):
         _meet_as_attention(walk, node)
         return {}
+    roots = [walk.ended[x.name] for x in (left, right) if x.name in walk.ended]
     if (here, there) in ((-2, None), (None, -1)):
         ((_, axis),) = _followed(walk, node)
         return {out.name: Axis(rank + (here or -1), axis.marks)}
     place = here if here is not None else there
     if place is None or place > -3 or there not in (None, place):
-        raise NotFollowed("it combines units of different axes")
+        raise NotFollowed("it combines units of different axes", *roots[:1])
     marks = max((axis.marks for _, axis in _followed(walk, node)), key=len)
     for index in (0, 1):
         walk.meet(node, index, place, marks)
@@ -617,18 +697,22 @@ def _is_steady(walk: Walk, tensor: gs.Tensor) -> bool:
 
     Between it and here may stand moves, and stored vectors and numbers that meet the units.
     """
-    node = tensor.inputs[0]
-    stored = [x for x in node.inputs if walk.scope.is_constant(x)]
-    domain, op = operator(node)
-    if not domain and op in _MOVES:
-        return _is_steady(walk, node.inputs[0])
-    if not domain and op in ("Add", "Sub", "Mul", "Div") and len(stored) == 1:
-        (data,) = (x for x in node.inputs if x is not stored[0])
-        shape, axis = walk.shape(stored[0]), walk.axis(data)
-        place = axis.index - len(walk.shape(data)) if axis is not None else 0
-        flat = all(size == 1 for i, size in enumerate(shape, -len(shape)) if i != place)
-        return flat and _is_steady(walk, data)
-    layer = layer_of(node, walk.scope)
-    if layer is None or isinstance(layer, Skip):
-        return False
-    return layer.output == tensor.name and layer.groups == 1
+    while tensor.inputs:
+        node = tensor.inputs[0]
+        stored = [x for x in node.inputs if walk.scope.is_constant(x)]
+        domain, op = operator(node)
+        if not domain and (op in _MOVES or (op == "Gather" and len(stored) == 1)):
+            tensor = node.inputs[0]
+        elif not domain and op in ("Add", "Sub", "Mul", "Div") and len(stored) == 1:
+            (data,) = (x for x in node.inputs if x is not stored[0])
+            shape, axis = walk.shape(stored[0]), walk.axis(data)
+            place = axis.index - len(walk.shape(data)) if axis is not None else 0
+            if not all(size == 1 for i, size in enumerate(shape, -len(shape)) if i != place):
+                return False
+            tensor = data
+        else:
+            layer = layer_of(node, walk.scope)
+            if layer is None or isinstance(layer, Skip):
+                return False
+            return layer.output == tensor.name and layer.groups == 1
+    return False

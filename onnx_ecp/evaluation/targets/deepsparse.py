@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from onnx_ecp.evaluation.targets.target import STANDARD, Target, each, in_groups
+from onnx_ecp.evaluation.targets.target import STANDARD, Target, each, in_groups, other_operator
 from onnx_ecp.layers import Layer
 
 
 def refusal(layer: Layer) -> str:
     """Why no sparse kernel takes a layer; empty where one may."""
     if layer.op not in STANDARD:
-        return f"op: {layer.op} is ONNX Runtime's own"
+        return other_operator(layer)
     if layer.groups > 1:
         return in_groups(layer)
     return ""
