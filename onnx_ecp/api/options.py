@@ -264,6 +264,11 @@ class Options:
         for what, given in refused.items():
             if given:
                 raise UsageError(f"--quantize does not go with {what}.")
+        if self.target in TARGETS and TARGETS[self.target].refuses_int8:
+            raise UsageError(
+                f"--quantize does not go with --target {self.target}.",
+                hint=f"{TARGETS[self.target].title}: {TARGETS[self.target].refuses_int8}.",
+            )
         if self.searches:
             raise UsageError(
                 "--quantize does not go with a search: zeros alone would use up the limit.",

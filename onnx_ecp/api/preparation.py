@@ -18,6 +18,7 @@ from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.data.untrusted import npz_names, read_npz
 from onnx_ecp.errors import ModelError, TargetError, UsageError, did_you_mean
 from onnx_ecp.evaluation import compare as evaluate
+from onnx_ecp.evaluation.batching import as_taken
 from onnx_ecp.evaluation.facts import model_of
 from onnx_ecp.evaluation.targets import TARGETS
 from onnx_ecp.graph import Model
@@ -348,6 +349,7 @@ def gather(source: Model, calibration: Any, options: Options) -> Data:
         labels = calibrating.load_labels(options.labels, evaluate.expected_rows(everything))
         by_sample = labels.reshape(len(everything), -1, *labels.shape[1:])
         everything = replace(everything, labels=by_sample)
+    everything = as_taken(source, everything, **options.session)
     return Data(*_parts(everything, options))
 
 

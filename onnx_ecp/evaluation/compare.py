@@ -24,6 +24,7 @@ from onnx_ecp.data import calibration
 from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.data.ragged import largest_bytes, shape_of
 from onnx_ecp.errors import CalibrationError, ModelError, ProviderError
+from onnx_ecp.evaluation.batching import as_taken
 from onnx_ecp.evaluation.facts import ModelFacts, model_facts, model_of
 from onnx_ecp.evaluation.latency import Latency, measure_latency
 from onnx_ecp.evaluation.runtimes import InRuntime, check_runtime, in_runtime
@@ -487,6 +488,7 @@ def compare(
     samples = calibration.load(data, signature(first.proto))
     if isinstance(labels, str | Path):
         labels = calibration.load_labels(labels, expected_rows(samples))
+    samples = as_taken(first, samples, provider=provider, threads=threads)
     gap = measure_gap(
         first,
         second,

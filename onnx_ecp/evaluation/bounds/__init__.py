@@ -23,6 +23,7 @@ from onnx_ecp.data import calibration
 from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.data.ragged import Ragged, shape_of
 from onnx_ecp.errors import ModelError, UsageError, did_you_mean
+from onnx_ecp.evaluation.batching import as_taken
 from onnx_ecp.evaluation.bounds import planning, sampling
 from onnx_ecp.evaluation.bounds.pair import Pair, pair
 from onnx_ecp.evaluation.bounds.planning import Planning
@@ -170,6 +171,7 @@ def bound(
     samples, units = None, PLAIN
     if data is not None:
         samples = calibration.load(data, signature(first.proto))
+        samples = as_taken(first, samples, provider=provider, threads=threads)
         settings: Settings = {
             "provider": provider,
             "threads": threads,
