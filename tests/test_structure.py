@@ -1555,6 +1555,48 @@ def test_a_speedup_is_one_of_multiplications(rng):
     assert report.work_after.flops <= report.work_before.flops / 1.5
 
 
+def test_a_speedup_leaves_sizes_that_kernels_like_unless_told_otherwise(rng):
+    """Multiples of eight channels, or 1, 2 and 4; what needs fewer steps of another group goes."""
+    body = """h = Conv(x, W)
+        a = Relu(h)
+        k = Conv(a, V)
+        r = Relu(k)
+        g = GlobalAveragePool(r)
+        f = Flatten(g)
+        y = Gemm(f, U)"""
+    shapes = {"W": (20, 2, 1, 1), "V": (36, 20, 1, 1), "U": (36, 3)}
+    model = build(("float[N, 2, 4, 4] x", body, shapes, []), rng)
+    choices = {"speedup": 1.7, "method": "ecp", "stages": 2}
+    made = onnx_ecp.optimize(model.proto, inputs(model, rng, 60), **choices)
+    assert made.report.work_after.flops <= made.report.work_before.flops / 1.7
+    for row in made.report.units:
+        assert row.after in (1, 2, 4, row.before) or row.after % 8 == 0
+    assert sum(row.before - row.after for row in made.report.units) > 0
+    single = onnx_ecp.optimize(model.proto, inputs(model, rng, 60), unit_multiple=1, **choices)
+    assert any(row.after % 8 and row.after > 4 for row in single.report.units)
+
+
+def test_a_large_block_is_spared_where_smaller_ones_cost_less(rng):
+    """Four units that go together rank first, and save more than is needed; one other is enough."""
+    model = build(NETWORKS["Gemm chain"], rng)
+    structure = structure_of(model, inputs(model, rng))
+    layers = find_layers(model.proto).layers
+    costs = budget(structure, layers, "params", {layer.name: 1 for layer in layers})
+    first, second = structure.groups
+    scores, whole = np.full(structure.units, 9.0), np.ones(structure.units, bool)
+    scores[first.units], scores[second.units[2]] = 1.0, 1.5
+    stops = {6: np.array([2, 6]), 4: np.arange(1, 5)}
+    keep = choose(
+        scores,
+        whole,
+        structure.groups,
+        costs,
+        lambda rest: costs.total(rest) < costs.total(whole),
+        stops=lambda group: stops[len(group.units)],
+    )
+    assert np.flatnonzero(~keep).tolist() == [second.units[2]]
+
+
 def test_the_report_measures_latency_unless_told_otherwise(rng):
     model = build(NETWORKS["Gemm chain"], rng)
     data = inputs(model, rng, 40)

@@ -97,7 +97,7 @@ def _advice(given: Model, feeds: Mapping[str, np.ndarray], options: Options) -> 
             return "a larger --speedup, or a measurement on a machine with nothing else to do."
         return (
             "units chosen by this machine's clock: --speedup 2 --cost latency. --unit-multiple 16 "
-            "alone keeps sizes that kernels like."
+            "alone keeps sizes that all kernels like."
         )
     try:
         whole, left = _half(given, feeds, options)

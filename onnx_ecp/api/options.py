@@ -69,7 +69,7 @@ class Options:
     granularity: str | None = None
     speedup: float | None = None
     cost: str = "params"
-    unit_multiple: int = 1
+    unit_multiple: int | None = None
     cleanup: bool | None = None
     unread_inputs: str = "faster"
     target: str | None = None
@@ -305,7 +305,7 @@ class Options:
         if self.permute and (self.masks is not None or self.apply_masks is not None):
             raise UsageError("--permute does not go with masks, which are of the order given.")
         if not self.by_units:
-            for name, default in (("speedup", None), ("cost", "params"), ("unit_multiple", 1)):
+            for name, default in (("speedup", None), ("cost", "params"), ("unit_multiple", None)):
                 if getattr(self, name) != default:
                     raise UsageError(f"--{name.replace('_', '-')} needs --granularity unit.")
             return
