@@ -26,7 +26,7 @@ from onnx_ecp.graph.free_batch import PROBED, free_batch
 from onnx_ecp.graph.randomness import refuse_random
 from onnx_ecp.graph.selected_rows import cut_hint, named, rows_that_depend
 from onnx_ecp.layers import Layer, Skip, find_layers
-from onnx_ecp.methods import FORWARD
+from onnx_ecp.methods import FORWARD, METHODS
 from onnx_ecp.pruning.loop import importances, observe
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.pruning.selection import NM, RankingGroup, Sparsity
@@ -55,6 +55,8 @@ LOOKED_AT = 8
 _MOST_LISTED = 3
 # What the reason says where N:M is not for a layer.
 NO_FIT = "does not fit it"
+# Where the reverse graph does not reach a layer.
+NO_SENSITIVITY = "its sensitivity is not available"
 
 
 @dataclass(frozen=True)
@@ -291,9 +293,21 @@ def nothing_to_prune(skips: Sequence[Skip]) -> TargetError:
     more = f"; and {len(skips) - len(listed)} more" if len(skips) > len(listed) else ""
     return TargetError(
         "no layer can be pruned" + (f": {'; '.join(listed)}{more}" if listed else "."),
-        hint="`onnx-ecp inspect MODEL` lists every candidate."
+        hint=_other_ways(skips)
         if listed
         else "The model has no Gemm, MatMul or Conv with constant weights.",
+    )
+
+
+def _other_ways(skips: Sequence[Skip]) -> str:
+    """What may work where no layer can be pruned as was asked."""
+    every = "`onnx-ecp inspect MODEL` lists every candidate."
+    if not any(NO_SENSITIVITY in skip.reason for skip in skips):
+        return every
+    forward = [n for n, m in METHODS.items() if m.measures in FORWARD and n != "random"]
+    return (
+        f"Methods that look forward need no sensitivity: --method {', '.join(forward)}. "
+        f"--gradients numeric takes any operator, with many runs. {every}"
     )
 
 
@@ -411,7 +425,7 @@ def observe_network(
 
     observer = observing(layers)
     skips = [
-        Skip(x.name, x.op, f"its sensitivity is not available: {observer.blocked[x.name]}")
+        Skip(x.name, x.op, f"{NO_SENSITIVITY}: {observer.blocked[x.name]}")
         for x in layers
         if x.name in observer.blocked
     ]

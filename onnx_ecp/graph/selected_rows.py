@@ -19,7 +19,7 @@ from onnx_ecp.graph.sparse import decode_sparse
 from onnx_ecp.graph.tensors import read_tensor
 from onnx_ecp.runtime.session import Session
 
-SELECTING = frozenset(("Compress", "NonMaxSuppression", "NonZero", "Unique"))
+SELECTING = frozenset(("Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Scan", "Unique"))
 # What makes a condition of numbers.
 COMPARING = frozenset(
     ("And", "Cast", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "Xor")
