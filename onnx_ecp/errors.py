@@ -78,14 +78,15 @@ class OutputError(OnnxEcpError):
 
 
 class Interrupted(OnnxEcpError):
-    """SIGINT or SIGTERM arrived; nothing was written.
+    """SIGINT or SIGTERM arrived.
 
     Args:
         signal_number: 2 for SIGINT, 15 for SIGTERM; the exit code is 128 more.
+        written: which files there are all the same.
     """
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__("interrupted.", hint="Nothing was written.")
+    def __init__(self, signal_number: int, written: str = "Nothing was written.") -> None:
+        super().__init__("interrupted.", hint=written)
         self.exit_code = 128 + signal_number
 
 

@@ -88,15 +88,39 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize(("image", "kernel", "attributes"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_patches_in_the_graph_are_those_on_the_host(image, kernel, attributes, rng):
+TRANSPOSED = {
+    "transposed": ("4,5,4", "4,4,3,2", "strides = [2, 3]"),
+    "transposed, padded": ("4,5,4", "4,4,3,3", "strides = [2, 1], pads = [1, 2, 0, 1]"),
+    "transposed, dilated": (
+        "4,5,4",
+        "4,4,2,3",
+        "strides = [2, 1], dilations = [3, 2], output_padding = [1, 0]",
+    ),
+    "transposed, grouped": ("4,5,4", "4,3,3,3", "group = 2, strides = [2, 1]"),
+    "transposed, depthwise": ("4,5,4", "4,1,2,2", "group = 4, strides = [2, 2]"),
+    "transposed, same": ("4,5,4", "4,4,3,5", 'auto_pad = "SAME_UPPER", strides = [2, 2]'),
+    "transposed, same, other": ("4,5,4", "4,4,3,5", 'auto_pad = "SAME_LOWER", strides = [2, 2]'),
+    "transposed, one dimension": ("4,6", "4,4,3", "strides = [2], pads = [1, 0]"),
+    "transposed, three": ("2,3,2,3", "2,2,2,3,2", "strides = [1, 2, 1], pads = [1,0,0,0,1,1]"),
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "image", "kernel", "attributes"),
+    [
+        *(("Conv", *case) for case in CONVOLUTIONS.values()),
+        *(("ConvTranspose", *case) for case in TRANSPOSED.values()),
+    ],
+    ids=[*CONVOLUTIONS, *TRANSPOSED],
+)
+def test_patches_in_the_graph_are_those_on_the_host(op, image, kernel, attributes, rng):
     """With other sizes than those of the batch that the graph was built with."""
     sizes, shape = ([int(x) for x in text.split(",")] for text in (image, kernel))
     free = ",".join([str(sizes[0]), *(f"d{i}" for i in range(1, len(sizes)))])
     proto = onnx.parser.parse_model(f"""
         <ir_version: 8, opset_import: ["": 18]>
-        net (float[n,{free}] x) => (float[n,{shape[0]}] y) {{
-            z = Conv<{attributes}>(x, W)  t = Tanh(z)
+        net (float[n,{free}] x) => (float[n,c] y) {{
+            z = {op}<{attributes}>(x, W)  t = Tanh(z)
             m = GlobalAveragePool(t)  y = Flatten(m)
         }}""")
     weight = rng.standard_normal(shape).astype(np.float32)

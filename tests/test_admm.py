@@ -1,5 +1,6 @@
 """ADMM finds the weights that a refit can do most with."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -85,10 +86,12 @@ def test_without_correlations_the_largest_parts_of_the_output_stay(rng):
     assert left(given, chosen(given)) <= 1.02 * left(given, size >= limit)
 
 
+@pytest.mark.parametrize("brief", [False, True])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_every_group_keeps_its_number_of_candidates(groups, rng):
+def test_every_group_keeps_its_number_of_candidates(groups, brief, rng):
     keep, candidates = half(rng), rng.random((ROWS, COLUMNS)) > 0.2
-    found = chosen(problem(rng, keep & candidates, groups=groups, candidates=candidates))
+    given = problem(rng, keep & candidates, groups=groups, candidates=candidates)
+    found = chosen(given, brief=brief)
     assert not np.any(found & ~candidates)
     per_group = (x.reshape(groups, -1).sum(axis=1) for x in (found, keep & candidates))
     np.testing.assert_array_equal(*per_group)
@@ -118,18 +121,39 @@ def test_units_of_inputs_and_outputs_change_nothing(scale):
     np.testing.assert_array_equal(*masks)
 
 
-def test_it_leaves_less_than_the_largest_weights_do():
+@pytest.mark.parametrize("brief", [False, True])
+def test_it_leaves_less_than_the_largest_weights_do(brief):
     for seed in range(5):
         rng = np.random.default_rng(seed)
         given = problem(rng, half(rng, (20, 30)))
         size = np.abs(given.original)
         largest = size >= np.sort(size.ravel())[-int(given.keep.sum())]
-        assert left(given, chosen(given)) < 0.8 * left(given, largest)
+        assert left(given, chosen(given, brief=brief)) < 0.8 * left(given, largest)
 
 
+@pytest.mark.parametrize("brief", [False, True])
 @pytest.mark.parametrize("keep", [np.zeros((ROWS, COLUMNS), bool), np.ones((ROWS, COLUMNS), bool)])
-def test_none_and_all_are_none_and_all(keep, rng):
-    np.testing.assert_array_equal(chosen(problem(rng, keep)), keep)
+def test_none_and_all_are_none_and_all(keep, brief, rng):
+    np.testing.assert_array_equal(chosen(problem(rng, keep), brief=brief), keep)
+
+
+@pytest.mark.parametrize("brief", [False, True])
+@pytest.mark.parametrize("dead", [1, 5])
+def test_weights_of_inputs_that_never_vary_go_first(dead, brief, rng):
+    """However large they are; where too few others are left, some of them stay."""
+    given = problem(rng, half(rng))
+    varies = np.arange(COLUMNS) >= dead
+    gram = replace(
+        given.gram,
+        gram=given.gram.gram * varies * varies[:, None],
+        cross=given.gram.cross * varies * varies[:, None],
+        now=given.gram.now * varies,
+        before=given.gram.before * varies,
+    )
+    large = np.where(varies, given.original, 100.0)
+    found = chosen(replace(given, gram=gram, original=large, weight=large), brief=brief)
+    assert np.count_nonzero(found) == np.count_nonzero(given.keep)
+    assert found[:, ~varies].any() == (dead == 5)
 
 
 def test_rows_that_nothing_depends_on_give_their_weights_to_others(rng):

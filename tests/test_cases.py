@@ -35,6 +35,7 @@ EXPECTED = {
     "softmax_other_axis": (2, 16),
     "depth_to_space": (2, 6),
     "expand_shape_gate": (4, 20),
+    "qkv_unbind": (2, 6),
     "reduce_sum_units": (2, 24),
     "resize_sizes": (2, 8),
     "segnet": (3, 8),

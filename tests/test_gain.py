@@ -99,7 +99,7 @@ def test_a_measurement_nobody_asked_for_takes_a_small_share(
     batch = next(samples.batches(8))
     so_far = 2.0
     found = brief_latency(load(model), load(model), batch, so_far=so_far)
-    assert now[0] <= max(timing.SHARE * so_far, 4 * seconds) + 2 * seconds
+    assert now[0] <= max(timing.SHARE * so_far, timing.LONGEST, 4 * seconds) + 2 * seconds
     assert (found.spread_a is not None) == (runs >= TURNS)
     assert found.verdict == "no faster"
 
@@ -115,6 +115,7 @@ CHOICES = {
 @pytest.mark.parametrize("verdict", ["faster", "slower", "no faster"])
 def test_a_report_begins_with_what_one_gets(choices, verdict, model, data, monkeypatch):
     monkeypatch.setattr(Latency, "verdict", property(lambda self: verdict))
+    monkeypatch.setattr(timing, "LONGEST", 60.0)  # enough on any machine
     report = onnx_ecp.optimize(model, data, **choices).report
     products = 12 * 16 + 16 * 4
     assert report.work_before.flops == products

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -179,7 +180,8 @@ def in_digits(**choices: object) -> onnx_ecp.Result:
 def test_a_pattern_is_kept():
     result = in_digits(sparsity="2:4", exclude="layers.4")
     rows = {row.name: row for row in result.report.int8.layers}
-    assert all(row.int8 for row in rows.values())
+    assert [row.int8 for row in rows.values()] == [True, True, False]
+    assert "exclude" in list(rows.values())[2].note
     checked = 0
     for name, keep in result.masks.items():
         integers, _ = integers_of(result.model, name)
@@ -270,6 +272,82 @@ def test_compensation_is_kept_where_it_is_better(rng):
     told = in_digits().report.int8
     assert told.compensated
     assert told.rounding < told.uncompensated
+
+
+# Models that exporters and ONNX Runtime's optimizer have written.
+
+
+@pytest.mark.parametrize(
+    ("file", "floats"),
+    [
+        ("mobilenet-torchscript", ()),
+        ("vit-torchscript", ()),
+        ("bert-torchscript-transformers", ("Attention",)),
+        ("resnet-torchscript-ort-extended", ("FusedConv",)),
+        ("llama-torchscript-transformers", ()),
+        ("lstm-dynamo", ()),
+    ],
+)
+def test_every_layer_of_an_exported_model_is_int8_or_says_why_not(file, floats):
+    path = Path(__file__).parent / "fixtures" / f"{file}.onnx"
+    result = onnx_ecp.optimize(path, samples=24, **{**FAST, "quantize": "int8"})
+    rows = result.report.int8.layers
+    assert {row.op for row in rows if not row.int8} == set(floats)
+    assert all(bool(row.note) != row.int8 for row in rows)
+    assert all(row.op in row.note for row in rows if not row.int8)
+    dequantised = {n.output[0] for n in result.model.graph.node if n.op_type == "DequantizeLinear"}
+    named = {node.name: node for node in result.model.graph.node}
+    for row in rows:
+        if row.int8:
+            assert set(named[row.name].input[:2]) <= dequantised
+    assert 0 < result.report.int8.rounding < max(0.25, result.report.int8.zeros)
+
+
+def optimised(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """The graph that ONNX Runtime computes."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return onnx.load(folder / "optimised.onnx")
+
+
+@pytest.mark.parametrize(
+    "file", ["resnet-torchscript", "bert-torchscript", "mobilenet-dynamo", "vit-dynamo", "heat"]
+)
+def test_onnxruntime_computes_in_int8_what_is_said_to_be(file, tmp_path):
+    path = MODELS / "heat.onnx"
+    if file != "heat":
+        path = Path(__file__).parent / "fixtures" / f"{file}.onnx"
+    result = onnx_ecp.optimize(path, samples=24, **{**FAST, "quantize": "int8"})
+    assert all(row.int8 for row in result.report.int8.layers)
+    graph = optimised(result.model, tmp_path).graph
+    floats = {y for n in graph.node if n.op_type == "DequantizeLinear" for y in n.output}
+    products = [
+        n for n in graph.node if n.op_type.removeprefix("Fused") in ("Conv", "Gemm", "MatMul")
+    ]
+    assert not [n.name for n in products if floats & set(n.input)]
+    inside = ("QLinearConv", "QGemm", "MatMulIntegerToFloat")
+    assert sum(n.op_type in inside for n in graph.node) == len(result.report.int8.layers)
+
+
+def test_what_is_not_in_int8_reads_what_was_not_rounded():
+    net = Net(
+        """(float[n,2,6,6] x) => (float[n,4,6,6] y) {
+            h = Conv<pads=[1,1,1,1]>(x, W, b) s = Sigmoid(h) d = Conv(s, W2)
+            e = Mul(s, d) y = Exp(e)
+        }""",
+        {"W": (4, 2, 3, 3), "b": (4,), "W2": (4, 4, 1, 1)},
+    )
+    rng = np.random.default_rng(3)
+    data = {"x": rng.standard_normal((40, 2, 6, 6)).astype(np.float32)}
+    made = onnx_ecp.optimize(net.model(), data, **{**FAST, "quantize": "int8"}).model
+    producers = {y: node for node in made.graph.node for y in node.output}
+    mul = next(node for node in made.graph.node if node.op_type == "Mul")
+    by_input = {producers[name].op_type for name in mul.input}
+    assert by_input == {"Sigmoid", "DequantizeLinear"}  # a Conv in int8 gives rounded outputs alone
 
 
 # Layers that cost too much.

@@ -264,6 +264,64 @@ LAYERS = {
         'y = Conv<auto_pad = "SAME_LOWER", strides = [2, 1]>(x, W)',
         {"x": (2, 3, 6, 6), "W": (4, 3, 3, 4)},
     ),
+    "conv transpose": Case(
+        "y = ConvTranspose(x, W, b)",
+        {"x": (2, 3, 4, 5), "W": (3, 4, 3, 2), "b": (4,)},
+        has_bias=True,
+    ),
+    "conv transpose, no B, strided": Case(
+        "y = ConvTranspose<strides = [2, 2]>(x, W)", {"x": (2, 3, 4, 5), "W": (3, 4, 2, 2)}
+    ),
+    "conv transpose, B an input": Case(
+        "y = ConvTranspose(x, W, b)",
+        {"x": (2, 3, 4, 5), "W": (3, 4, 3, 2), "b": (4,)},
+        inputs=("x", "b"),
+    ),
+    "conv transpose, 1-D, strided, dilated, padded": Case(
+        "y = ConvTranspose<strides = [3], dilations = [2], pads = [1, 2], output_padding = [1]>"
+        "(x, W)",
+        {"x": (2, 3, 5), "W": (3, 4, 4)},
+    ),
+    "conv transpose, padded more than the kernel": Case(
+        "y = ConvTranspose<strides = [2, 1], pads = [3, 2, 1, 0]>(x, W)",
+        {"x": (2, 3, 6, 5), "W": (3, 4, 2, 2)},
+    ),
+    "conv transpose, a stride beyond the kernel": Case(
+        "y = ConvTranspose<strides = [3, 2]>(x, W)", {"x": (2, 3, 3, 4), "W": (3, 4, 2, 1)}
+    ),
+    "conv transpose, 3-D": Case(
+        "y = ConvTranspose<strides = [1, 2, 1], pads = [0, 1, 0, 1, 0, 1]>(x, W)",
+        {"x": (2, 2, 3, 2, 4), "W": (2, 3, 2, 3, 2)},
+    ),
+    "conv transpose, groups": Case(
+        "y = ConvTranspose<group = 2, strides = [1, 2]>(x, W)",
+        {"x": (2, 4, 3, 4), "W": (4, 3, 3, 2)},
+    ),
+    "conv transpose, depthwise": Case(
+        "y = ConvTranspose<group = 4, strides = [2, 2]>(x, W)",
+        {"x": (2, 4, 3, 4), "W": (4, 1, 3, 3)},
+    ),
+    "conv transpose, VALID": Case(
+        'y = ConvTranspose<auto_pad = "VALID", strides = [2, 2]>(x, W)',
+        {"x": (2, 3, 4, 5), "W": (3, 4, 3, 2)},
+    ),
+    "conv transpose, SAME_UPPER": Case(
+        'y = ConvTranspose<auto_pad = "SAME_UPPER", strides = [2, 3]>(x, W)',
+        {"x": (2, 3, 4, 5), "W": (3, 4, 5, 2)},
+    ),
+    "conv transpose, SAME_LOWER": Case(
+        'y = ConvTranspose<auto_pad = "SAME_LOWER", strides = [2, 1]>(x, W)',
+        {"x": (2, 3, 4, 5), "W": (3, 4, 5, 4)},
+    ),
+    "conv transpose, of a shape": Case(
+        "y = ConvTranspose<output_shape = [8, 11], strides = [2, 2]>(x, W)",
+        {"x": (2, 3, 4, 5), "W": (3, 4, 3, 3)},
+    ),
+    "conv transpose, of a shape, the odd one behind": Case(
+        'y = ConvTranspose<auto_pad = "SAME_UPPER", output_shape = [8, 10], strides = [2, 2]>'
+        "(x, W)",
+        {"x": (2, 3, 4, 5), "W": (3, 4, 3, 3)},
+    ),
     "merged attention": Case(
         "y = com.microsoft.Attention<num_heads = 2>(x, W, b)",
         {"x": (2, 5, 4), "W": (4, 12), "b": (12,)},
@@ -688,7 +746,11 @@ SKIPS = {
     ),
     "MatMulInteger": ("y = MatMulInteger(n, I)", "MatMulInteger", "quantised"),
     "kernel from an input": ("y = Conv(x, x)", "Conv", "computed from the inputs"),
-    "transposed convolution": ("y = ConvTranspose(x, W)", "ConvTranspose", "not supported yet"),
+    "transposed kernel from an input": (
+        "y = ConvTranspose(x, x)",
+        "ConvTranspose",
+        "computed from the inputs",
+    ),
     "Einsum": ('y = Einsum<equation = "ij,jk->ik">(x, W)', "Einsum", "not supported yet"),
     "LSTM": ("y = LSTM<hidden_size = 1>(x, B, B)", "LSTM", "inside LSTM"),
     "attention with a past": (

@@ -65,6 +65,31 @@ def test_both_engines_agree(text, rng):
         np.testing.assert_allclose(adjoint, differences.adjoints[name], rtol=5e-2, atol=5e-3)
 
 
+WIDE = "(float[n,4] x) => (float[n,9] y) { z = MatMul(x, W)  r = Tanh(z)  y = MatMul(r, V) }"
+
+
+@pytest.mark.parametrize("engine", ["vjp", "numeric"])
+def test_a_rough_look_expects_what_an_exact_one_sees(engine, rng):
+    model = network(WIDE, rng, W=(4, 3), V=(3, 9))
+    batch = batch_of(x=rng.standard_normal((400, 4)).astype(np.float32))
+    exact, seen = observed(model, batch, engine=engine)
+    roughly = exact.rough.observe(original_state(model, exact.layers), batch)
+    for name, adjoint in seen.adjoints.items():
+        assert len(adjoint) == 9
+        assert len(roughly.adjoints[name]) == 2
+        both = (adjoint, roughly.adjoints[name])
+        wanted, found = (np.square(x).sum(axis=(0, 1, 2)) for x in both)
+        np.testing.assert_allclose(found, wanted, rtol=0.2)
+
+
+@pytest.mark.parametrize(("outputs", "probes"), [(9, 9), (9, 1), (2, None)])
+def test_probes_that_were_asked_for_and_few_outputs_stay(outputs, probes, rng):
+    model = network(WIDE.replace("9", str(outputs)), rng, W=(4, 3), V=(3, outputs))
+    batch = batch_of(x=rng.standard_normal((5, 4)).astype(np.float32))
+    observer, _ = observed(model, batch, probes=probes)
+    assert observer.rough is observer
+
+
 def test_differences_of_an_output_without_axes(rng):
     text = """(float[1,4] x) => (float y) {
         z = MatMul(x, W)  t = Tanh(z)  y = ReduceSum<keepdims = 0>(t) }"""

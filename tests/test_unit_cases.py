@@ -22,6 +22,7 @@ UNITS = {
     "glu_slice": [16],
     "grouped_conv": [4, 12],  # whole groups: of four channels, and the four that they make
     "groupnorm_native": [4],
+    "qkv_unbind": [2, 4],  # heads, and dimensions of all heads in queries, keys and values
     "reduce_sum_units": [24],
     "resize_sizes": [8],
     "same_names": [6],
@@ -29,8 +30,11 @@ UNITS = {
     "segnet": [8],  # of the encoder, and those that are put where it found its own
     "shufflenet": [6, 6, 12, 12, 12, 32],
     "softmax_other_axis": [16],
+    "transposed_conv": [6, 8],
     "vector_weight": [16],
+    "vit_sdpa18": [3, 3, 8, 8, 8, 8, 72, 72],  # heads, their dimensions twice, feed-forward
     "weight_by_transpose_conv": [12],
+    "yolo8": [*[12] * 6, *[16] * 12, *[24] * 4, *[32] * 4],
     "zipmap": [16],
 }
 # By case and layer, what the reason for keeping its units says.

@@ -20,6 +20,7 @@ from onnx_ecp.api.target import foreseen
 from onnx_ecp.data import calibration as calibrating
 from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.errors import CalibrationError, OnnxEcpError, ProviderError, UsageError
+from onnx_ecp.evaluation.batching import as_taken
 from onnx_ecp.evaluation.facts import model_of
 from onnx_ecp.evaluation.targets import TARGETS, storage
 from onnx_ecp.gradients.reverse import NO_OUTPUT
@@ -35,7 +36,7 @@ from onnx_ecp.graph import (
 from onnx_ecp.graph.shapes import Shapes
 from onnx_ecp.layers import Layer, find_layers
 from onnx_ecp.report.inspection import Inspection, Prunable
-from onnx_ecp.runtime.limits import deadline
+from onnx_ecp.runtime.limits import check_deadline, deadline
 from onnx_ecp.statistics.observer import Observer
 from onnx_ecp.units import find_structure, inferred_shapes, shapes_of_a_run
 from onnx_ecp.units.rows import unit_groups
@@ -118,7 +119,7 @@ def _given(model: Model, calibration: Any, shapes: Mapping[str, tuple[int, ...]]
     inputs = signature(model.proto)
     samples = calibrating.load(calibration, inputs, samples=2)
     calibrating.check_shapes(samples, inputs, shapes)
-    return samples
+    return as_taken(model, samples)
 
 
 def _few(model: Model, samples: Calibration | None, shapes: Mapping[str, tuple[int, ...]]) -> Batch:
@@ -126,6 +127,7 @@ def _few(model: Model, samples: Calibration | None, shapes: Mapping[str, tuple[i
     if samples is None:
         inputs = signature(model.proto)
         samples = calibrating.synthetic(model.proto, inputs, samples=2, shapes=shapes)
+        samples = as_taken(model, samples)
     return next(samples.batches(2))
 
 
@@ -138,12 +140,12 @@ def _shapes(
     """Shapes of all tensors: of a run where that is possible, else as far as inference goes."""
     if weights <= MOST_WEIGHTS:
         try:
-            with deadline(PATIENCE):
+            with deadline(PATIENCE, soft=True):
                 return shapes_of_a_run(model, _few(model, samples, shapes).feeds)
         except UsageError:
             raise
         except OnnxEcpError:
-            pass  # the rows of the layers say why it does not run
+            check_deadline()  # the caller's own limit; else the rows say why it does not run
     return inferred_shapes(model.proto)
 
 
@@ -160,11 +162,12 @@ def _with_sensitivities(
     if sum(row.weights for row in rows) > MOST_WEIGHTS:
         return tuple(replace(row, blocked="the model is too large to try it") for row in rows)
     try:
-        with deadline(PATIENCE):
+        with deadline(PATIENCE, soft=True):
             observer = Observer(model, layers, _few(model, samples, shapes))
     except UsageError:
         raise
     except (ProviderError, CalibrationError) as error:  # made-up inputs may be at fault
+        check_deadline()
         return tuple(replace(row, blocked=error.message) for row in rows)
     except OnnxEcpError as error:
         return tuple(replace(row, sensitivity="none", blocked=error.message) for row in rows)

@@ -42,7 +42,6 @@ from onnx_ecp.api.preparation import (
     prepare,
     timed_batch,
 )
-from onnx_ecp.api.target import check_taken, taken
 from onnx_ecp.data import calibration as calibrating
 from onnx_ecp.errors import CalibrationError, QualityError
 from onnx_ecp.evaluation import bounds
@@ -50,6 +49,7 @@ from onnx_ecp.evaluation import compare as evaluate
 from onnx_ecp.evaluation.compare import Comparison
 from onnx_ecp.evaluation.facts import ModelFacts, model_facts
 from onnx_ecp.evaluation.latency import measure_latency
+from onnx_ecp.evaluation.targets import check_taken, taken
 from onnx_ecp.graph import Model, remove, stale_data
 from onnx_ecp.graph.staging import Staging
 from onnx_ecp.pruning.control import not_behind_magnitude

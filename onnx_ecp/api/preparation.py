@@ -18,6 +18,7 @@ from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.data.untrusted import npz_names, read_npz
 from onnx_ecp.errors import ModelError, TargetError, UsageError, did_you_mean
 from onnx_ecp.evaluation import compare as evaluate
+from onnx_ecp.evaluation.batching import as_taken
 from onnx_ecp.evaluation.facts import model_of
 from onnx_ecp.evaluation.targets import TARGETS
 from onnx_ecp.graph import Model
@@ -295,16 +296,17 @@ def nothing_to_prune(skips: Sequence[Skip]) -> TargetError:
 
 def _unwanted_weight(layer: Layer, layers: Sequence[Layer], options: Options) -> str:
     """Why a layer stays as it is; a shared weight stays if one of its layers must."""
-    own = _unwanted(layer.name, options)
+    own = unwanted(layer.name, options)
     if own:
         return own
     for other in layers:
-        if other.weight.tensor == layer.weight.tensor and (why := _unwanted(other.name, options)):
+        if other.weight.tensor == layer.weight.tensor and (why := unwanted(other.name, options)):
             return f"it shares its weight with {modelling.printable(other.name)}, which is {why}"
     return ""
 
 
-def _unwanted(name: str, options: Options) -> str:
+def unwanted(name: str, options: Options) -> str:
+    """Why --include and --exclude leave a layer alone; empty where they do not."""
     if options.include and not any(re.search(p, name) for p in options.include):
         return "not matched by --include"
     excluded = next((p for p in options.exclude if re.search(p, name)), None)
@@ -344,6 +346,7 @@ def gather(source: Model, calibration: Any, options: Options) -> Data:
         labels = calibrating.load_labels(options.labels, evaluate.expected_rows(everything))
         by_sample = labels.reshape(len(everything), -1, *labels.shape[1:])
         everything = replace(everything, labels=by_sample)
+    everything = as_taken(source, everything, **options.session)
     return Data(*_parts(everything, options))
 
 
@@ -362,7 +365,7 @@ def _parts(
     everything: Calibration, options: Options
 ) -> tuple[Calibration, Calibration, Calibration]:
     """The samples to use as (fit, guard, held out)."""
-    everything = everything.limit(options.samples or len(everything), options.seed)
+    everything = everything.limit(options.samples or len(everything), options.seed).grouped()
     samples = len(everything)
     share = max(_share(samples), min(FEW_SHARE, ENOUGH / samples))
     rest, held_out = everything.split(share, options.seed)
@@ -397,6 +400,7 @@ def observe_network(
             threads=options.threads,
             reverse=options.recipe.measures not in FORWARD or options.finetune_steps > 0,
             statistics=options.statistics,
+            other=data.train.another(),
         )
 
     observer = observing(layers)
@@ -424,13 +428,13 @@ def with_free_batch(dense: Model, data: Data, options: Options) -> tuple[Model, 
 
     Both are as they were where the batch is free, or where no such copy computes the same.
     """
-    names, few = (
-        data.train.of_one,
-        list(data.train.take(np.arange(len(data.train))[:PROBED]).batches(1)),
-    )
-    if len(few) < 2 or names != data.train.arrays.keys():
+    names, train = data.train.of_one, data.train
+    alike = [i for i in range(len(train)) if train.shapes(i) == train.shapes(0)][:PROBED]
+    if len(alike) < 2 or names != train.arrays.keys():
         return dense, data
-    copy = free_batch(dense, [batch.feeds for batch in few], names, **options.session)
+    few, other = [batch.feeds for batch in train.take(alike).batches(1)], train.another()
+    others = () if other is None else (other.feeds,)
+    copy = free_batch(dense, few, names, others, **options.session)
     if copy is None:
         return dense, data
     train = data.train.together()
@@ -521,7 +525,7 @@ def find_units(source: Model, network: Network, options: Options) -> Structure:
     Raises:
         TargetError: no unit can be removed.
     """
-    frozen = {x.name: r for x in network.layers if (r := _unwanted(x.name, options))}
+    frozen = {x.name: r for x in network.layers if (r := unwanted(x.name, options))}
     return units_of(source, network, frozen, options.session)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from onnx_ecp.api.options import Options
-from onnx_ecp.api.preparation import Data
+from onnx_ecp.api.preparation import Data, unwanted
 from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.errors import QualityError
 from onnx_ecp.evaluation.compare import Gap, measure_gap
@@ -54,7 +54,11 @@ def in_int8(
     moved = _gap(given, pruned, data.validation, options, measure).relative_error
     allowed = max(ALLOWED, OF_PRUNING * moved)
     samples = Samples(data.train, data.validation, allowed, measure)
-    return quantised(pruned, samples, settings, progress)
+
+    def left_alone(name: str) -> str:
+        return unwanted(name, options)
+
+    return quantised(pruned, samples, settings, left_alone, progress)
 
 
 def gate(

@@ -1,4 +1,4 @@
-"""What a run does for the runtime that it is for: checks, IR version, rows of the report."""
+"""What a run does for the runtime that it is for: the rows of the report."""
 
 from __future__ import annotations
 
@@ -7,60 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from onnx_ecp.api.options import Options
-from onnx_ecp.errors import ModelError
 from onnx_ecp.evaluation.targets import TARGETS, Eligible, Target, eligible
-from onnx_ecp.graph import Model, printable
-from onnx_ecp.graph.lowest_ir import lowered, lowest_ir
+from onnx_ecp.graph import Model
 from onnx_ecp.layers import Skip
 from onnx_ecp.report import ForTarget
 from onnx_ecp.units import Structure
 from onnx_ecp.units.rows import UnitRow
 from onnx_ecp.units.shrink import Smaller
-
-_STANDARD_DOMAINS = ("", "ai.onnx")
-
-
-def check_taken(model: Model, name: str | None) -> None:
-    """Find out before the long work whether a runtime takes a model.
-
-    Raises:
-        ModelError: it does not, with what it takes.
-    """
-    if name is None:
-        return
-    target, file = TARGETS[name], printable(model.path or "model")
-    for opset in model.proto.opset_import:
-        standard = opset.domain in _STANDARD_DOMAINS
-        if standard and target.opset is not None and opset.version > target.opset:
-            raise ModelError(
-                f"{file}: the model has opset {opset.version}; {target.title} takes at most "
-                f"{target.opset}.",
-                hint="Export it for an older opset, or try onnx.version_converter.",
-            )
-    foreign = next(
-        (node for node in model.proto.graph.node if node.domain not in _STANDARD_DOMAINS), None
-    )
-    if target.standard and foreign is not None:
-        raise ModelError(
-            f"{file}: {printable(foreign.domain)}.{printable(foreign.op_type)} is no operator that "
-            f"{target.title} knows.",
-            hint="Give the model as it was exported, not as a runtime has optimized it.",
-        )
-    least, why = lowest_ir(model.proto)
-    if target.ir is not None and least > target.ir:
-        raise ModelError(
-            f"{file}: the model needs IR version {least} ({why}); {target.title} takes at most "
-            f"{target.ir}.",
-            hint="Export it for an older opset, in plain floating point.",
-        )
-
-
-def taken(model: Model, name: str | None) -> Model:
-    """The model with an IR version that the runtime takes."""
-    most = None if name is None else TARGETS[name].ir
-    if most is None or model.proto.ir_version <= most:
-        return model
-    return replace(model, proto=lowered(model.proto, most))
 
 
 def for_target(

@@ -27,6 +27,7 @@ from onnx_ecp.errors import (
     did_you_mean,
     named_as_options,
 )
+from onnx_ecp.runtime.supervision import supervised
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -113,6 +114,7 @@ THREADS = click.option(
     "--threads", type=int, metavar="N",
     help="Threads of ONNX Runtime and NumPy.  [default: their own choice]",
 )  # fmt: skip
+TIMEOUT = click.option("--timeout", type=float, metavar="S", help="Give up after S seconds.")
 TRACEBACK = click.option("--traceback", is_flag=True, help="Show the traceback of an error.")
 JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Print only the last line.")
@@ -238,7 +240,7 @@ RUNNING = (
         "the graph where the provider is cuda.",
     ),
     THREADS,
-    click.option("--timeout", type=float, metavar="S", help="Give up after S seconds."),
+    TIMEOUT,
     INPUT_SHAPES,
 )  # fmt: skip
 
@@ -379,17 +381,27 @@ class Program(click.Group):
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **keywords: Any) -> Any:
         """Run and exit; see ``click.Group.main``."""
+        own = args is None  # the process is the command's, not that of a program that calls it
         args = list(sys.argv[1:] if args is None else args) or ["--help"]
         keywords["standalone_mode"] = False
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # not every terminal can show every name
                 stream.reconfigure(errors="backslashreplace")
-        with named_as_options(), _signals_raise():
-            try:
-                code = super().main(args, *rest, **keywords)
-            except Exception as error:
-                code = _failed(error, with_traceback="--traceback" in args)
-        sys.exit(code or 0)
+        run = super().main
+
+        def work() -> int:
+            with named_as_options(), _signals_raise():
+                try:
+                    return run(args, *rest, **keywords) or 0
+                except Exception as error:
+                    return _failed(error, with_traceback="--traceback" in args)
+
+        def explain(error: OnnxEcpError) -> int:
+            return _failed(error, with_traceback=False)
+
+        with named_as_options():
+            code = supervised(work, explain) if own else work()
+        sys.exit(code)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command, or UsageError with the closest names."""
@@ -411,8 +423,12 @@ def _signals_raise() -> Iterator[None]:
         yield  # only the main thread may set handlers
         return
 
+    arrived = []
+
     def interrupt(number: int, frame: Any) -> None:
-        raise _Signal(number)
+        arrived.append(number)
+        if len(arrived) == 1:  # one is enough; a second would disturb the cleaning up
+            raise _Signal(number)
 
     before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -525,22 +541,24 @@ def optimize(
 
 @main.command()
 @click.argument("model")
-@_with(CALIBRATION, INPUT_SHAPES, TARGET, JSON, VERBOSE, TRACEBACK)
+@_with(CALIBRATION, INPUT_SHAPES, TIMEOUT, TARGET, JSON, VERBOSE, TRACEBACK)
 def inspect(
     model: str,
     calibration: str | None,
     target: str | None,
     input_shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    timeout: float | None,
     as_json: bool,
     verbose: bool,
     traceback: bool,
 ) -> None:
     """Show what of MODEL is prunable, what is not, and why."""
-    from onnx_ecp.api import inspect as inspection
+    with _within(timeout):
+        from onnx_ecp.api import inspect as inspection
 
-    shapes = dict(input_shapes)
-    with _stdout_for_json(as_json):
-        found = inspection.inspect(model, calibration, input_shapes=shapes, target=target)
+        shapes = dict(input_shapes)
+        with _stdout_for_json(as_json):
+            found = inspection.inspect(model, calibration, input_shapes=shapes, target=target)
     if as_json:
         _print_json(found)
         return
@@ -555,15 +573,26 @@ def inspect(
 @click.option("-d", "--data", metavar="PATH", required=True, help="Inputs, as of optimize -c.")
 @click.option("--labels", metavar="PATH", help="Labels of the inputs: .npy, or .npz with y.")
 @click.option("--measure", is_flag=True, help="Measure latency too, the models in turns.")
-@_with(OUTPUT_WEIGHTS, BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
+@click.option(
+    "--runtime", metavar="NAME",
+    help="Measure latency in onnxruntime, openvino or deepsparse, where it is installed, and check "
+    "that outputs are equal.",
+)  # fmt: skip
+@_with(OUTPUT_WEIGHTS, BATCH_SIZE, PROVIDER, THREADS, TIMEOUT, JSON, TRACEBACK)
 def compare(
-    model_a: str, model_b: str, data: str, as_json: bool, traceback: bool, **options: Any
+    model_a: str,
+    model_b: str,
+    data: str,
+    timeout: float | None,
+    as_json: bool,
+    traceback: bool,
+    **options: Any,
 ) -> None:
     """Compare the outputs of MODEL_B with those of MODEL_A."""
-    from onnx_ecp.evaluation import compare as evaluate
-
     options["output_weights"] = dict(options["output_weights"])
-    with _stdout_for_json(as_json):
+    with _stdout_for_json(as_json), _within(timeout):
+        from onnx_ecp.evaluation import compare as evaluate
+
         comparison = evaluate.compare(model_a, model_b, data, **options)
     if as_json:
         _print_json(comparison)
@@ -600,7 +629,7 @@ def compare(
     "--metric", "l2|l2-raw", "l2",
     "Gaps with every output column in units of its spread over the inputs, or as it is.",
 )  # fmt: skip
-@_with(OUTPUT_WEIGHTS, BATCH_SIZE, PROVIDER, THREADS, JSON, TRACEBACK)
+@_with(OUTPUT_WEIGHTS, BATCH_SIZE, PROVIDER, THREADS, TIMEOUT, JSON, TRACEBACK)
 def bound(
     model_a: str,
     model_b: str | None,
@@ -610,6 +639,7 @@ def bound(
     input_range: Sequence[str],
     method: str | None,
     sparsity: float | None,
+    timeout: float | None,
     as_json: bool,
     traceback: bool,
     **options: Any,
@@ -643,14 +673,15 @@ def bound(
     if model_b is None:
         assert method is not None, "one of the two is given"
         share = 0.1 if sparsity is None else sparsity
-        plan = bounds.plan(model_a, method, share, confidence=confidence, eps=eps)
+        with _within(timeout):
+            plan = bounds.plan(model_a, method, share, confidence=confidence, eps=eps)
         if as_json:
             _print_json(plan)
         else:
             text.show(text.planning_tables(plan))
         return
     ranges = dict(bounds.parse_range(text_of) for text_of in input_range)
-    with _stdout_for_json(as_json):
+    with _stdout_for_json(as_json), _within(timeout):
         found = bounds.bound(
             model_a, model_b, data, confidence=confidence, eps=eps, input_range=ranges, **options
         )
@@ -749,6 +780,17 @@ def doctor(as_json: bool, traceback: bool) -> None:
         text.show(text.diagnosis_tables(diagnosis))
     if not diagnosis.ok:
         raise click.exceptions.Exit(6)
+
+
+@contextmanager
+def _within(seconds: float | None) -> Iterator[None]:
+    """Let everything inside end after so many seconds, what is imported included."""
+    if seconds is not None and not seconds > 0:
+        raise UsageError(f"--timeout is {seconds:g}.", hint="Give a number of seconds above 0.")
+    from onnx_ecp.runtime.limits import deadline
+
+    with deadline(seconds):
+        yield
 
 
 def _warn(warnings: Sequence[str]) -> None:

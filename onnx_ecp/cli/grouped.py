@@ -29,8 +29,8 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "Output": (
         (
-            "output", "report", "measure", "json", "force", "dry-run", "quiet", "verbose",
-            "config",
+            "output", "report", "measure", "json", "force", "dry-run", "quiet",
+            "verbose", "config",
         ),
         ("format", "masks", "bound", "traceback", "help", "help-all"),
     ),

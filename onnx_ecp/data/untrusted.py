@@ -157,7 +157,8 @@ def _header(stream: IO[bytes], origin: str) -> tuple[tuple[int, ...], bool, np.d
     if dtype.hasobject:
         raise CalibrationError(
             f"{origin}: holds pickled Python objects, which are not read: they could run code.",
-            hint="Save plain numeric arrays.",
+            hint="Save plain numeric arrays; of samples that differ in shape one for each: "
+            'np.savez(file, **{f"NAME/{i}": x for i, x in enumerate(samples)}).',
         )
     if dtype.kind not in "biuf":
         raise CalibrationError(

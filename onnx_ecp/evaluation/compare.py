@@ -22,9 +22,12 @@ import onnx
 
 from onnx_ecp.data import calibration
 from onnx_ecp.data.calibration import Batch, Calibration
+from onnx_ecp.data.ragged import largest_bytes, shape_of
 from onnx_ecp.errors import CalibrationError, ModelError, ProviderError
+from onnx_ecp.evaluation.batching import as_taken
 from onnx_ecp.evaluation.facts import ModelFacts, model_facts, model_of
 from onnx_ecp.evaluation.latency import Latency, measure_latency
+from onnx_ecp.evaluation.runtimes import InRuntime, check_runtime, in_runtime
 from onnx_ecp.evaluation.work import Work, work
 from onnx_ecp.graph import (
     Model,
@@ -220,6 +223,7 @@ class Comparison:
         b: the other one.
         gap: their outputs.
         latency: of both, where it was measured.
+        runtime: where it was measured, if a runtime was named.
         work_a: what the layers of a take; None where it was not counted.
         work_b: what those of b take.
     """
@@ -228,6 +232,7 @@ class Comparison:
     b: ModelFacts
     gap: Gap
     latency: Latency | None = None
+    runtime: InRuntime | None = None
     work_a: Work | None = None
     work_b: Work | None = None
 
@@ -452,6 +457,7 @@ def compare(
     threads: int | None = None,
     batch_size: int | None = None,
     measure: bool = False,
+    runtime: str | None = None,
     output_weights: Mapping[str, float] | None = None,
 ) -> Comparison:
     """Compare model b with model a: outputs, scores on labels, sizes and, if asked for, latency.
@@ -465,6 +471,7 @@ def compare(
         threads: threads within an operator; None leaves it to ONNX Runtime.
         batch_size: samples a run; None takes what fits.
         measure: whether to measure latency.
+        runtime: "onnxruntime", "openvino" or "deepsparse": measure it there.
         output_weights: see ``Measure.of``.
 
     Raises:
@@ -472,12 +479,15 @@ def compare(
         CalibrationError: data or labels do not fit the models.
         ProviderError: ONNX Runtime cannot run a model.
     """
+    if runtime is not None:
+        check_runtime(runtime)
     first, second = model_of(a), model_of(b)
     for model in (first, second):
         refuse_random(model)
     samples = calibration.load(data, signature(first.proto))
     if isinstance(labels, str | Path):
         labels = calibration.load_labels(labels, expected_rows(samples))
+    samples = as_taken(first, samples, provider=provider, threads=threads)
     gap = measure_gap(
         first,
         second,
@@ -488,15 +498,18 @@ def compare(
         batch_size=batch_size,
         output_weights=output_weights,
     )
-    latency = None
-    if measure:
-        size = batch_size or fitting(samples)
+    latency, elsewhere = None, None
+    size = batch_size or fitting(samples)
+    if runtime is not None:
+        elsewhere = in_runtime(runtime, first, second, next(samples.batches(size)), threads=threads)
+        latency = elsewhere.latency
+    elif measure:
         latency = measure_latency(
             first, second, next(samples.batches(size)), provider=provider, threads=threads
         )
     settings = {"provider": provider, "threads": threads}
     works = (_work(model, samples, settings) for model in (first, second))
-    return Comparison(model_facts(first), model_facts(second), gap, latency, *works)
+    return Comparison(model_facts(first), model_facts(second), gap, latency, elsewhere, *works)
 
 
 def _work(model: Model, samples: Calibration, settings: Mapping[str, Any]) -> Work | None:
@@ -550,7 +563,10 @@ def measure_gap(
     predictions: list[tuple[np.ndarray, ...]] = []
     for batch, of_a, of_b in paired_outputs(a, b, data.batches(size), provider, threads):
         check_same_shapes(b, of_a, of_b)
-        axes = axes or axes_of(a, batch, of_a)
+        if not axes:
+            axes = axes_of(a, batch, of_a)
+            if measure is not None:  # its columns are these
+                axes |= {name: spread.axis for name, spread in measure.spreads.items()}
         for name, y in of_a.items():
             new = deviation_sums(y, of_b[name], batch.start, batch.samples, axes[name])
             sums[name] = sums[name] + new if name in sums else new
@@ -588,13 +604,13 @@ def axes_of(model: Model, batch: Batch, outputs: Outputs) -> dict[str, int | Non
 
 def expected_rows(data: Calibration) -> int:
     """Rows of outputs to expect: a sample of a fixed batch of B is B rows."""
-    fixed = next(iter(data.arrays.values())).shape[1:]
+    fixed = shape_of(next(iter(data.arrays.values())))
     return len(data) if data.stacked or len(fixed) < 2 else len(data) * fixed[0]
 
 
 def fitting(data: Calibration) -> int:
     """A batch size whose inputs take at most BATCH_BYTES."""
-    size = sum(array.nbytes for array in data.arrays.values()) // len(data)
+    size = sum(map(largest_bytes, data.arrays.values()))
     return int(np.clip(BATCH_BYTES // max(size, 1), 1, min(256, len(data))))
 
 

@@ -19,9 +19,9 @@ from onnx_ecp.runtime.session import Session
 TRIFLE = 0.03
 # So many runs of each at least, before two models are told apart.
 TURNS = 5
-# Of the seconds that all took so far, the share that a measurement nobody asked for may add; these
-# many it may always take, and so many are enough.
-SHARE, ALWAYS, ENOUGH = 0.05, 0.05, 0.5
+# Of the seconds that all took so far, the share that a measurement nobody asked for takes, within
+# these bounds; where TURNS take longer, it may go on for LONGEST, or for its share.
+SHARE, LEAST, ENOUGH, LONGEST = 0.05, 0.05, 0.5, 0.25
 
 
 @dataclass(frozen=True)
@@ -128,19 +128,7 @@ def measure_latency(
             break
         for session, taken in zip(sessions, times, strict=True):
             taken.append(session.seconds(batch.feeds))
-    least, medians = [min(x) for x in times], [statistics.median(x) for x in times]
-    spreads = [spread(x) for x in times]
-    return Latency(
-        seconds_a=least[0],
-        seconds_b=least[1],
-        ratio=least[1] / least[0],
-        threads=used,
-        batch=batch.samples,
-        median_a=medians[0],
-        median_b=medians[1],
-        spread_a=spreads[0],
-        spread_b=spreads[1],
-    )
+    return latency_of(times, used, batch.samples)
 
 
 def brief_latency(
@@ -153,7 +141,7 @@ def brief_latency(
     threads: int | None = None,
 ) -> Latency:
     """The same in a small share of the seconds that all took ``so_far``."""
-    most = max(ALWAYS, SHARE * so_far)
+    share = SHARE * so_far
     return measure_latency(
         a,
         b,
@@ -161,8 +149,31 @@ def brief_latency(
         provider=provider,
         threads=threads,
         turns=TURNS,
-        seconds=min(most, ENOUGH),
-        most=most,
+        seconds=min(max(share, LEAST), ENOUGH),
+        most=max(share, LONGEST),
+    )
+
+
+def latency_of(times: Sequence[Sequence[float]], threads: int, batch: int) -> Latency:
+    """What is known of two models, given the seconds of their runs, turn by turn.
+
+    Args:
+        times: of model a and of model b.
+        threads: threads within an operator.
+        batch: samples a run.
+    """
+    least, medians = [min(x) for x in times], [statistics.median(x) for x in times]
+    spreads = [spread(x) for x in times]
+    return Latency(
+        seconds_a=least[0],
+        seconds_b=least[1],
+        ratio=least[1] / least[0],
+        threads=threads,
+        batch=batch,
+        median_a=medians[0],
+        median_b=medians[1],
+        spread_a=spreads[0],
+        spread_b=spreads[1],
     )
 
 

@@ -16,6 +16,7 @@ from types import TracebackType
 
 from onnx_ecp.errors import OutputError
 from onnx_ecp.graph.printable import printable
+from onnx_ecp.runtime.supervision import tell
 
 
 class Staging:
@@ -56,6 +57,7 @@ class Staging:
             path.open("xb").close()
         except FileExistsError:
             return False
+        tell("temporary", os.path.abspath(path))
         self._reserved.add(path)
         return True
 
@@ -85,6 +87,7 @@ class Staging:
             OutputError: a file cannot; what was there before is there again.
         """
         done: list[tuple[Path, Path | None]] = []
+        tell("committing")
         for stage, path in self._files:
             try:
                 before = None if path in self._reserved else _kept_aside(path, stage)
@@ -99,13 +102,16 @@ class Staging:
                 ) from error
             done.append((path, before))
             self._reserved.discard(path)
+            tell("kept", os.path.abspath(path))
         self._files = []
+        tell("committed")
 
     def _folder(self, parent: Path) -> Path:
         """The hidden folder of our own beside what lies in a folder."""
         if parent not in self._folders:
             made = tempfile.mkdtemp(prefix=".onnx-ecp-", suffix=".tmp", dir=parent)
             self._folders[parent] = Path(made)
+            tell("temporary", os.path.abspath(made))
         return self._folders[parent]
 
 

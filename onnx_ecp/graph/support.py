@@ -58,6 +58,7 @@ def _newest(takes: Callable[[int], bool]) -> int:
 @cache
 def _runtime_takes(domain: str, opset: int, ir_version: int = 8) -> bool:
     """Whether a session opens on a model of one Identity with these versions."""
+    from onnx_ecp.runtime.limits import check_deadline
     from onnx_ecp.runtime.session import Session, onnxruntime
 
     onnxruntime()
@@ -72,5 +73,6 @@ def _runtime_takes(domain: str, opset: int, ir_version: int = 8) -> bool:
     try:
         Session(model, threads=1)
     except ProviderError:
+        check_deadline()  # time that is over says nothing about versions
         return False
     return True

@@ -8,7 +8,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnx_ecp.graph.operators import MICROSOFT
-from onnx_ecp.layers import attention, conv, fused, gemm, matmul, opaque
+from onnx_ecp.layers import attention, conv, conv_transpose, fused, gemm, matmul, opaque
 from onnx_ecp.layers.affine import Affine
 from onnx_ecp.layers.fused import preactivation
 from onnx_ecp.layers.inlined import Inlined, inlined
@@ -34,6 +34,7 @@ MATCHES: dict[tuple[str, str], Match] = {
     ("", "Gemm"): gemm.match,
     ("", "MatMul"): matmul.match,
     ("", "Conv"): conv.match,
+    ("", "ConvTranspose"): conv_transpose.match,
     (MICROSOFT, "FusedGemm"): fused.match_gemm,
     (MICROSOFT, "FusedMatMul"): matmul.match,
     (MICROSOFT, "FusedConv"): fused.match_conv,

@@ -102,6 +102,11 @@ class Affine(ABC):
         """Groups, where there are any, lie on the units' axis."""
         return True
 
+    @property
+    def adds_zeros(self) -> bool:
+        """Rows hold entries of the input alone."""
+        return False
+
     def fits(self, a: tuple[int, ...], z: tuple[int, ...]) -> bool:
         """Nothing is broadcast in this spelling."""
         return True

@@ -87,11 +87,7 @@ class Conv(Affine):
 
     def rows_out(self, z: np.ndarray) -> np.ndarray:
         """(P, samples, out, *positions) as (P, groups, samples * positions, out // groups)."""
-        units = self.shape[0] // self.groups
-        probes, samples, _, *positions = z.shape
-        z = z.reshape(probes, samples, self.groups, units, *positions)
-        z = z.transpose(0, 2, 3, 1, *range(4, z.ndim))
-        return z.reshape(probes, self.groups, units, -1).swapaxes(2, 3)
+        return channel_rows(z, self.groups)
 
     def rows_in_graph(self, op: Builder, a: gs.Tensor, z: gs.Tensor) -> gs.Tensor:
         """Cells of the padded image are numbered; those a position sees at every tap are taken."""
@@ -116,10 +112,7 @@ class Conv(Affine):
 
     def rows_out_graph(self, op: Builder, z: gs.Tensor) -> gs.Tensor:
         """Positions of all samples one after the other."""
-        units = self.shape[0] // self.groups
-        maps = op.Reshape(z, [0, 0, self.groups, units, -1])
-        by_unit = op.Transpose(maps, perm=[0, 2, 3, 1, 4])
-        return op.Reshape(by_unit, [0, self.groups, units, -1])
+        return channel_rows_in_graph(op, z, self.groups, self.shape[0])
 
     def graph_order(self) -> np.ndarray | None:
         """Taps vary slowest: so all channels of a cell are taken in one piece."""
@@ -131,6 +124,12 @@ class Conv(Affine):
         return (self.shape[0],) + (1,) * len(self.window.kernel)
 
     @property
+    def adds_zeros(self) -> bool:
+        """Where windows reach beyond the border."""
+        window = self.window
+        return window.auto_pad.startswith("SAME") or any(map(any, window.pads))
+
+    @property
     def units_axis(self) -> int:
         """Channels lie on the second axis."""
         return 1
@@ -138,6 +137,21 @@ class Conv(Affine):
     def weight_axes(self, node: gs.Node) -> tuple[int, tuple[int, int]]:
         """(out, in per group, *kernel)."""
         return 1, (0, 1)
+
+
+def channel_rows(z: np.ndarray, groups: int) -> np.ndarray:
+    """(P, samples, out, *positions) as (P, groups, samples * positions, out // groups)."""
+    probes, samples, out, *positions = z.shape
+    z = z.reshape(probes, samples, groups, out // groups, *positions)
+    z = z.transpose(0, 2, 3, 1, *range(4, z.ndim))
+    return z.reshape(probes, groups, out // groups, -1).swapaxes(2, 3)
+
+
+def channel_rows_in_graph(op: Builder, z: gs.Tensor, groups: int, out: int) -> gs.Tensor:
+    """(P, samples, out, *positions) as (P, groups, out // groups, samples * positions)."""
+    maps = op.Reshape(z, [0, 0, groups, out // groups, -1])
+    by_unit = op.Transpose(maps, perm=[0, 2, 3, 1, 4])
+    return op.Reshape(by_unit, [0, groups, out // groups, -1])
 
 
 def _numbers(op: Builder, sizes: Sequence[gs.Tensor], coordinates: Sequence[Any]) -> gs.Tensor:

@@ -202,6 +202,10 @@ class Layer(Protocol):
     def groups_side_by_side(self) -> bool:
         """Whether groups lie one behind the other on ``units_axis``; else on their own axis."""
 
+    @property
+    def adds_zeros(self) -> bool:
+        """Whether a row may hold zeros where the input has nothing: padding, for one."""
+
     def fits(self, a: tuple[int, ...], z: tuple[int, ...]) -> bool:
         """Whether tensors ``input`` and ``output`` of these shapes have the same rows.
 

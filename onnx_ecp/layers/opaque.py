@@ -16,7 +16,7 @@ _LAYOUT = "{op} is tied to ONNX Runtime's own layout; prune before optimising at
 
 _REASONS: dict[str, dict[str, tuple[str, ...]]] = {
     "": {
-        _NOT_YET: ("ConvTranspose", "DeformConv", "Einsum"),
+        _NOT_YET: ("DeformConv", "Einsum"),
         _INSIDE: ("LSTM", "GRU", "RNN"),
         _QUANTISED: ("QLinearMatMul", "QLinearConv", "MatMulInteger", "ConvInteger"),
     },

@@ -13,29 +13,51 @@ from onnx_ecp.linalg.admm import Projection, support
 from onnx_ecp.linalg.masked import damped, ridge_of
 from onnx_ecp.methods.method import LayerProblem
 
+# An input whose variance is less than this share of the mean one never varies, but for rounding.
+CONSTANT = 1e-9
 
-def chosen(problem: LayerProblem) -> np.ndarray:
+
+def chosen(problem: LayerProblem, *, brief: bool = False) -> np.ndarray:
     """Keep mask (out, in) with as many weights as ``problem.keep``, of those in ``candidates``.
 
-    Each group of a layer keeps its number; under N:M each block of each row does.
+    Each group of a layer keeps its number; under N:M each block of each row does. Else weights of
+    inputs that never vary are kept only if there are not enough of others.
+
+    Args:
+        problem: the layer.
+        brief: whether a later stage chooses again.
     """
     groups = len(problem.gram.weight)
     keep = np.empty_like(problem.keep)
     moments = zip(problem.gram.covariance, problem.gram.cross_covariance, strict=True)
     for rows, (h, k) in zip(np.split(np.arange(len(keep)), groups), moments, strict=True):
-        target = problem.original[rows]
-        keep[rows] = support(
-            damped(h, problem.damping),
-            target @ k + ridge_of(h, problem.damping) * target,
-            problem.weight[rows],
+        target, columns = problem.original[rows], _varying(problem, rows, h)
+        right = target @ k + ridge_of(h, problem.damping) * target
+        part = np.ix_(rows, columns)
+        keep[rows] = False
+        keep[part] = support(
+            damped(h, problem.damping)[np.ix_(columns, columns)],
+            right[:, columns],
+            problem.weight[part],
             problem.sensitivity[rows],
-            _projection(problem, rows),
+            _projection(problem, rows, columns),
+            brief=brief,
         )
     return keep
 
 
-def _projection(problem: LayerProblem, rows: np.ndarray) -> Projection:
-    candidates, keep = problem.candidates[rows], problem.keep[rows]
+def _varying(problem: LayerProblem, rows: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """The columns that the rows choose from, ascending."""
+    variance = np.diagonal(covariance)
+    columns = np.flatnonzero(variance > CONSTANT * variance.mean())
+    enough = np.count_nonzero(problem.candidates[np.ix_(rows, columns)])
+    if problem.block or enough < np.count_nonzero(problem.keep[rows]):
+        return np.arange(len(variance))
+    return columns
+
+
+def _projection(problem: LayerProblem, rows: np.ndarray, columns: np.ndarray) -> Projection:
+    candidates, keep = problem.candidates[np.ix_(rows, columns)], problem.keep[rows]
     if problem.block:
         return _PerBlock(candidates, keep, problem.block, problem.order)
     return _Largest(candidates, int(np.count_nonzero(keep)))

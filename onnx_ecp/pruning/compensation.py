@@ -271,7 +271,7 @@ def _solved(
         candidates=network.original.keep[tensor],
     )
     if tensor in may_reselect and plan.method.support == "admm":
-        problem = replace(problem, keep=admm.chosen(problem))
+        problem = replace(problem, keep=admm.chosen(problem, brief=not plan.last))
     return repair.solve(problem)
 
 

@@ -105,7 +105,8 @@ def prune(
     for done, share in enumerate(schedule(plan.method.stages)):
         progress("stages", done, plan.method.stages)
         check_deadline()
-        result = step(network, plan, result, share, progress, measured=measured)
+        now = replace(plan, last=share == 1.0)
+        result = step(network, now, result, share, progress, measured=measured)
         measured = None  # it is of the original: later stages look at what they have made
         if share == 1.0:
             result = polished(network, plan, result, progress)
@@ -312,15 +313,16 @@ def searched(
 def observe(network: Network, plan: Plan, state: State, progress: Progress = silent) -> Measured:
     """Measure what the method needs to know, no more."""
     needs = plan.method.measures
+    observer = network.observer if plan.last else network.observer.rough
     if needs == "nothing":
         return Measured()
     if needs == "activations":
         return measure_activations(
-            network.observer, state, network.train, size=network.size, progress=progress
+            observer, state, network.train, size=network.size, progress=progress
         )
     if needs != "curvature":
         return measure(
-            network.observer,
+            observer,
             state,
             network.train,
             size=network.size,

@@ -23,6 +23,8 @@ class Plan:
         seed: of the methods' random numbers.
         finetune_steps: of fine-tuning after the last stage; a tenth of it after every other one.
         blocks: what the curvature couples: a name in BLOCKS.
+        last: whether no other stage follows, which looks at all of it again: until then
+            sensitivities and masks need not be known to the last digit.
         with_levels: whether the first stage notes the importances, for a picture of them.
     """
 
@@ -33,4 +35,5 @@ class Plan:
     seed: int = 0
     finetune_steps: int = 0
     blocks: str = "network"
+    last: bool = True
     with_levels: bool = False

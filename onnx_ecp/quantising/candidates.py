@@ -2,22 +2,35 @@
 
 Kernels exist for Conv, Gemm and MatMul with a stored weight in float32, one scale per row of W.
 What only stands in the way is put aside in a copy: names that nodes lack, weights and biases in
-Constant nodes or listed as inputs, weights behind a Transpose, Gemm's alpha, an opset before 13.
+Constant nodes or listed as inputs, weights behind a Transpose, Gemm's alpha, an opset before 13. A
+MatMul of matrices becomes a Gemm with the bias that follows: ONNX Runtime does the same before it
+looks for what it can compute in int8, and then finds no bias that was rounded.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 from onnx.version_converter import convert_version
 
 from onnx_ecp.data.calibration import Batch
 from onnx_ecp.errors import ModelError
-from onnx_ecp.graph import LARGEST_FILE, Model, decode_sparse, printable, stored_size
+from onnx_ecp.graph import (
+    LARGEST_FILE,
+    Model,
+    decode_sparse,
+    output_names,
+    printable,
+    stored_size,
+)
 from onnx_ecp.graph.proto import constants
+from onnx_ecp.graph.shapes import Shapes, shapes_of_a_run
 from onnx_ecp.layers import Layer, Skip, edit, find_layers
+from onnx_ecp.layers.bias import BiasInput
 from onnx_ecp.layers.conv import Conv
 from onnx_ecp.layers.layer import Transpose
 from onnx_ecp.runtime.outputs import arrays
@@ -60,14 +73,25 @@ def prepared(model: Model, batch: Batch, session: dict) -> Model:
     _store_as_initializers(proto)
     for layer in find_layers(proto).layers:
         _store_as_multiplied(proto, layer)
+        _store_bias(proto, layer)
+    shapes = shapes_of_a_run(Model(proto, None, None), batch.feeds, **session)
+    for layer in find_layers(proto).layers:
+        _as_gemm(proto, layer, shapes)
     return Model(proto, None, None)
 
 
-def candidates(proto: onnx.ModelProto) -> tuple[list[Layer], list[Skip]]:
-    """The layers that can be int8, and all others with the reason, in graph order each."""
+def candidates(
+    proto: onnx.ModelProto, left_alone: Callable[[str], str] = lambda name: ""
+) -> tuple[list[Layer], list[Skip]]:
+    """The layers that can be int8, and all others with the reason, in graph order each.
+
+    Args:
+        proto: ``prepared``.
+        left_alone: why a layer of this name is to stay in floats; empty where it need not.
+    """
     layers, skips = [], []
     for layer in find_layers(proto).layers:
-        reason = _refusal(proto, layer)
+        reason = left_alone(layer.name) or _refusal(proto, layer)
         if reason:
             skips.append(Skip(layer.name, layer.op, reason))
         else:
@@ -77,7 +101,10 @@ def candidates(proto: onnx.ModelProto) -> tuple[list[Layer], list[Skip]]:
 
 def node_of(proto: onnx.ModelProto, layer: Layer) -> onnx.NodeProto | None:
     """The node of the main graph that computes a layer's z; None where it lies elsewhere."""
-    return next((n for n in proto.graph.node if layer.output in n.output), None)
+    nodes = proto.graph.node
+    by_output = (node for node in nodes if layer.output in node.output)
+    # A fused operator gives what follows z: in a prepared model its name is its own.
+    return next(by_output, next((node for node in nodes if node.name == layer.name), None))
 
 
 def opset_of(proto: onnx.ModelProto) -> int:
@@ -129,6 +156,47 @@ def _store_as_multiplied(proto: onnx.ModelProto, layer: Layer) -> None:
     matrix = np.ascontiguousarray(matrix)
     name = edit.add_constant(proto, stem, matrix, weight.dtype, before=node.output[0])
     edit.set_input(proto, node.output[0], 1, name)
+
+
+def _as_gemm(proto: onnx.ModelProto, layer: Layer, shapes: Shapes) -> None:
+    """Let a MatMul of matrices and the Add of a bias behind it be one Gemm."""
+    node = node_of(proto, layer)
+    if node is None or node.op_type != "MatMul" or _refusal(proto, layer):
+        return
+    if len(shapes.get(node.input[0], ())) != 2:
+        return
+    node.op_type = "Gemm"
+    z, stored = node.output[0], {tensor.name: tensor for tensor in proto.graph.initializer}
+    readers = [n for n in proto.graph.node if z in n.input]
+    if len(readers) != 1 or readers[0].op_type != "Add" or z in output_names(proto):
+        return
+    other = next((name for name in readers[0].input if name != z), "")
+    bias = stored.get(other)
+    if bias is None or tuple(bias.dims) not in (layer.shape[:1], (1, layer.shape[0])):
+        return
+    name = other
+    if len(bias.dims) == 2:
+        values = numpy_helper.to_array(bias).reshape(-1)
+        name = edit.add_constant(proto, f"{other}/int8", values, bias.data_type, before=z)
+    add = readers[0]
+    proto.graph.node.remove(add)
+    node = proto.graph.node[edit.node_index(proto, z)]
+    node.input.append(name)
+    node.output[0] = add.output[0]
+
+
+def _store_bias(proto: onnx.ModelProto, layer: Layer) -> None:
+    """Give a node a bias that is a view of a stored tensor as a tensor of its own."""
+    node, bias = node_of(proto, layer), getattr(layer, "bias", None)
+    if node is None or node.op_type not in _OPS or not isinstance(bias, BiasInput):
+        return
+    if bias.constant is None or bias.constant.direct or bias.node != node.output[0]:
+        return
+    values = bias.constant.view(edit.read(proto, bias.constant.tensor, None))
+    name = edit.add_constant(
+        proto, f"{bias.constant.tensor}/int8", values, bias.dtype, before=bias.node
+    )
+    edit.set_input(proto, bias.node, bias.index, name)
 
 
 def _store_as_initializers(proto: onnx.ModelProto) -> None:

@@ -96,8 +96,19 @@ def observed(
     settings: Settings,
     *,
     reverse: bool,
+    rounds: bool = False,
 ) -> Network:
-    """A network with some of its layers under observation."""
+    """A network with some of its layers under observation.
+
+    Args:
+        model: the network.
+        layers: of it.
+        train: samples for compensation.
+        validation: samples that judge it.
+        settings: how it is observed.
+        reverse: whether sensitivities will be asked for.
+        rounds: whether it rounds activations.
+    """
     observer = Observer(
         model,
         layers,
@@ -108,6 +119,7 @@ def observed(
         threads=settings.threads,
         reverse=reverse,
         statistics="host",
+        proves=not rounds,
     )
     original = original_state(model, layers)
     size = batch_size(observer, original, train, settings.batch)

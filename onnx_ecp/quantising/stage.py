@@ -21,13 +21,14 @@ from onnx_ecp.layers import Layer, Skip, find_layers
 from onnx_ecp.quantising.candidates import candidates, prepared
 from onnx_ecp.quantising.compensation import Fitted, Settings, compensated, observed
 from onnx_ecp.quantising.rows import Int8Row
-from onnx_ecp.quantising.writing import integers_of, ranges_of, with_float_weights, written
+from onnx_ecp.quantising.writing import in_int8, integers_of, ranges_of, with_float_weights, written
 from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.statistics.columns import Measure
 
 # Why a layer that can be int8 is not.
 COSTLY = "int8 moved the outputs too far on the validation samples, through this layer among most"
+LEFT = "onnxruntime.quantization leaves its input or its weight in floats"
 # What is said of a layer whose integers the writer has changed.
 ROOM = "its weights were rounded once more, to make room for its bias"
 
@@ -83,7 +84,11 @@ class _Tried:
 
 
 def quantised(
-    pruned: Model, samples: Samples, settings: Settings, progress: Progress = silent
+    pruned: Model,
+    samples: Samples,
+    settings: Settings,
+    left_alone: Callable[[str], str] = lambda name: "",
+    progress: Progress = silent,
 ) -> Quantised:
     """Put the layers of a model into int8, all that are worth it.
 
@@ -91,14 +96,18 @@ def quantised(
         pruned: the model.
         samples: to calibrate and to judge.
         settings: how the network is observed.
+        left_alone: why a layer of this name is to stay in floats; empty where it need not.
         progress: called as work goes on.
 
     Raises:
         TargetError: no layer can be int8, or none without moving the outputs too far.
         ModelError: the model cannot be quantised at all.
     """
-    model = prepared(pruned, next(samples.train.batches(1)), settings.session)
-    layers, skips = candidates(model.proto)
+    model = prepared(pruned, next(samples.train.batches(2)), settings.session)
+    layers, skips = candidates(model.proto, left_alone)
+    once = written(model.proto, layers, samples.batches()) if layers else model.proto
+    skips += [Skip(x.name, x.op, LEFT) for x in layers if not in_int8(once, x)]
+    layers = [layer for layer in layers if in_int8(once, layer)]
     if not layers:
         listed = "; ".join(f"{printable(s.name)} ({s.op}): {s.reason}" for s in skips[:3])
         raise TargetError(
@@ -191,7 +200,7 @@ def _tried(
     layers = [layer for layer in layers if layer.name in reached]
     parts = samples.train, samples.validation
     before = observed(model, layers, *parts, settings, reverse=settings.reverse)
-    after = observed(floats, behind, *parts, settings, reverse=False)
+    after = observed(floats, behind, *parts, settings, reverse=False, rounds=True)
     room = {x.name: _scale(plain, x) for x in layers}
     fits = compensated(before, after, room, progress)
     before.observer.close()

@@ -7,8 +7,10 @@ only (``_CARRIERS``) are quantised too: that adds no rounding that is not there 
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,9 @@ _FOLDED = ("Clip", "Relu")
 # These have a scale of their own for their output.
 _OWN_SCALE = ("Add", "Concat")
 _SUFFIX = "_quantized"
+# Their outputs are floats.
+_FLOATS = ("Gemm", "MatMul")
+_FLOAT = onnx.TensorProto.FLOAT
 
 Ranges = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """By tensor, scale and zero point."""
@@ -85,30 +90,30 @@ def written(
     overrides = {name: _override(scale, axes[name]) for name, scale in (scales or {}).items()}
     for name, (scale, zero) in (ranges or {}).items():
         overrides[name] = [{"scale": scale, "zero_point": zero}]
-    told = onnx.ModelProto()
-    told.CopyFrom(proto)
+    told = _with_types(proto, chosen)
     onnx.helper.set_model_props(told, {"onnx.quant.pre_process": "onnxruntime.quant"})
     with tempfile.TemporaryDirectory(prefix="onnx-ecp-") as folder:
         source, target = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
         onnx.save(told, source)
         try:
-            quantize_static(
-                source,
-                target,
-                _reader(batches),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=sorted({node.op_type for node in chosen}),
-                per_channel=True,
-                activation_type=QuantType.QInt8,
-                weight_type=QuantType.QInt8,
-                nodes_to_quantize=[node.name for node in chosen],
-                extra_options={
-                    "ActivationSymmetric": False,
-                    "WeightSymmetric": True,
-                    "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
-                    "TensorQuantOverrides": overrides,
-                },
-            )
+            with _no_warnings():
+                quantize_static(
+                    source,
+                    target,
+                    _reader(batches),
+                    quant_format=QuantFormat.QDQ,
+                    op_types_to_quantize=sorted({node.op_type for node in chosen}),
+                    per_channel=True,
+                    activation_type=QuantType.QUInt8,
+                    weight_type=QuantType.QInt8,
+                    nodes_to_quantize=[node.name for node in chosen],
+                    extra_options={
+                        "ActivationSymmetric": False,
+                        "WeightSymmetric": True,
+                        "OpTypesToExcludeOutputQuantization": list(_FLOATS),
+                        "TensorQuantOverrides": overrides,
+                    },
+                )
             made = onnx.load(target)
         except Exception as error:
             text = printable(str(error).strip().split("\n")[0] or type(error).__name__, 200)
@@ -116,7 +121,44 @@ def written(
                 f"onnxruntime.quantization cannot quantise the model: {text}",
                 hint="Leave layers out with --exclude, or --quantize altogether.",
             ) from error
+    _spare_others(made, {node.name for node in chosen})
     return _as_ours(made, proto)
+
+
+def _with_types(proto: onnx.ModelProto, chosen: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
+    """A copy that says the types of what is quantised: the writer leaves alone what has none.
+
+    Operators of other domains hide them, from it too.
+    """
+    told = onnx.ModelProto()
+    told.CopyFrom(proto)
+    graph = told.graph
+    stored = {tensor.name for tensor in graph.initializer}
+    known = {info.name for info in (*graph.input, *graph.output, *graph.value_info)}
+    for name in dict.fromkeys(n for node in chosen for n in _tensors(node)):
+        if name and name not in stored | known:
+            graph.value_info.append(onnx.helper.make_tensor_value_info(name, _FLOAT, None))
+    declared = {entry.domain for entry in told.opset_import}
+    for domain in sorted({node.domain for node in graph.node} - declared - {"", "ai.onnx"}):
+        told.opset_import.append(onnx.helper.make_opsetid(domain, 1))
+    return told
+
+
+def _tensors(node: onnx.NodeProto) -> Iterator[str]:
+    """The tensors of a node that may be quantised."""
+    yield from node.input if node.op_type in _OWN_SCALE else node.input[:1]
+    yield node.output[0]
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Keep the writer from telling the root logger what our report tells."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _override(scale: np.ndarray, axis: int) -> list[dict[str, Any]]:
@@ -126,6 +168,22 @@ def _override(scale: np.ndarray, axis: int) -> list[dict[str, Any]]:
         {"axis": axis, "quant_type": QuantType.QInt8, "scale": np.float32(s), "zero_point": 0}
         for s in scale
     ]
+
+
+def in_int8(made: onnx.ModelProto, layer: Layer) -> bool:
+    """Whether a layer of a written model reads an input and a weight that are dequantised."""
+    dequantised = {n.output[0] for n in made.graph.node if n.op_type == "DequantizeLinear"}
+    weight = f"{layer.weight.tensor}{_SUFFIX}"
+    behind = {
+        n.output[0]
+        for n in made.graph.node
+        if n.op_type == "DequantizeLinear" and n.input[0] == weight
+    }
+    return any(
+        node.input[1] in behind and node.input[0] in dequantised
+        for node in made.graph.node
+        if len(node.input) > 1 and node.name == layer.name
+    )
 
 
 def ranges_of(made: onnx.ModelProto, proto: onnx.ModelProto) -> Ranges:
@@ -181,6 +239,33 @@ def carriers(proto: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> list[on
             found.append(node)
             quantised.add(node.output[0])
     return found
+
+
+def _spare_others(made: onnx.ModelProto, chosen: set[str]) -> None:
+    """Let nodes that are not int8 read tensors as they were before they were rounded.
+
+    But for the outputs of a Conv in int8 and of what follows it, which only exist rounded.
+    """
+    graph = made.graph
+    producers = {y: node for node in graph.node for y in node.output if y}
+    whole: dict[str, str] = {}
+    for node in graph.node:
+        before = producers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if before is not None and before.op_type == "QuantizeLinear":
+            maker = producers.get(before.input[0])
+            if maker is None or maker.name not in chosen or maker.op_type in _FLOATS:
+                whole[node.output[0]] = before.input[0]
+    for node in graph.node:
+        if node.name not in chosen:
+            for index, name in enumerate(node.input):
+                node.input[index] = whole.get(name, name)
+    for op in ("DequantizeLinear", "QuantizeLinear"):  # nobody reads some any longer
+        read = {name for node in graph.node for name in node.input}
+        read |= {info.name for info in graph.output}
+        kept = [n for n in graph.node if n.op_type != op or n.output[0] in read]
+        if len(kept) < len(graph.node):
+            del graph.node[:]
+            graph.node.extend(kept)
 
 
 def _as_ours(made: onnx.ModelProto, proto: onnx.ModelProto) -> onnx.ModelProto:

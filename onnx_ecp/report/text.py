@@ -272,6 +272,12 @@ def comparison_tables(comparison: Comparison) -> Group:
         table.add_row("multiplications of layers", f"{x:,}", f"{y:,}", _ratio(x, y))
     if comparison.latency is not None:
         _latency_rows(table, comparison.latency)
+        table.add_row("B is", "", "", comparison.latency.verdict)
+    if comparison.runtime is not None:
+        there = comparison.runtime
+        table.add_row("in", "", "", f"{there.name} {printable(there.version)}")
+        differences = [_number(x) for x in (there.difference_a, there.difference_b)]
+        table.add_row("differs from ONNX Runtime", *differences, "")
     gap = comparison.gap
     parts: list[RenderableType] = [table, _gap_table(gap), *_column_tables(gap)]
     if gap.certainty is not None:

@@ -15,6 +15,7 @@ from typing import Any
 from threadpoolctl import ThreadpoolController
 
 from onnx_ecp.errors import ProviderError
+from onnx_ecp.runtime.supervision import tell
 
 _DEADLINE: contextvars.ContextVar[tuple[float, float] | None] = contextvars.ContextVar(
     "deadline", default=None
@@ -23,13 +24,26 @@ _THREADS: contextvars.ContextVar[int | None] = contextvars.ContextVar("threads",
 
 
 @contextmanager
-def deadline(seconds: float | None) -> Iterator[None]:
-    """Let everything inside end with ProviderError after this many seconds (None: no limit)."""
-    token = _DEADLINE.set(None if seconds is None else (time.monotonic() + seconds, seconds))
+def deadline(seconds: float | None, *, soft: bool = False) -> Iterator[None]:
+    """Let everything inside end with ProviderError after this many seconds (None: no limit).
+
+    A limit around it holds too. A ``soft`` one is that of an attempt that may fail: work that
+    cannot be interrupted may exceed it, where any other makes the parent end the process.
+    """
+    outer = _DEADLINE.get()
+    until = None if seconds is None else (time.monotonic() + seconds, seconds)
+    if until is None or (outer is not None and outer <= until):
+        yield
+        return
+    token = _DEADLINE.set(until)
+    if not soft:
+        tell("limit", repr(seconds))
     try:
         yield
     finally:
         _DEADLINE.reset(token)
+        if not soft:
+            tell("limit", "" if outer is None else repr(max(0.0, outer[0] - time.monotonic())))
 
 
 def check_deadline() -> float | None:

@@ -144,10 +144,10 @@ class Session:
             source = str(model)
         wanted = provider_name(provider)
         providers = [wanted] + (["CPUExecutionProvider"] if "CPU" not in wanted else [])
-        try:
-            self._session = ort.InferenceSession(source, options, providers=providers)
-        except Exception as error:
-            raise _translated(error, "does not load the model") from error
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="onnxruntime")
+        self._session = self._created(
+            lambda: ort.InferenceSession(source, options, providers=providers)
+        )
         used = self._session.get_providers()
         if wanted not in used:
             raise ProviderError(
@@ -156,9 +156,22 @@ class Session:
             )
         self._ort = ort
         self._memory = _DEVICES.get(wanted, "cpu")
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="onnxruntime")
         self.inputs: tuple[str, ...] = tuple(i.name for i in self._session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
+
+    def _created(self, create: Callable[[], Any]) -> Any:
+        """The session; folding constants may take long, and cannot be ended, only left behind."""
+        left = check_deadline()
+        future = self._worker.submit(create)
+        try:
+            return future.result(timeout=left)
+        except FutureTimeout:
+            check_deadline()
+            raise
+        except OnnxEcpError:
+            raise
+        except Exception as error:
+            raise _translated(error, "does not load the model") from error
 
     @property
     def providers(self) -> tuple[str, ...]:

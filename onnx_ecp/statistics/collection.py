@@ -284,7 +284,8 @@ def _in_graph(observer: Observer, positions: str = "expand", visit: Visit | None
     if observer.statistics == "graph" and not able:
         raise UsageError(
             "--statistics graph does not go with finite differences, units, woodfisher, cbs, nor "
-            "positions that are reduced: they need every row.",
+            "positions that are reduced: they need every row; nor with samples that differ in "
+            "shape.",
             hint="Leave it out.",
         )
     return able and observer.sums_in_graph

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -40,6 +41,9 @@ ENGINES = ("vjp", "numeric")
 STATISTICS = ("auto", "graph", "host")
 # Relative difference that rewriting a graph may make: half precision rounds at 5e-4, which adds up.
 SAME = 0.05
+# Random probes of a first look: with two instead of ten exact seeds in all stages but the last, the
+# networks of benchmarks/engine.py keep their errors within the spread of seeds of the split.
+ROUGH = 2
 # Operators that leave the elements of their first input as they are, and in their order; that
 # pick some, or take another order; and whose values are no logits, where they are outputs.
 MOVES = moving(Moves.IN_ORDER)
@@ -167,6 +171,9 @@ class Observer:
         threads: threads of ONNX Runtime.
         reverse: whether sensitivities will be asked for.
         statistics: where they are summed, a name in STATISTICS.
+        proves: whether the observation graph must compute what the model computes. One that rounds
+            activations to integers may round one of them the other way.
+        other: a batch of another shape, where not all samples have that of the first.
 
     Attributes:
         blocked: by layer name, why the layer has no sensitivity.
@@ -198,6 +205,8 @@ class Observer:
         threads: int | None = None,
         reverse: bool = True,
         statistics: str = "auto",
+        proves: bool = True,
+        other: Batch | None = None,
     ) -> None:
         if engine not in ENGINES:
             raise UsageError(f"unknown gradients {engine!r}.", hint=did_you_mean(engine, ENGINES))
@@ -258,14 +267,19 @@ class Observer:
             self._reverse_proto, self._adjoints, self.blocked, self.numeric = add_reverse(
                 self._prepared, self.facts, self._seeded
             )
-        if self._prepared.rewritten:
+        if self._prepared.rewritten and proves:
             _check_same(Session(model.proto, **self._options), first.feeds, self._forward, feeds)
         y = self._forward.run(feeds, self._seeded)
         if reverse and first.samples > 1:
             half = first.halves()[0]
             _check_apart(y, first.samples, self.heads(state, half), half.samples)
+        self._even = other is None
+        varying = {} if other is None else _varying_axes(y, self.heads(state, other))
+        if any(varying.values()) and probes is None:
+            probes = 1  # a probe per element would be another number for every shape
         seeds = plan(y, first.samples, metric=metric, probes=probes, seed=seed)
         self._plan = replace(seeds, links=links)
+        self._asked = probes is not None
         self.probabilities = tuple(
             name
             for name, v in y.items()
@@ -277,10 +291,10 @@ class Observer:
         self.measure = Measure.of({})
         shapes = {name: self.facts[name].shape for name in self._heads}
         rows = {x.shape[0] for x in first.feeds.values() if x.ndim} | {first.samples}
-        self._axes = column_axes(model.proto, shapes, rows)
+        self._axes = column_axes(model.proto, shapes, rows, varying)
         self.statistics = statistics
         new_enough = opset_of(self.proto) >= MINIMUM_OPSET
-        self.summable = new_enough and (engine == "vjp" or not reverse)
+        self.summable = self._even and new_enough and (engine == "vjp" or not reverse)
         self._batched = all(v.ndim and v.shape[0] == first.samples for v in y.values())
 
     def observe(self, state: State, batch: Batch, *, common: bool = False) -> Observation:
@@ -294,10 +308,25 @@ class Observer:
         feeds = self._feeds(state, batch.feeds)
         return self._pulled(feeds, self._seeds(feeds, batch, common), batch.samples)
 
+    @cached_property
+    def rough(self) -> Observer:
+        """One that does with ROUGH random probes where seeds are exact and more; for first looks.
+
+        Its sessions are those of this one.
+        """
+        if self._asked or self._plan.probes or self.probes <= ROUGH or self.metric == "loss":
+            return self
+        if self._reverse_proto is not None:
+            _ = self._reverse  # made here, it is shared
+        other = copy(self)
+        other._plan = replace(self._plan, probes=ROUGH)
+        return other
+
     def close(self) -> None:
         """Give back the memory of the sessions; nothing can be observed any more."""
         del self._forward
         self.__dict__.pop("_reverse", None)
+        self.__dict__.pop("rough", None)
         self._adding, self._held = {}, []
 
     def nothing_summed(
@@ -441,6 +470,7 @@ class Observer:
         # What is observed beside the outputs has a unit too, and counts in no error that is told.
         told = {name: spread for name, spread in spreads.items() if name in self.outputs}
         self.measure = Measure.of(told, weights)
+        self.__dict__.pop("rough", None)
         if self.metric == "l2":
             scales = Measure.of(spreads, weights).factors()
             self._plan = replace(self._plan, scales=scales)
@@ -538,7 +568,7 @@ class Observer:
 
     def _seeds(self, feeds: dict[str, Value], batch: Batch, common: bool) -> dict[str, np.ndarray]:
         """Seeds need the values of y; under l2 only its shape, which a batch axis tells."""
-        if self._batched and self._plan.metric in SQUARED:
+        if self._batched and self._even and self._plan.metric in SQUARED:
             facts = {name: self.facts[name] for name in self._seeded}
             y = {n: np.zeros((batch.samples, *f.shape[1:]), f.dtype) for n, f in facts.items()}
         else:
@@ -723,6 +753,16 @@ def _input_rows(layers: Mapping[str, Layer], values: Mapping[str, np.ndarray]) -
 def _energy(spread: Spread) -> float:
     """Mean over samples of the sum of squares of an output."""
     return float(spread.mean_square @ spread.positions)
+
+
+def _varying_axes(
+    a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]
+) -> dict[str, frozenset[int]]:
+    """By head, the axes behind the first that differ between batches of two shapes."""
+    return {
+        name: frozenset(i for i in range(1, y.ndim) if y.shape[i] != b[name].shape[i])
+        for name, y in a.items()
+    }
 
 
 def _size(fact: Fact) -> int:

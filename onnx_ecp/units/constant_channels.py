@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_ecp.graph.operators import Moves, find, is_padded
+from onnx_ecp.graph.operators import Moves, find
 from onnx_ecp.layers import Layer
 from onnx_ecp.layers.trace import Scope
 from onnx_ecp.layers.views import operator
@@ -82,7 +82,7 @@ def steady_columns(
     for node, layer in with_layers(scope, layers):
         if layer is not None:
             data = next(x for x in node.inputs if x.name == layer.input)
-            seen = state.zero(data) if is_padded(node.attrs) else state.of(data)
+            seen = state.zero(data) if layer.adds_zeros else state.of(data)
             if seen is not None and layer.groups_side_by_side:
                 seen = np.asarray(seen.reshape(layer.groups, -1).all(axis=0))
             if seen is not None and layer.shape[1] % len(seen) == 0:
@@ -102,7 +102,7 @@ def _of_layer(state: Steady, node: gs.Node, layer: Layer, dead: np.ndarray) -> n
     of_groups = 1 if layer.groups_side_by_side else layer.groups
     steady: np.ndarray = np.logical_and.reduce(dead.reshape(of_groups, -1))
     if data is not None and layer.groups_side_by_side and layer.groups == len(data) > 1:
-        seen = state.zero(node.inputs[0]) if is_padded(node.attrs) else data
+        seen = state.zero(node.inputs[0]) if layer.adds_zeros else data
         assert seen is not None, "its input has units"
         steady |= np.repeat(seen, len(dead) // len(data))
     place = state.axes[output.name].index - state.values[output.name].ndim

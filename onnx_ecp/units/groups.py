@@ -26,7 +26,7 @@ from onnx_ecp.layers import Layer, Skip, preactivation
 from onnx_ecp.layers.trace import Scope, Traced, main_scope
 from onnx_ecp.layers.views import operator
 from onnx_ecp.units.propagation import Count, NotFollowed, Slot, Walk
-from onnx_ecp.units.rules import RULES, is_silent
+from onnx_ecp.units.rules import RULES, follow_parts, is_silent
 from onnx_ecp.units.shape_values import computes_integers, follow_sizes
 from onnx_ecp.units.union_find import Axis
 
@@ -249,6 +249,8 @@ def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
             walk.silent |= {y.name for y in node.outputs if _is_silent_layer(node, layer)}
         elif _reads_sizes(walk, node):
             _follow_numbers(walk, node)
+        elif any(x.name in walk.parts for x in node.inputs):
+            walk.axes |= follow_parts(walk, node)
         elif any(walk.axis(x) for x in node.inputs):
             follow = RULES.get(operator(node))
             if follow is None:
@@ -257,9 +259,18 @@ def _visit(found: _Found, node: gs.Node, layer: Layer | None) -> None:
             if is_silent(walk, node) or node.outputs[0].name in found.biased:
                 walk.silent |= {y.name for y in node.outputs}
     except NotFollowed as refusal:
-        reason = f"{node.op} {name!r}: {refusal}"
-        for marks in (marks for x in node.inputs for marks in walk.marks_of(x.name)):
+        reads = [(x.name, marks) for x in node.inputs for marks in walk.marks_of(x.name)]
+        tensor = reads[0][0] if reads else node.inputs[0].name
+        reason = root = refusal.root or f"{node.op} {name!r}: {refusal} (tensor {tensor!r})"
+        if refusal.root:
+            reason = f"{root}; what comes of it meets them in {node.op} {name!r}"
+        for _, marks in reads:
             walk.marks.pin(marks, reason)
+        walk.ended |= {y.name: root for y in node.outputs}
+    ended = [walk.ended[x.name] for x in node.inputs if x.name in walk.ended]
+    for output in node.outputs if ended else ():
+        if layer is None and output.name not in walk.axes:
+            walk.ended.setdefault(output.name, ended[0])
 
 
 # Operators whose further inputs are sizes or bounds of what their first input has units in.
@@ -416,6 +427,9 @@ def _meet(found: _Found, layers: Sequence[Layer]) -> None:
         rows |= {name: np.isin(own, np.concatenate([*met, []])) for name, own in roots.items()}
     for query, key in found.walk.products:
         marks.join(query, key)
+    for first, *others in found.walk.coupled:
+        for other in others:
+            marks.join(first, other)
     summed = [marks.roots(x) for x, _ in found.walk.summed]
     for layer in layers:
         own = marks.roots(found.rows[layer.name])
@@ -537,8 +551,10 @@ def _numbered(walks: Sequence[_Found], layers: Sequence[Layer]) -> Structure:
 
 def _lying(kind: _Kind) -> dict[str, Axis]:
     """By name of a tensor, the axis along which units of one kind lie."""
-    axes = kind.found.walk.axes.items()
-    return {name: Axis(axis.index, kind.units(axis.marks)) for name, axis in axes}
+    walk = kind.found.walk
+    axes = {name: Axis(parts.index, parts.marks[0]) for name, parts in walk.parts.items()}
+    axes |= walk.axes
+    return {name: Axis(axis.index, kind.units(axis.marks)) for name, axis in axes.items()}
 
 
 def _parts(axes: Iterable[np.ndarray]) -> tuple[np.ndarray, ...]:

@@ -16,7 +16,16 @@ Sizes = tuple[np.ndarray | None, ...]
 
 
 class NotFollowed(Exception):
-    """Units cannot be followed through an operator; the message says why, for the user."""
+    """Units cannot be followed through an operator; the message says why, for the user.
+
+    Args:
+        message: why.
+        root: where the way of another operand ended before, which is why.
+    """
+
+    def __init__(self, message: str, root: str = "") -> None:
+        super().__init__(message)
+        self.root = root
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,21 @@ class Count:
     sizes: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Axes of a tensor that holds parts (queries, keys, values) side by side, all equally wide.
+
+    Args:
+        parts: the axis along which the parts lie.
+        index: the axis of the units.
+        marks: (parts, length), the mark of every entry of every part.
+    """
+
+    parts: int
+    index: int
+    marks: np.ndarray
+
+
 @dataclass
 class Walk:
     """What is known when the walk reaches a node: all about what is in front of it.
@@ -71,8 +95,11 @@ class Walk:
         inside: whether units are the dimensions of heads instead of the heads.
         heads: marks of dimensions of heads, where ``inside``.
         products: marks of queries and of keys that meet in a product, pair by pair.
+        parts: by name of a tensor, parts whose k-th entries go together in the end.
+        coupled: marks of such parts, (parts, length).
         summed: marks of units that are summed up, with the name of the operator.
         silent: names of tensors whose entries are zero where the rows that make them are.
+        ended: by name of tensors to which units were not followed, where and why their way ended.
         computed: by name of an integer tensor, the marks that its values are computed from in some
             other way than in proportion.
     """
@@ -82,8 +109,11 @@ class Walk:
     inside: bool = False
     heads: list[int] = field(default_factory=list)
     products: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    parts: dict[str, Parts] = field(default_factory=dict)
+    coupled: list[np.ndarray] = field(default_factory=list)
     summed: list[tuple[np.ndarray, str]] = field(default_factory=list)
     silent: set[str] = field(default_factory=set)
+    ended: dict[str, str] = field(default_factory=dict)
     marks: Marks = field(default_factory=Marks)
     axes: dict[str, Axis] = field(default_factory=dict)
     sizes: dict[str, Sizes] = field(default_factory=dict)
@@ -99,6 +129,8 @@ class Walk:
         """Marks of the units that a tensor has, or counts."""
         if name in self.axes:
             yield self.axes[name].marks
+        if name in self.parts:
+            yield self.parts[name].marks.reshape(-1)
         yield from (marks for marks in self.sizes.get(name, ()) if marks is not None)
         yield from self.computed.get(name, ())
 
@@ -126,7 +158,10 @@ class Walk:
         """
         constant = self.constant(node.inputs[index])
         if constant is None:
-            raise NotFollowed(f"its input {node.inputs[index].name!r} is not a stored tensor")
+            name = node.inputs[index].name
+            raise NotFollowed(
+                f"its input {name!r} is not a stored tensor", self.ended.get(name, "")
+            )
         if constant.seen_shape[axis] != len(marks):
             raise NotFollowed(
                 f"its input {node.inputs[index].name!r} does not have one entry per unit"

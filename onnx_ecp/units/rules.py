@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from onnx_ecp.graph.operators import MICROSOFT, OPERATORS, Moves, find, moving
 from onnx_ecp.layers import Skip, layer_of
 from onnx_ecp.layers.views import operator
-from onnx_ecp.units.propagation import Count, NotFollowed, Walk
+from onnx_ecp.units.propagation import Count, NotFollowed, Parts, Walk
 from onnx_ecp.units.shape_values import entries_of, known_values, of_shape
 from onnx_ecp.units.union_find import Axis
 
@@ -289,9 +289,9 @@ def reshape(walk: Walk, node: gs.Node) -> Outputs:
         raise NotFollowed("it hides the axis of a single unit")
     apart = [_is_set_apart(walk, node.outputs[0], *pair) for pair in pairwise(varying)]
     if walk.inside and any(apart):
-        raise NotFollowed("it puts parts side by side that are read one by one")
+        return _put_side_by_side(walk, node, marks, varying, apart)
     index = varying[-1] if walk.inside else varying[sum(takewhile(bool, apart))]
-    if index == 0:
+    if index == 0 and not _follows_samples(marks.reshape(len(marks), -1)[:, 0], axis):
         raise NotFollowed("it merges units with the axis of samples")
     marks = marks[tuple(slice(None) if i in varying else slice(1) for i in range(len(new)))]
     first, *others = np.moveaxis(marks, index, 0).reshape(new[index], -1).T
@@ -302,6 +302,67 @@ def reshape(walk: Walk, node: gs.Node) -> Outputs:
     if node.op == "Reshape":
         _note_target(walk, node, index, first, [i for i in varying if i != index])
     return {node.outputs[0].name: Axis(index, first)}
+
+
+def _follows_samples(marks: np.ndarray, axis: Axis) -> bool:
+    """Whether an axis holds the units of one sample, then those of the next one."""
+    return np.array_equal(marks, np.resize(axis.marks, len(marks)))
+
+
+def _put_side_by_side(
+    walk: Walk, node: gs.Node, marks: np.ndarray, varying: Sequence[int], apart: Sequence[bool]
+) -> Outputs:
+    """Queries, keys and values as (3, heads, size): each has dimensions, of which the same go.
+
+    Args:
+        walk: the walk, inside heads.
+        node: what makes the parts, of one axis.
+        marks: of its output, in its shape.
+        varying: the axes that it made.
+        apart: by pairs of them, whether the first is read entry by entry.
+    """
+    if not apart[0] or any(apart[1:]):
+        raise NotFollowed("it puts parts side by side that are read one by one")
+    parts, index = varying[0], varying[-1]
+    marks = marks[tuple(slice(None) if i in varying else slice(1) for i in range(marks.ndim))]
+    size = marks.shape[index]
+    by_part = np.moveaxis(marks, (parts, index), (0, 1)).reshape(marks.shape[parts], size, -1)
+    for own in by_part:
+        first, *others = own.T
+        for other in others:
+            walk.marks.join(first, other)
+        walk.heads += first.tolist()
+    firsts = by_part[:, :, 0]
+    walk.parts[node.outputs[0].name] = Parts(parts, index, firsts)
+    walk.coupled.append(firsts)
+    if node.op == "Reshape":
+        _note_target(walk, node, index, firsts[0], [i for i in varying if i != index])
+    return {}
+
+
+def follow_parts(walk: Walk, node: gs.Node) -> Outputs:
+    """Through an operator that moves parts, or takes one of them.
+
+    Raises:
+        NotFollowed: it does something else.
+    """
+    own, rank = walk.parts.get(node.inputs[0].name), len(walk.shape(node.inputs[0]))
+    if own is None or node.domain:
+        raise NotFollowed("it reads queries, keys and values together")
+    if node.op == "Transpose":
+        perm = list(node.attrs.get("perm", range(rank)[::-1]))
+        moved = Parts(perm.index(own.parts), perm.index(own.index), own.marks)
+        walk.parts[node.outputs[0].name] = moved
+        return {}
+    along = int(node.attrs.get("axis", 0)) % rank
+    if node.op == "Split" and along == own.parts and len(node.outputs) == len(own.marks):
+        pairs = zip(node.outputs, own.marks, strict=True)
+        return {y.name: Axis(own.index, part) for y, part in pairs if y.name}
+    chosen = walk.integers(node.inputs[1]) if node.op == "Gather" else None
+    if chosen is None or along != own.parts or len(chosen) != 1:
+        raise NotFollowed("it reads queries, keys and values together")
+    gone = not walk.shape(node.inputs[1]) and along < own.index
+    return {node.outputs[0].name: Axis(own.index - gone, own.marks[chosen[0]])}
 
 
 # How many operators behind a Reshape are looked at.
@@ -454,7 +515,8 @@ def _marks_or_pinned(walk: Walk, tensor: gs.Tensor, along: int) -> np.ndarray:
     if axis is not None:
         return axis.marks
     marks = walk.marks.fresh(walk.shape(tensor)[along])
-    walk.marks.pin(marks, f"{tensor.name!r} is not made by a layer that is pruned")
+    own = f"{tensor.name!r} is not made by a layer that is pruned"
+    walk.marks.pin(marks, walk.ended.get(tensor.name, own))
     return marks
 
 
@@ -555,12 +617,13 @@ def product_of_activations(walk: Walk, node: gs.Node) -> Outputs:
     if (here, there) == (-1, -2):
         _meet_as_attention(walk, node)
         return {}
+    roots = [walk.ended[x.name] for x in (left, right) if x.name in walk.ended]
     if (here, there) in ((-2, None), (None, -1)):
         ((_, axis),) = _followed(walk, node)
         return {out.name: Axis(rank + (here or -1), axis.marks)}
     place = here if here is not None else there
     if place is None or place > -3 or there not in (None, place):
-        raise NotFollowed("it combines units of different axes")
+        raise NotFollowed("it combines units of different axes", *roots[:1])
     marks = max((axis.marks for _, axis in _followed(walk, node)), key=len)
     for index in (0, 1):
         walk.meet(node, index, place, marks)
@@ -620,7 +683,7 @@ def _is_steady(walk: Walk, tensor: gs.Tensor) -> bool:
     node = tensor.inputs[0]
     stored = [x for x in node.inputs if walk.scope.is_constant(x)]
     domain, op = operator(node)
-    if not domain and op in _MOVES:
+    if not domain and (op in _MOVES or (op == "Gather" and len(stored) == 1)):
         return _is_steady(walk, node.inputs[0])
     if not domain and op in ("Add", "Sub", "Mul", "Div") and len(stored) == 1:
         (data,) = (x for x in node.inputs if x is not stored[0])

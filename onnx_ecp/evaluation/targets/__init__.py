@@ -1,20 +1,7 @@
-"""The runtimes that a model may be for; a new one is a file with a row, and a row here."""
+"""The runtimes that a model may be for; a new one is a file with a row in ``rows``."""
 
-from onnx_ecp.evaluation.targets.coreml import COREML
-from onnx_ecp.evaluation.targets.deepsparse import DEEPSPARSE
-from onnx_ecp.evaluation.targets.onnxruntime import ONNXRUNTIME
-from onnx_ecp.evaluation.targets.openvino import OPENVINO
+from onnx_ecp.evaluation.targets.rows import TARGETS
+from onnx_ecp.evaluation.targets.taken import check_taken, taken
 from onnx_ecp.evaluation.targets.target import Eligible, Target, eligible, storage
-from onnx_ecp.evaluation.targets.tensorrt import TENSORRT
-from onnx_ecp.evaluation.targets.xnnpack import XNNPACK
 
-TARGETS: dict[str, Target] = {
-    "onnxruntime": ONNXRUNTIME,
-    "deepsparse": DEEPSPARSE,
-    "openvino": OPENVINO,
-    "tensorrt": TENSORRT,
-    "xnnpack": XNNPACK,
-    "coreml": COREML,
-}
-
-__all__ = ["TARGETS", "Eligible", "Target", "eligible", "storage"]
+__all__ = ["TARGETS", "Eligible", "Target", "check_taken", "eligible", "storage", "taken"]

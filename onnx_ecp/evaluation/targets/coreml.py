@@ -7,7 +7,13 @@ import math
 import numpy as np
 import onnx
 
-from onnx_ecp.evaluation.targets.target import STANDARD, Target, each, most_in_groups
+from onnx_ecp.evaluation.targets.target import (
+    STANDARD,
+    Target,
+    each,
+    most_in_groups,
+    other_operator,
+)
 from onnx_ecp.layers import Layer
 
 # coremltools leaves weights of so many elements and less dense unless told otherwise.
@@ -20,7 +26,7 @@ SHARE, GROUPS = 0.75, (4, 8, 16)
 def refusal(layer: Layer) -> str:
     """Why the weights of a layer stay dense; empty where they may not."""
     if layer.op not in STANDARD:
-        return f"op: {layer.op} is ONNX Runtime's own"
+        return other_operator(layer)
     elements = math.prod(layer.shape)
     if elements <= SMALL:
         return f"size: {elements:,} weights, more than {SMALL:,} wanted (weight_threshold)"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from onnx_ecp.evaluation.targets.target import STANDARD, Target, each, in_groups
+from onnx_ecp.evaluation.targets.target import STANDARD, Target, each, in_groups, other_operator
 from onnx_ecp.layers import Layer
 
 
 def refusal(layer: Layer) -> str:
     """Why no sparse kernel takes a layer; empty where one may."""
     if layer.op not in STANDARD:
-        return f"op: {layer.op} is ONNX Runtime's own"
+        return other_operator(layer)
     if layer.groups > 1:
         return in_groups(layer)
     return ""
@@ -27,7 +27,7 @@ DEEPSPARSE = Target(
     title="DeepSparse",
     gains="scattered zeros, about 80 % and more of a layer, stored densely; most for batches",
     evidence="measured with 1.8.0: docs/targets.md",
-    next_step="deepsparse.benchmark {model}",
+    next_step="onnx-ecp compare MODEL {model} -d DATA --runtime deepsparse",
     refusals=each(refusal),
     sparsity="0.8",
     least=0.7,

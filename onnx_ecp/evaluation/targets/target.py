@@ -20,7 +20,7 @@ from onnx_ecp.graph import (
 from onnx_ecp.layers import Layer, find_layers
 
 FLOATS = (onnx.TensorProto.FLOAT,)
-# The operators of the ONNX standard that are layers; others are ONNX Runtime's own.
+# The operators of the ONNX standard that runtimes have kernels for which skip zeros.
 STANDARD = ("Gemm", "MatMul", "Conv")
 
 # By name, why a layer of a model gains nothing; empty where it may gain.
@@ -39,6 +39,13 @@ def each(refusal: Callable[[Layer], str]) -> Refusals:
 def nothing(layer: Layer, weight: np.ndarray) -> str:
     """No layer has zeros of a wrong kind."""
     return ""
+
+
+def other_operator(layer: Layer) -> str:
+    """What speaks against an operator that is not in ``STANDARD``."""
+    if onnx.defs.has(layer.op):
+        return f"op: no kernel of {layer.op} skips zeros"
+    return f"op: {layer.op} is ONNX Runtime's own"
 
 
 def in_groups(layer: Layer) -> str:

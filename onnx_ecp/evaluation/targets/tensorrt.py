@@ -13,7 +13,14 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from onnx_ecp.evaluation.targets.target import STANDARD, Target, each, in_groups, most_in_groups
+from onnx_ecp.evaluation.targets.target import (
+    STANDARD,
+    Target,
+    each,
+    in_groups,
+    most_in_groups,
+    other_operator,
+)
 from onnx_ecp.layers import Layer
 
 # Below so many inputs or outputs dense kernels are mostly faster.
@@ -23,7 +30,7 @@ LARGE = 256
 def refusal(layer: Layer) -> str:
     """Why there is no 2:4 kernel for a layer, one clause; empty where there may be one."""
     if layer.op not in STANDARD:
-        return f"op: {layer.op} is ONNX Runtime's own"
+        return other_operator(layer)
     if layer.groups > 1:
         return in_groups(layer)
     if layer.dtype not in TENSORRT.types:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
 
-from onnx_ecp.evaluation.targets.target import STANDARD, Target, in_groups
+from onnx_ecp.evaluation.targets.target import STANDARD, Target, in_groups, other_operator
 from onnx_ecp.graph import printable
 from onnx_ecp.layers import Layer
 
@@ -34,7 +34,7 @@ def refusals(proto: onnx.ModelProto, layers: Sequence[Layer]) -> Mapping[str, st
 def _kind(layer: Layer) -> str:
     """Why a layer is no 1x1 convolution."""
     if layer.op not in STANDARD:
-        return f"op: {layer.op} is ONNX Runtime's own"
+        return other_operator(layer)
     if layer.op != "Conv":
         return f"op: {layer.op}, only 1x1 convolutions gain"
     if layer.groups > 1:
