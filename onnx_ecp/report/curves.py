@@ -219,12 +219,12 @@ def chart(measure: Measure, sweep: Sweep) -> str:
     notes += ["Hollow markers: N:M."] * any(_is_pattern(point) for point in drawn)
     notes += ["Ringed: worth having, no other point here is better in both."] * marked
     note = f"<p>{' '.join(notes)}</p>" if notes else ""
+    box = f"0 0 {_WIDTH} {frame.height:.0f}"
+    body = "\n".join(parts)
     return (
-        f"<figure><figcaption>{measure.name}</figcaption>\n"
-        f'<div class="wide"><svg class="curves" viewBox="0 0 {_WIDTH} {frame.height:.0f}" role="img" '
-        f'aria-label="{measure.name}, by method">\n'
-        + "\n".join(parts)
-        + f"\n</svg></div>{note}</figure>"
+        f'<figure><figcaption>{measure.name}</figcaption>\n<div class="wide">'
+        f'<svg class="curves" viewBox="{box}" role="img" aria-label="{measure.name}, by method">\n'
+        f"{body}\n</svg></div>{note}</figure>"
     )
 
 
