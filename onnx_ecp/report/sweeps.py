@@ -107,10 +107,10 @@ def _points(sweep: Sweep) -> Table:
     worth = sweep.worth_having
     rows = [[*dense, str(original.compressed_bytes), ""]]
     rows += [_row(point, point in worth) for point in sweep.points]
-    columns = ["method", "target", "", "error", "top-1 agreement", "accuracy", "R2"]
+    columns = ["method", "target", "", "error", "top-1\nagreement", "accuracy", "R2"]
     columns += ["gzip", "seconds"]
     used = [k for k in range(len(columns)) if any(row[k] for row in rows)]
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for k in used:
         table.add_column(
             columns[k], justify="right" if k else "left", no_wrap=k > 0, overflow="fold"
