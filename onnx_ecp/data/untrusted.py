@@ -24,6 +24,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, numpy_helper
 
 from onnx_ecp.errors import CalibrationError
+from onnx_ecp.graph.tensors import MOST_AXES
 
 # Used where the system does not say how much memory is free.
 FALLBACK_BUDGET = 4 * 2**30
@@ -165,8 +166,12 @@ def _header(stream: IO[bytes], origin: str) -> tuple[tuple[int, ...], bool, np.d
             f"{origin}: holds {_KINDS.get(dtype.kind, dtype)}, not numbers.",
             hint="Save plain numeric arrays.",
         )
+    if any(isinstance(size, bool) for size in shape):
+        raise ValueError(f"damaged .npy header: shape {shape}")
     if any(size < 0 for size in shape):
         raise ValueError(f"negative size in shape {shape}")
+    if len(shape) > MOST_AXES:
+        raise ValueError(f"{len(shape)} axes; at most {MOST_AXES} are supported")
     return shape, fortran, dtype
 
 

@@ -169,13 +169,17 @@ class Scope:
     def readers(self, tensor: gs.Tensor) -> list[gs.Node | str]:
         """Who reads a tensor, through views: nodes, once per use, and "graph output 'y'"."""
         found: list[gs.Node | str] = []
-        if tensor.name in self._outputs:
-            found.append(f"graph output {tensor.name!r}")
-        for node in tensor.outputs:
-            if views.is_view(node) and tensor is node.inputs[0]:
-                found += self.readers(node.outputs[0])
-            else:
+        pending: list[tuple[gs.Tensor, gs.Node | None]] = [(tensor, None)]
+        while pending:
+            tensor, node = pending.pop()
+            if node is not None and not (views.is_view(node) and tensor is node.inputs[0]):
                 found.append(node)
+                continue
+            if node is not None:
+                tensor = node.outputs[0]
+            if tensor.name in self._outputs:
+                found.append(f"graph output {tensor.name!r}")
+            pending += [(tensor, reader) for reader in reversed(tensor.outputs)]
         return found
 
     def only_reader(self, tensor: gs.Tensor) -> gs.Node | None:

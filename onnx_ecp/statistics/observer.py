@@ -573,7 +573,7 @@ class Observer:
             y = {n: np.zeros((batch.samples, *f.shape[1:]), f.dtype) for n, f in facts.items()}
         else:
             y = self._forward.run(feeds, self._seeded)
-        return self._plan.seeds(y, batch.start, batch.samples, batch.labels, common=common)
+        return self._plan.seeds(y, batch.in_whole, batch.labels, common=common)
 
     def input_feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The model's own inputs in the dtypes of the observation graph."""

@@ -1,0 +1,153 @@
+"""Odd and hostile models and arrays: a documented exit code and two plain lines, never a bug.
+
+The files lie in ``shared/cases/hostile`` beside the checkout, or below ONNX_ECP_SHARED; the same
+kinds, made here and in ``hostile.py``, are tested everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_ecp.cli.commands import main
+
+ROOT = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("ONNX_ECP_SHARED", ROOT.parent / "shared")) / "cases" / "hostile"
+DOCUMENTED = {0, 2, 3, 4, 5, 6, 7, 8}
+# These are valid, and end well.
+GOOD = {"name_w_file.onnx", "opt_out.onnx"}
+# Compiled code crashes on these, or computes for long: they are survived in a child process.
+LONG = {"fold_matmul_60x2048.onnx", "int_min_div.onnx", "trap_loopcount.onnx"}
+
+
+def files(*patterns: str) -> list[Path]:
+    found = [path for pattern in patterns for path in sorted(SHARED.glob(pattern))]
+    missing = pytest.mark.skip(reason="shared/cases/hostile is not there")
+    return found or [pytest.param(SHARED, marks=missing)]  # type: ignore[list-item]
+
+
+def told(result: object, output: Path) -> str:
+    """The error of a command that must end in order: documented code, two lines, no output."""
+    code, stderr = result.exit_code, result.stderr  # type: ignore[attr-defined]
+    assert code in DOCUMENTED, result.output  # type: ignore[attr-defined]
+    assert "Traceback" not in stderr
+    assert "ecp/" not in stderr
+    if code:
+        lines = [x for x in stderr.splitlines() if not x.startswith("warning: ")]
+        assert [line.split(": ")[0] for line in lines] == ["error", "hint"], stderr
+        assert not output.exists()
+        assert not [path for path in output.parent.iterdir() if path.name.startswith(".")]
+    return stderr
+
+
+def optimized(model: Path, folder: Path, *options: str) -> str:
+    """What a short run says on stderr; "" where it ends well."""
+    output = folder / "out.onnx"
+    words = ["optimize", str(model), str(output), "--samples", "16", "--timeout", "60", *options]
+    return told(CliRunner().invoke(main, words), output)
+
+
+@pytest.mark.parametrize("path", files("*.onnx"), ids=lambda path: path.name)
+def test_a_hostile_model_of_the_field_is_survived(path, tmp_path):
+    if path.name in LONG:
+        pytest.skip("tested in a child process")
+    error = optimized(path, tmp_path)
+    assert bool(error) == (path.name not in GOOD)
+
+
+@pytest.mark.parametrize("path", files("*.onnx"), ids=lambda path: path.name)
+def test_inspect_survives_a_hostile_model_of_the_field(path, tmp_path):
+    if path.name in LONG:
+        pytest.skip("tested in a child process")
+    told(CliRunner().invoke(main, ["inspect", str(path)]), tmp_path / "out.onnx")
+
+
+@pytest.mark.parametrize("path", files("*.npy"), ids=lambda path: path.name)
+def test_a_hostile_array_of_the_field_is_refused(path, tmp_path):
+    onnx.save(network("Relu", 1, "activation"), tmp_path / "net.onnx")
+    assert path.name in optimized(tmp_path / "net.onnx", tmp_path, "-c", str(path))
+
+
+# The same kinds, made here.
+
+
+def network(op: str, times: int, where: str):
+    """Two MatMuls with a chain of one operator behind the first weight, or between them."""
+    rng = np.random.default_rng(0)
+    nodes, names = [], {"weight": "W", "activation": "h"}
+
+    def chain(source: str) -> str:
+        for i in range(times):
+            nodes.append(helper.make_node(op, [source], [f"c{i}"]))
+            source = f"c{i}"
+        return source
+
+    if where == "weight":
+        names["weight"] = chain("W")
+    nodes.append(helper.make_node("MatMul", ["x", names["weight"]], ["h"]))
+    if where == "activation":
+        names["activation"] = chain("h")
+    nodes.append(helper.make_node("MatMul", [names["activation"], "V"], ["y"]))
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [
+            numpy_helper.from_array(rng.normal(size=(4, 4)).astype(np.float32), "W"),
+            numpy_helper.from_array(rng.normal(size=(4, 3)).astype(np.float32), "V"),
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["weight", "activation"])
+def test_walks_along_a_chain_of_any_length_are_no_recursion(where, tmp_path):
+    """1,500 Identity nodes; a call deeper than Python's limit would end the process."""
+    onnx.save(network("Identity", 1500, where), tmp_path / "net.onnx")
+    assert optimized(tmp_path / "net.onnx", tmp_path) == ""
+    assert (tmp_path / "out.onnx").exists()
+
+
+HEAD = '<ir_version: 8, opset_import: ["": 17]> net '
+W = "<float[4,3] W = {1,2,3,4,5,6,7,8,9,10,11,12}, float[3] b = {1,0,0}>"
+# Valid for the checker; by text the words that the error must have.
+ODD = {
+    "sequence between nodes": (
+        f"""(float[n,4] x) => (float[n,3] y) {W} {{
+            a = Gemm(x, W, b)  q = SplitToSequence <axis = 1> (a)
+            y = ConcatFromSequence <axis = 1> (q)
+        }}""",
+        "ConcatFromSequence reads or makes a sequence",
+    ),
+    "If on a number": (
+        f"""(float[n,4] x) => (float[n,3] y) {W} {{
+            h = MatMul(x, W)
+            y = If (b) <
+                then_branch = t () => (float[n,3] p) {{ p = Relu(h) }},
+                else_branch = e () => (float[n,3] q) {{ q = Tanh(h) }}
+            >
+        }}""",
+        "ONNX Runtime does not load the model",
+    ),
+    "sizes that contradict each other": (
+        f"""(float[n,4] x) => (float[m,3] y) {W} <int64[2] s = {{7, 5}}> {{
+            h = Gemm(x, W, b)  r = Reshape(h, s)  y = MatMul(r, W)
+        }}""",
+        "ONNX Runtime does not load the model",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), ODD.values(), ids=ODD)
+def test_an_odd_model_is_refused_with_a_reason(text, words, tmp_path):
+    text = HEAD + text.replace("> <", ", ")
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "net.onnx")
+    assert words in optimized(tmp_path / "net.onnx", tmp_path)
