@@ -553,7 +553,9 @@ def unit_step(
         share = 1 - 1 / options.speedup
         target = "latency" if options.cost == "latency" else "flops"
     assert not isinstance(share, NM), "Options refuses N:M of units"
-    goal = Goal(share, target, options.cost, options.unit_multiple, not options.searches)
+    kernels = options.speedup is not None or options.cost == "latency"
+    multiple = options.unit_multiple or (None if kernels else 1)
+    goal = Goal(share, target, options.cost, multiple, not options.searches)
     watch = None
     if options.cost == "latency":
         watch = Watch(
