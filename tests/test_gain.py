@@ -147,6 +147,12 @@ def test_a_model_without_units_is_told_no_speedup(rng, data, monkeypatch):
     assert "--speedup" not in report.advice
 
 
+def test_a_file_for_another_runtime_is_told_what_it_is_for(model, data, monkeypatch):
+    monkeypatch.setattr(Latency, "verdict", property(lambda self: "no faster"))
+    report = onnx_ecp.optimize(model, data, method="magnitude", target="deepsparse").report
+    assert report.advice.startswith("DeepSparse, which the file is for")
+
+
 def test_no_measurement_where_none_is_wanted(model, data):
     report = onnx_ecp.optimize(model, data, method="magnitude", measure=False).report
     assert (report.latency, report.advice) == (None, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -196,6 +197,35 @@ def test_a_pattern_is_kept():
 def test_the_same_seed_gives_the_same_bytes():
     first, second = (in_int8("convolution").model.SerializeToString() for _ in range(2))
     assert first == second
+
+
+def test_whole_units_go_first():
+    result = onnx_ecp.optimize(
+        DIGITS, method="magnitude", speedup=2, quantize="int8", measure=False
+    )
+    assert result.report.units
+    told = result.report.int8
+    assert [row.int8 for row in told.layers] == [True] * 3
+    assert sum(row.weights for row in told.layers) < 0.6 * result.report.weights
+    assert result.report.result.bytes < told.bytes < result.report.original.bytes
+
+
+def test_external_data_end_in_one_file(tmp_path):
+    source, folder = tmp_path / "in.onnx", tmp_path / "out"
+    folder.mkdir()
+    onnx.save(  # which changes what it is given
+        copy.deepcopy(original("gemm")),
+        source,
+        save_as_external_data=True,
+        location="in.bin",
+        size_threshold=0,
+    )
+    choices = {**FAST, "quantize": "int8"}
+    result = onnx_ecp.optimize(source, drawn("gemm"), output=folder / "r.onnx", **choices)
+    assert [file.name for file in folder.iterdir()] == ["r.onnx"]
+    feeds, inside = feeds_of("gemm"), in_int8("gemm").model
+    for a, b in zip(computed(result.model, feeds), computed(inside, feeds), strict=True):
+        assert np.allclose(a, b, atol=1e-6)
 
 
 def test_what_the_model_says_of_itself_stays():
@@ -459,6 +489,7 @@ def test_a_model_without_a_layer_for_int8_is_refused(net):
         {"bound": True},
         {"sparsity": None, "max_error": 0.1},
         {"sparsity": None, "speedup": 2, "cost": "latency"},
+        {"sparsity": "2:4", "target": "tensorrt"},
     ],
 )
 def test_what_does_not_go_with_int8_is_refused_before_any_work(choices):

@@ -124,6 +124,16 @@ def test_inspect_foresees_what_may_gain(name, model):
     assert "OUTPUT" in found.next_step
 
 
+@each_target
+def test_every_runtime_gains_from_units(name, model, data):
+    choices = {"method": "magnitude", "measure": False, "granularity": "unit"}
+    found = onnx_ecp.optimize(model, data, target=name, sparsity=0.3, **choices).report
+    lost = {x for r in found.units if r.after < r.before for x in (*r.producers, *r.consumers)}
+    assert lost
+    assert {row.name for row in found.target.layers if not row.refused} == lost
+    assert "units" in found.target.gains
+
+
 def test_xnnpack_wants_1x1_convolutions_between_stem_and_mean(model):
     rows = eligible(load(model), TARGETS["xnnpack"], pruned=False)
     reasons = {row.name: row.refused for row in rows}

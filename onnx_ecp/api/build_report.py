@@ -351,8 +351,8 @@ def int8_warnings(int8: Int8 | None, options: Options) -> Iterator[str]:
         )
     if options.patterns:
         yield (
-            "TensorRT takes N:M in int8 without Q/DQ nodes only, and this result has them: for its "
-            "sparse kernels leave --quantize out and let it calibrate."
+            "TensorRT takes N:M in int8 without Q/DQ nodes only, and no zero points; this result "
+            "has both: for its sparse kernels leave --quantize out and let it calibrate."
         )
 
 

@@ -58,28 +58,37 @@ class Batch:
         feeds: array by input name, as the model wants them.
         samples: how many samples they hold.
         labels: of its rows (rows, ...), where there are any.
+        numbers: of its samples in the whole data, see ``Calibration.numbers``; None where they
+            count from ``start``.
     """
 
     start: int
     feeds: dict[str, np.ndarray]
     samples: int = 1
     labels: np.ndarray | None = None
+    numbers: np.ndarray | None = None
 
     def halves(self) -> tuple[Batch, Batch]:
         """Two batches of half the size; only a batch of several samples has them."""
         middle = self.samples // 2
-        first = {name: array[:middle] for name, array in self.feeds.items()}
-        second = {name: array[middle:] for name, array in self.feeds.items()}
-        known = self.labels
-        return (
-            Batch(self.start, first, middle, None if known is None else known[:middle]),
-            Batch(
-                self.start + middle,
-                second,
-                self.samples - middle,
-                None if known is None else known[middle:],
-            ),
+        return self._part(slice(middle)), self._part(slice(middle, self.samples))
+
+    def _part(self, which: slice) -> Batch:
+        start, stop, _ = which.indices(self.samples)
+        return Batch(
+            self.start + start,
+            {name: array[which] for name, array in self.feeds.items()},
+            stop - start,
+            None if self.labels is None else self.labels[which],
+            None if self.numbers is None else self.numbers[which],
         )
+
+    @property
+    def in_whole(self) -> np.ndarray:
+        """(samples,): the numbers of its samples in the whole data; random probes follow them."""
+        if self.numbers is None:
+            return np.arange(self.start, self.start + self.samples)
+        return self.numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +107,8 @@ class Calibration:
             them; None where there are none.
         freed: stacked for a copy of the model with a free batch axis: the model itself takes one
             sample at a time.
+        numbers: (samples,), of a shard, the places of its samples in the whole that it is a part
+            of; None where this is the whole.
     """
 
     arrays: Mapping[str, Samples]
@@ -107,6 +118,7 @@ class Calibration:
     seed: int
     labels: np.ndarray | None = None
     freed: bool = False
+    numbers: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -120,14 +132,17 @@ class Calibration:
         if not self.stacked:
             for i in range(len(self)):
                 feeds = {name: ragged.one(array, i) for name, array in self.arrays.items()}
-                yield Batch(i, feeds, 1, self._row_labels(slice(i, i + 1)))
+                which = slice(i, i + 1)
+                yield Batch(i, feeds, 1, self._row_labels(which), self._numbers(which))
             return
         start = 0
         for end in self._ends():
             while start < end:
                 stop = min(start + size, end)
                 feeds = {n: ragged.run(array, start, stop) for n, array in self.arrays.items()}
-                yield Batch(start, feeds, stop - start, self._row_labels(slice(start, stop)))
+                which = slice(start, stop)
+                labels, numbers = self._row_labels(which), self._numbers(which)
+                yield Batch(start, feeds, stop - start, labels, numbers)
                 start = stop
 
     @property
@@ -178,7 +193,18 @@ class Calibration:
         """The samples with these indices, in this order."""
         arrays = {n: ragged.taken(array, np.asarray(indices)) for n, array in self.arrays.items()}
         labels = None if self.labels is None else self.labels[indices]
-        return replace(self, arrays=arrays, labels=labels)
+        numbers = None if self.numbers is None else self.numbers[indices]
+        return replace(self, arrays=arrays, labels=labels, numbers=numbers)
+
+    def shard(self, indices: Sequence[int] | np.ndarray) -> Calibration:
+        """As ``take``, but the samples keep their numbers in the whole.
+
+        So sums over the shards of a set, however it was parted, are those over the set: what is
+        random follows the number of a sample.
+        """
+        known = self.numbers is not None
+        whole = self if known else replace(self, numbers=np.arange(len(self)))
+        return whole.take(indices)
 
     @property
     def of_one(self) -> frozenset[str]:
@@ -195,7 +221,7 @@ class Calibration:
     @property
     def alone(self) -> Calibration:
         """One a run, each a batch of one: for a model that takes no more than that at once."""
-        arrays = {name: array[:, None] for name, array in self.arrays.items()}
+        arrays = {name: ragged.with_axis(array) for name, array in self.arrays.items()}
         return replace(self, arrays=arrays, stacked=False)
 
     @property
@@ -210,6 +236,9 @@ class Calibration:
     def row_labels(self) -> np.ndarray | None:
         """The labels (rows, ...) of all samples, where there are any."""
         return self._row_labels(slice(None))
+
+    def _numbers(self, which: slice) -> np.ndarray | None:
+        return None if self.numbers is None else self.numbers[which]
 
     def _row_labels(self, which: slice) -> np.ndarray | None:
         if self.labels is None:
