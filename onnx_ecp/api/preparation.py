@@ -249,7 +249,8 @@ def _check_matches(options: Options, names: Sequence[str]) -> None:
         for pattern in getattr(options, flag):
             if not any(re.search(pattern, name) for name in names):
                 raise UsageError(
-                    f"--{flag} {modelling.printable(pattern, 100)!r} matches no layer.", hint=did_you_mean(pattern, names)
+                    f"--{flag} {modelling.printable(pattern, 100)!r} matches no layer.",
+                    hint=did_you_mean(pattern, names),
                 )
 
 

@@ -103,7 +103,8 @@ def _config_value(where: str, option: click.Option, value: Any) -> Any:
     if isinstance(option.type, click.types.IntParamType) and isinstance(value, float):
         plain = value.is_integer()
     if not plain:
-        raise UsageError(f"{where} cannot be {value}.", hint="See --help of the command.")
+        shown = repr(value) if isinstance(value, str) else value
+        raise UsageError(f"{where} cannot be {shown}.", hint="See --help of the command.")
     return value
 
 
