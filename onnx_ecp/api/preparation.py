@@ -249,7 +249,8 @@ def _check_matches(options: Options, names: Sequence[str]) -> None:
         for pattern in getattr(options, flag):
             if not any(re.search(pattern, name) for name in names):
                 raise UsageError(
-                    f"--{flag} {pattern!r} matches no layer.", hint=did_you_mean(pattern, names)
+                    f"--{flag} {modelling.printable(pattern, 100)!r} matches no layer.",
+                    hint=did_you_mean(pattern, names),
                 )
 
 
@@ -275,7 +276,7 @@ def misfits(layers: Sequence[Layer], options: Options) -> dict[str, Skip]:
     for pattern in options.layer_sparsity:
         if not any(re.search(pattern, layer.name) for layer in layers):
             raise UsageError(
-                f"--layer-sparsity {pattern!r} matches no prunable layer.",
+                f"--layer-sparsity {modelling.printable(pattern, 100)!r} matches no prunable layer.",
                 hint=did_you_mean(pattern, [layer.name for layer in layers]),
             )
     own, found = own_sparsities(layers, options), {}
