@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from onnx_ecp.data.untrusted import (
     read_polygraphy,
     read_tensor,
 )
-from onnx_ecp.errors import CalibrationError, UsageError, did_you_mean
+from onnx_ecp.errors import CalibrationError, OnnxEcpError, UsageError, did_you_mean
 from onnx_ecp.graph import InputSpec
 from onnx_ecp.runtime.limits import check_deadline
 
@@ -821,21 +822,49 @@ def _from_script(source: Any, inputs: Inputs) -> Iterator[Calibration]:
     if not path.is_file():
         raise CalibrationError(f"{path}: no such file.")
     with _importing(path):
-        try:
+        with _own_code(source, name):
             module = _module(path)
             if not callable(getattr(module, name, None)):
                 functions = [key for key, value in vars(module).items() if callable(value)]
                 raise CalibrationError(
                     f"{path}: has no function {name!r}.", hint=did_you_mean(name, functions)
                 )
-            yield from _from_iterable(getattr(module, name)(), inputs, origin=str(source))
-        except CalibrationError:
+            feeds = iter(getattr(module, name)())
+        yield from _from_iterable(_stepped(feeds, source, name), inputs, origin=str(source))
+
+
+def _stepped(feeds: Iterator[Any], source: Any, name: str) -> Iterator[Any]:
+    """What a script's function yields; only the script itself runs inside the guard."""
+    while True:
+        with _own_code(source, name):
+            try:
+                feed = next(feeds)
+            except StopIteration:
+                return
+        yield feed
+
+
+@contextmanager
+def _own_code(source: Any, name: str) -> Iterator[None]:
+    """Whatever the user's program raises says so; signals and limits stay what they are."""
+    try:
+        yield
+    except OnnxEcpError:
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and not _made_up(error):
             raise
-        except (Exception, SystemExit) as error:
-            raise CalibrationError(
-                f"{source}: failed with {type(error).__name__}: {error}.",
-                hint=f"It must yield dicts of arrays: for feeds in {name}(): ...",
-            ) from error
+        raise CalibrationError(
+            f"{source}: failed with {type(error).__name__}: {error}.",
+            hint=f"It must yield dicts of arrays: for feeds in {name}(): ...",
+        ) from error
+
+
+def _made_up(error: KeyboardInterrupt) -> bool:
+    """Whether no signal stands behind it: those of handlers other than Python's have own types."""
+    return type(error) is KeyboardInterrupt and (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    )
 
 
 @contextmanager
