@@ -22,7 +22,7 @@ import onnx
 
 from onnx_ecp.data import calibration
 from onnx_ecp.data.calibration import Batch, Calibration
-from onnx_ecp.data.ragged import largest_bytes, shape_of
+from onnx_ecp.data.ragged import Ragged, largest_bytes, shape_of
 from onnx_ecp.errors import CalibrationError, ModelError, ProviderError
 from onnx_ecp.evaluation.batching import as_taken
 from onnx_ecp.evaluation.facts import ModelFacts, model_facts, model_of
@@ -605,8 +605,10 @@ def axes_of(model: Model, batch: Batch, outputs: Outputs) -> dict[str, int | Non
 
 def expected_rows(data: Calibration) -> int:
     """Rows of outputs to expect: a sample of a fixed batch of B is B rows."""
-    fixed = shape_of(next(iter(data.arrays.values())))
-    return len(data) if data.stacked or len(fixed) < 2 else len(data) * fixed[0]
+    first = next(iter(data.arrays.values()))
+    fixed = shape_of(first)
+    varies = isinstance(first, Ragged) and len({part.shape[:1] for part in first}) > 1
+    return len(data) if data.stacked or varies or len(fixed) < 2 else len(data) * fixed[0]
 
 
 def fitting(data: Calibration) -> int:
