@@ -558,10 +558,7 @@ def optimize(
     traceback: bool,
     **options: Any,
 ) -> None:
-    """Prune MODEL, repair what stays, write OUTPUT, compare both.
-
-    OUTPUT may be left out with --dry-run.
-    """
+    """Prune MODEL, repair what stays, write OUTPUT (or not: --dry-run), compare both."""
     if output is None and not options["dry_run"]:
         raise UsageError("OUTPUT is missing.", hint="Name the file to write, or add --dry-run.")
     from onnx_ecp.api import optimize as pipeline
