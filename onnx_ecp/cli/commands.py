@@ -545,7 +545,7 @@ def main() -> None:
     """  # noqa: D301 - the \b is for click
 
 
-@main.command(cls=Grouped)
+@main.command(cls=Grouped, short_help="Prune MODEL, repair what stays, write OUTPUT, compare both.")
 @click.argument("model")
 @click.argument("output", required=False)
 @_with(*OPTIONS, *PRESENTATION)
