@@ -85,7 +85,7 @@ def efficientnet() -> Network:
     shape = [d.dim_value or 1 for d in model.graph.input[0].type.tensor_type.shape.dim]
     inputs = np.random.default_rng(0).random((16, *shape[1:]), dtype=np.float32)
     choices = {"method": "magnitude", "exclude": ("depthwise", "stem")}
-    return Network(model, inputs, choices, (1,))
+    return Network(model, inputs, choices, (1, 16))
 
 
 NETWORKS = {"LeNet-300": lenet300, "MLP 6 x 1024": mlp, "EfficientNet-Lite0": efficientnet}

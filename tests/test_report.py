@@ -145,6 +145,7 @@ VARIANTS = {
             "tensorrt",
             "TensorRT",
             "2:4 along the input axis",
+            "its guide",
             (
                 Eligible("fc1", "Gemm", "", "build the engine with FP16", 0.5),
                 Eligible("fc2", "Gemm", "axis: 4 does not divide 10", "", 0.1),

@@ -122,6 +122,7 @@ def test_inspect_foresees_what_may_gain(name, model):
     assert found.name == name
     assert any(not row.refused for row in found.layers)
     assert "OUTPUT" in found.next_step
+    assert found.evidence == TARGETS[name].evidence
 
 
 @each_target

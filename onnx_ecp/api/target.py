@@ -8,6 +8,7 @@ from pathlib import Path
 
 from onnx_ecp.api.options import Options
 from onnx_ecp.evaluation.targets import TARGETS, Eligible, Target, eligible
+from onnx_ecp.evaluation.targets.onnxruntime import ONNXRUNTIME
 from onnx_ecp.evaluation.worker import RUNTIMES
 from onnx_ecp.graph import Model
 from onnx_ecp.layers import Skip
@@ -58,7 +59,7 @@ def for_target(
     if not options.by_units:
         return found
     step = _command(UNITS_NEXT.get(name, target.next_step), output)
-    return replace(found, gains=UNITS_GAIN, next_step=step)
+    return replace(found, gains=UNITS_GAIN, evidence=ONNXRUNTIME.evidence, next_step=step)
 
 
 def foreseen(model: Model, name: str, structure: Structure) -> ForTarget:
@@ -81,7 +82,15 @@ def _for(
 ) -> ForTarget:
     target: Target = TARGETS[name]
     step = target.after_int8 if int8 and target.after_int8 else target.next_step
-    return ForTarget(name, target.title, target.gains, layers, _command(step, output), changes)
+    return ForTarget(
+        name,
+        target.title,
+        target.gains,
+        target.evidence,
+        layers,
+        _command(step, output),
+        changes,
+    )
 
 
 def _command(step: str, output: str | Path | None) -> str:
