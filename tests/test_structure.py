@@ -1576,6 +1576,45 @@ def test_a_speedup_leaves_sizes_that_kernels_like_unless_told_otherwise(rng):
     assert any(row.after % 8 and row.after > 4 for row in single.report.units)
 
 
+@pytest.mark.parametrize("method", ["ecp-refit", "ecp", "magnitude"])
+@pytest.mark.parametrize(
+    "name", ["Conv, BatchNormalization, pools, Flatten", "ReduceSum beside a layer"]
+)
+def test_units_go_to_a_speed_and_zeros_in_what_stays_to_a_size(name, method, rng, tmp_path):
+    model = build(NETWORKS[name], rng)
+    data = inputs(model, rng, 60)
+    made = onnx_ecp.optimize(
+        model.proto,
+        data,
+        output=tmp_path / "out.onnx",
+        speedup=1.4,
+        sparsity=0.6,
+        units_and_zeros=True,
+        method=method,
+        stages=2,
+    )
+    report, layers = made.report, find_layers(made.model).layers
+    assert report.work_after.flops <= report.work_before.flops / 1.4
+    assert any(row.after < row.before for row in report.units)
+    whole = sum(np.prod(x.shape) for x in find_layers(model.proto).layers)
+    assert sum(np.prod(x.shape) for x in layers) < whole
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in made.model.graph.initializer}
+    left = sum(np.count_nonzero(stored[x.weight.tensor]) for x in layers)
+    assert left <= 0.4 * whole + 0.5
+    assert left < sum(np.prod(x.shape) for x in layers)
+    assert report.sparsity == pytest.approx(1 - left / whole)
+    assert not [text for text in report.warnings if "stayed in the file" in text]
+    onnx.checker.check_model(onnx.load(tmp_path / "out.onnx"), full_check=True)
+
+
+def test_zeros_are_not_needed_where_units_took_enough(rng):
+    model = build(NETWORKS["Gemm chain"], rng)
+    choices = {"speedup": 3.0, "sparsity": 0.1, "units_and_zeros": True, "method": "magnitude"}
+    report = onnx_ecp.optimize(model.proto, inputs(model, rng, 40), **choices).report
+    assert any("no zeros were needed" in text for text in report.warnings)
+    assert report.sparsity > 0.1
+
+
 def test_a_large_block_is_spared_where_smaller_ones_cost_less(rng):
     """Four units that go together rank first, and save more than is needed; one other is enough."""
     model = build(NETWORKS["Gemm chain"], rng)
@@ -1638,6 +1677,9 @@ def test_a_model_without_units_is_an_error_with_reasons(rng):
         {"scope": "layer"},
         {"layer_sparsity": {"h": 0.5}},
         {"speedup": 2.0, "sparsity": 0.5},
+        {"speedup": 2.0, "units_and_zeros": True},
+        {"granularity": "unit", "sparsity": 0.5, "units_and_zeros": True},
+        {"granularity": "weight", "sparsity": 0.5, "units_and_zeros": True},
         {"speedup": 0.5},
         {"granularity": "weight", "speedup": 2.0},
         {"cost": "params!"},

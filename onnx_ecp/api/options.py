@@ -70,6 +70,7 @@ class Options:
     speedup: float | None = None
     cost: str = "params"
     unit_multiple: int | None = None
+    units_and_zeros: bool = False
     cleanup: bool | None = None
     unread_inputs: str = "faster"
     target: str | None = None
@@ -305,7 +306,8 @@ class Options:
         if self.permute and (self.masks is not None or self.apply_masks is not None):
             raise UsageError("--permute does not go with masks, which are of the order given.")
         if not self.by_units:
-            for name, default in (("speedup", None), ("cost", "params"), ("unit_multiple", None)):
+            of_units = {"speedup": None, "cost": "params", "unit_multiple": None}
+            for name, default in (of_units | {"units_and_zeros": False}).items():
                 if getattr(self, name) != default:
                     raise UsageError(f"--{name.replace('_', '-')} needs --granularity unit.")
             return
@@ -322,8 +324,18 @@ class Options:
             raise UsageError(f"--speedup is {self.speedup}; it must be at least 1, and finite.")
         if self.speedup == 1 and self.cost == "latency":
             raise UsageError("--speedup is 1: with --cost latency it must be greater.")
-        if self.speedup is not None and self.sparsity is not None:
-            raise UsageError("--speedup and --sparsity are two targets; give one of them.")
+        both = self.speedup is not None and self.sparsity is not None
+        if both and not self.units_and_zeros:
+            raise UsageError(
+                "--speedup and --sparsity are two targets; give one of them.",
+                hint="With --units-and-zeros both hold: units for the speed, then zeros in what "
+                "stays.",
+            )
+        if self.units_and_zeros and not both:
+            raise UsageError(
+                "--units-and-zeros needs two targets.",
+                hint="Give --speedup for whole units and --sparsity for all weights that go.",
+            )
 
     @property
     def resolved_granularity(self) -> str:

@@ -293,6 +293,11 @@ OPTIONS = (
         "--cost latency what kernels like: multiples of 8 rows and columns, below that 4, 2, 1]",
     ),
     click.option(
+        "--units-and-zeros", is_flag=True,
+        help="Both --speedup and --sparsity: whole units until the one is met, then zeros in what "
+        "stays until the other is, a share of all weights of the given model.",
+    ),
+    click.option(
         "--cleanup/--no-cleanup", default=None,
         help="Delete units that have no weights left; exact but for rounding.  [default: on, but "
         "off with N:M and --apply-masks]",

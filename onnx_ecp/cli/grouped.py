@@ -16,7 +16,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "How much": (
         ("sparsity", "sparsities", "max-error", "max-accuracy-drop", "speedup", "layer-sparsity"),
-        ("apply-masks", "unit-multiple", "cost"),
+        ("apply-masks", "unit-multiple", "units-and-zeros", "cost"),
     ),
     "How": (
         ("method", "methods", "effort", "time-budget", "provider", "seed"),

@@ -220,7 +220,7 @@ class Calibration:
     @property
     def alone(self) -> Calibration:
         """One a run, each a batch of one: for a model that takes no more than that at once."""
-        arrays = {name: array[:, None] for name, array in self.arrays.items()}
+        arrays = {name: ragged.with_axis(array) for name, array in self.arrays.items()}
         return replace(self, arrays=arrays, stacked=False)
 
     @property
