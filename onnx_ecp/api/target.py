@@ -48,7 +48,8 @@ def for_target(
         return None
     target = TARGETS[name]
     layers = eligible(floats, target)
-    if options.by_units:
+    only_units = options.by_units and not options.units_and_zeros
+    if only_units or (options.by_units and target.granularity == "unit"):
         lost = {x for row in made.rows if row.after < row.before for x in _layers_of(row)}
         layers = tuple(_by_units(layers, lost, skips, "none of its units went"))
     before, after = given.proto.ir_version, made.model.proto.ir_version
@@ -56,7 +57,7 @@ def for_target(
     if before != after:
         changes = f"IR version {after} instead of {before}, so that {target.title} takes the file."
     found = _for(name, layers, output, changes, int8=options.quantize is not None)
-    if not options.by_units:
+    if not only_units:
         return found
     step = _command(UNITS_NEXT.get(name, target.next_step), output)
     return replace(found, gains=UNITS_GAIN, evidence=ONNXRUNTIME.evidence, next_step=step)
