@@ -134,7 +134,8 @@ def timed(
         "ms dense": 1e3 * (latency.median_a or 0.0),
         "ms pruned": 1e3 * (latency.median_b or 0.0),
         "latency": latency.median_ratio,
-        "spread": latency.relative_spread,
+        "from": (latency.spread or (np.nan,))[0],
+        "to": (latency.spread or (np.nan,))[-1],
         "pruned is": latency.verdict,
         "difference": max(there.difference_a, there.difference_b),
     }
