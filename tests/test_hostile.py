@@ -7,6 +7,8 @@ kinds, made here and in ``hostile.py``, are tested everywhere.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,13 @@ DOCUMENTED = {0, 2, 3, 4, 5, 6, 7, 8}
 GOOD = {"name_w_file.onnx", "opt_out.onnx"}
 # Compiled code crashes on these, or computes for long: they are survived in a child process.
 LONG = {"fold_matmul_60x2048.onnx", "int_min_div.onnx", "trap_loopcount.onnx"}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with a small model, net.onnx."""
+    onnx.save(network("Relu", 1, "activation"), tmp_path / "net.onnx")
+    return tmp_path
 
 
 def files(*patterns: str) -> list[Path]:
@@ -151,3 +160,98 @@ def test_an_odd_model_is_refused_with_a_reason(text, words, tmp_path):
     text = HEAD + text.replace("> <", ", ")
     onnx.save(onnx.parser.parse_model(text), tmp_path / "net.onnx")
     assert words in optimized(tmp_path / "net.onnx", tmp_path)
+
+
+# Scripts, configurations and names.
+
+SCRIPTS = ["KeyboardInterrupt()", "GeneratorExit()", "SystemExit(3)", "StopIteration()"]
+
+
+@pytest.mark.parametrize("raised", SCRIPTS)
+@pytest.mark.parametrize("when", ["when it is imported", "while it yields"])
+def test_whatever_a_script_raises_is_the_script_s_failure(raised, when, folder):
+    text = f"raise {raised}\n"
+    if when == "while it yields":
+        feed = "{'x': numpy.ones((4, 4), numpy.float32)}"
+        text = f"import numpy\ndef load_data():\n    yield {feed}\n    {text}"
+    (folder / "data.py").write_text(text)
+    error = optimized(folder / "net.onnx", folder, "-c", str(folder / "data.py"))
+    assert "data.py: failed with " in error
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["samples = inf", "samples = 2020-01-01", "seed = 1e400", "threads = 1.5", "force = 12:00:00"],
+)
+def test_a_configuration_with_an_impossible_value_is_refused(line, folder):
+    (folder / "c.toml").write_text(line)
+    error = optimized(folder / "net.onnx", folder, "--config", str(folder / "c.toml"))
+    assert f"c.toml: {line.split()[0]} cannot be" in error
+
+
+@pytest.mark.parametrize("pattern", ["(" * 3000 + "a" + ")" * 3000, "(a)" * 3000, "a{9999999999}"])
+def test_a_regular_expression_of_any_length_is_answered(pattern, folder):
+    error = optimized(folder / "net.onnx", folder, "--include", pattern)
+    assert "regular expression" in error or "matches no layer" in error
+    assert len(error) < 2000
+
+
+@pytest.mark.parametrize("option", ["--masks", "--report", ""])
+def test_a_name_that_no_file_can_have_is_refused_before_the_work(option, folder):
+    suffix = {"--masks": ".npz", "--report": ".html", "": ".onnx"}[option]
+    name = str(folder / ("a" * 253 + suffix))
+    given = [str(folder / "out.onnx"), option, name] if option else [name]
+    done = CliRunner().invoke(main, ["optimize", str(folder / "net.onnx"), *given])
+    assert done.exit_code == 8
+    assert "File name too long" in done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["net.onnx"]
+
+
+def process(folder: Path, *words: str, **streams: object) -> subprocess.CompletedProcess:
+    """The command line in a process of its own, with other streams than the test's."""
+    command = [sys.executable, "-m", "onnx_ecp", *words]
+    settings = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "cwd": folder, "timeout": 100}
+    return subprocess.run(command, check=False, text=True, **(settings | streams))  # type: ignore[call-overload]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stdout", ["full", "closed", "unread"])
+def test_a_stdout_that_takes_nothing_does_not_hide_what_was_written(stdout, folder):
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    words = ["optimize", "net.onnx", "out.onnx"]
+    if stdout == "full":
+        with open("/dev/full", "w") as full:
+            done = process(folder, *words, stdout=full, stderr=subprocess.PIPE)
+    elif stdout == "closed":
+        done = process(folder, *words, preexec_fn=lambda: os.close(1), stderr=subprocess.PIPE)
+    else:
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = process(folder, *words, stdout=writing, stderr=subprocess.PIPE)
+        os.close(writing)
+    assert (folder / "out.onnx").exists()
+    assert done.returncode == (0 if stdout == "closed" else 8)
+    if stdout != "closed":
+        error, hint = done.stderr.splitlines()[-2:]
+        assert error.startswith("error: ")
+        assert hint == f"hint: Written: {folder / 'out.onnx'}."
+
+
+@pytest.mark.slow
+def test_a_working_directory_that_is_gone_is_named(folder):
+    gone = folder / "gone"
+    gone.mkdir()
+    words = ["optimize", str(folder / "net.onnx"), "out.onnx"]
+    done = process(gone, *words, preexec_fn=gone.rmdir, capture_output=True)
+    assert done.returncode == 8
+    assert "error: the working directory does not exist any more." in done.stderr
+
+
+@pytest.mark.slow
+def test_a_script_that_leaves_the_process_is_told_by_its_parent(folder):
+    (folder / "data.py").write_text("import os\nos._exit(7)\n")
+    done = process(folder, "optimize", "net.onnx", "out.onnx", "-c", "data.py", capture_output=True)
+    assert done.returncode == 4
+    assert "error: the process was left with code 7" in done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["data.py", "net.onnx"]

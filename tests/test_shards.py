@@ -1,6 +1,10 @@
 """Sums over the parts of a data set, however it is parted, are the sums over the whole."""
 
 import pickle
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial, reduce
+from multiprocessing import get_context
+from operator import add
 
 import numpy as np
 import onnx
@@ -86,6 +90,43 @@ def test_the_rows_of_a_sample_are_as_sensitive_in_a_shard_as_in_the_whole(model,
         for name, expected in whole.items():
             rows = expected.reshape(len(expected), SAMPLES, -1)[:, list(x)]
             np.testing.assert_allclose(found[name].reshape(rows.shape), rows, rtol=2e-4)
+
+
+def added_up(measured, data, parts):
+    """Sums over shards, by a map, are those over the whole."""
+    whole = measured(data)
+    found = reduce(add, parts)
+    for name, expected in whole.moments.items():
+        assert (found.moments[name].count, found.moments[name].rows) == (SAMPLES, expected.rows)
+        assert_same(found.moments[name].recentred(expected.centre), expected)
+        np.testing.assert_allclose(found.weights[name], whole.weights[name], rtol=2e-4)
+
+
+def job(model, data, **choices):
+    """``measure`` but for the samples, in the metric of ``optimize``."""
+    observer, state = observed(model, data, threads=1, **choices)
+    observer.normalise_outputs(state, data.batches(8))
+    shift = np.full(4, 0.1)
+    layer = observer.layers[0]
+    state = state.with_layer(layer, 0.5 * state.weights[layer.weight.tensor], shift)
+    return partial(measure, observer, state, size=5)
+
+
+@pytest.mark.parametrize("where", ["host", "graph"])
+@pytest.mark.parametrize("memory", [None, 1])
+def test_what_a_worker_needs_and_gives_can_be_pickled(model, data, where, memory):
+    here = partial(job(model, data, statistics=where), memory=memory)
+    there = pickle.loads(pickle.dumps(here))
+    parts = (pickle.loads(pickle.dumps(there(data.shard(x)))) for x in (range(9), range(9, 24)))
+    added_up(here, data, parts)
+
+
+@pytest.mark.slow
+def test_processes_add_up_what_one_does(model, data):
+    here = job(model, data)
+    shards = [data.shard(x) for x in (range(9), range(9, 24))]
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        added_up(here, data, pool.map(here, shards))
 
 
 def test_a_shard_of_a_shard_keeps_its_numbers_too(data):

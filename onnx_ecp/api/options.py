@@ -18,7 +18,7 @@ import numpy as np
 from onnx_ecp.errors import UsageError, did_you_mean
 from onnx_ecp.evaluation.targets import TARGETS
 from onnx_ecp.gradients.cotangents import METRICS
-from onnx_ecp.graph import ENCODINGS
+from onnx_ecp.graph import ENCODINGS, printable
 from onnx_ecp.methods import COMPENSATIONS, EFFORTS, METHODS, SUPPORTS, Method
 from onnx_ecp.pruning.plan import BLOCKS
 from onnx_ecp.pruning.search import Limit
@@ -161,7 +161,15 @@ class Options:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UsageError(f"{pattern!r} is no regular expression: {error}.") from error
+                raise UsageError(
+                    f"{printable(pattern, 100)!r} is no regular expression: {error}.",
+                    hint="Write it as Python's re module wants it; names as inspect shows them.",
+                ) from error
+            except (RecursionError, OverflowError) as error:
+                raise UsageError(
+                    f"{printable(pattern, 100)!r} is too complicated a regular expression.",
+                    hint="Nest fewer groups, or give the option several times.",
+                ) from error
         if not 0 <= self.seed < 2**128:
             raise UsageError(f"--seed is {self.seed}; it must be from 0 to 2^128 - 1.")
         if self.timeout is not None and not self.timeout > 0:

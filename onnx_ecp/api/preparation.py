@@ -24,8 +24,9 @@ from onnx_ecp.evaluation.targets import TARGETS
 from onnx_ecp.graph import Model
 from onnx_ecp.graph.free_batch import PROBED, free_batch
 from onnx_ecp.graph.randomness import refuse_random
+from onnx_ecp.graph.selected_rows import cut_hint, named, rows_that_depend
 from onnx_ecp.layers import Layer, Skip, find_layers
-from onnx_ecp.methods import FORWARD
+from onnx_ecp.methods import FORWARD, METHODS
 from onnx_ecp.pruning.loop import importances, observe
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.pruning.selection import NM, RankingGroup, Sparsity
@@ -48,10 +49,14 @@ HELD_OUT, HELD_OUT_MOST = 0.1, 512
 # with 51 of 512 samples of digits the 95 % interval went up to 1.2 to 1.9 times the error, with 102
 # up to 1.1 to 1.4, and the result was as good.
 FEW_SHARE, ENOUGH = 0.2, 128
+# So many samples tell whether the number of rows depends on the data.
+LOOKED_AT = 8
 # So many candidates are listed in an error.
 _MOST_LISTED = 3
 # What the reason says where N:M is not for a layer.
 NO_FIT = "does not fit it"
+# Where the reverse graph does not reach a layer.
+NO_SENSITIVITY = "its sensitivity is not available"
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,8 @@ def _check_matches(options: Options, names: Sequence[str]) -> None:
         for pattern in getattr(options, flag):
             if not any(re.search(pattern, name) for name in names):
                 raise UsageError(
-                    f"--{flag} {pattern!r} matches no layer.", hint=did_you_mean(pattern, names)
+                    f"--{flag} {modelling.printable(pattern, 100)!r} matches no layer.",
+                    hint=did_you_mean(pattern, names),
                 )
 
 
@@ -269,8 +275,9 @@ def misfits(layers: Sequence[Layer], options: Options) -> dict[str, Skip]:
     """
     for pattern in options.layer_sparsity:
         if not any(re.search(pattern, layer.name) for layer in layers):
+            shown = modelling.printable(pattern, 100)
             raise UsageError(
-                f"--layer-sparsity {pattern!r} matches no prunable layer.",
+                f"--layer-sparsity {shown!r} matches no prunable layer.",
                 hint=did_you_mean(pattern, [layer.name for layer in layers]),
             )
     own, found = own_sparsities(layers, options), {}
@@ -288,9 +295,21 @@ def nothing_to_prune(skips: Sequence[Skip]) -> TargetError:
     more = f"; and {len(skips) - len(listed)} more" if len(skips) > len(listed) else ""
     return TargetError(
         "no layer can be pruned" + (f": {'; '.join(listed)}{more}" if listed else "."),
-        hint="`onnx-ecp inspect MODEL` lists every candidate."
+        hint=_other_ways(skips)
         if listed
         else "The model has no Gemm, MatMul or Conv with constant weights.",
+    )
+
+
+def _other_ways(skips: Sequence[Skip]) -> str:
+    """What may work where no layer can be pruned as was asked."""
+    every = "`onnx-ecp inspect MODEL` lists every candidate."
+    if not any(NO_SENSITIVITY in skip.reason for skip in skips):
+        return every
+    forward = [n for n, m in METHODS.items() if m.measures in FORWARD and n != "random"]
+    return (
+        f"Methods that look forward need no sensitivity: --method {', '.join(forward)}. "
+        f"--gradients numeric takes any operator, with many runs. {every}"
     )
 
 
@@ -385,6 +404,9 @@ def observe_network(
         TargetError: no layer is left.
     """
     dense = replace(source, proto=modelling.decode_sparse(source.proto))
+    layers, uncounted = with_known_rows(dense, layers, data, options)
+    if not layers:
+        raise nothing_to_prune(uncounted)
     dense, data = with_free_batch(dense, data, options)
 
     def observing(chosen: Sequence[Layer]) -> Observer:
@@ -405,11 +427,12 @@ def observe_network(
 
     observer = observing(layers)
     skips = [
-        Skip(x.name, x.op, f"its sensitivity is not available: {observer.blocked[x.name]}")
+        Skip(x.name, x.op, f"{NO_SENSITIVITY}: {observer.blocked[x.name]}")
         for x in layers
         if x.name in observer.blocked
     ]
-    if skips:
+    skips = [*uncounted, *skips]
+    if observer.blocked:
         rest = [x for x in layers if x.name not in observer.blocked]
         if not rest:
             raise nothing_to_prune(skips)
@@ -421,6 +444,37 @@ def observe_network(
     granted = options.max_memory or GRANTED
     train, validation = data.train, data.validation
     return Network(observer, original, train, validation, size, memory, granted), skips
+
+
+def with_known_rows(
+    dense: Model, layers: Sequence[Layer], data: Data, options: Options
+) -> tuple[list[Layer], list[Skip]]:
+    """The layers whose rows are as many whatever the weights are, and those that are left alone.
+
+    Raises:
+        ModelError: an output has as many rows as the data select.
+    """
+    produced = {y for node in dense.proto.graph.node for y in node.output}
+    outputs = [y.name for y in dense.proto.graph.output]
+    read = [layer.input for layer in layers if layer.input in produced]
+    weights = [layer.weight.tensor for layer in layers]
+    few = data.train.take(np.arange(min(len(data.train), LOOKED_AT)))
+    samples = [batch.feeds for batch in few.batches(1)]
+    found = rows_that_depend(dense, [*outputs, *read], weights, samples, **options.session)
+    lost = next((name for name in outputs if name in found), None)
+    if lost is not None:
+        node = found[lost]
+        raise ModelError(
+            f"{_label(dense)}: output {modelling.printable(lost)!r} has as many rows as "
+            f"{named(node)} selects from the data: two versions of the model cannot be compared "
+            "row by row.",
+            hint=cut_hint(dense.proto, node),
+        )
+    why = "it works on as many rows as {} selects from the data"
+    skips = [
+        Skip(x.name, x.op, why.format(named(found[x.input]))) for x in layers if x.input in found
+    ]
+    return [x for x in layers if x.input not in found], skips
 
 
 def with_free_batch(dense: Model, data: Data, options: Options) -> tuple[Model, Data]:

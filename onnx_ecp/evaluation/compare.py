@@ -22,7 +22,7 @@ import onnx
 
 from onnx_ecp.data import calibration
 from onnx_ecp.data.calibration import Batch, Calibration
-from onnx_ecp.data.ragged import largest_bytes, shape_of
+from onnx_ecp.data.ragged import Ragged, largest_bytes, shape_of
 from onnx_ecp.errors import CalibrationError, ModelError, ProviderError
 from onnx_ecp.evaluation.batching import as_taken
 from onnx_ecp.evaluation.facts import ModelFacts, model_facts, model_of
@@ -37,6 +37,7 @@ from onnx_ecp.graph import (
 )
 from onnx_ecp.graph.columns import column_axes
 from onnx_ecp.graph.randomness import refuse_random
+from onnx_ecp.graph.selected_rows import cut_hint, named, selecting_node
 from onnx_ecp.runtime.outputs import arrays
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.runtime.session import OutOfMemory, Session
@@ -604,8 +605,10 @@ def axes_of(model: Model, batch: Batch, outputs: Outputs) -> dict[str, int | Non
 
 def expected_rows(data: Calibration) -> int:
     """Rows of outputs to expect: a sample of a fixed batch of B is B rows."""
-    fixed = shape_of(next(iter(data.arrays.values())))
-    return len(data) if data.stacked or len(fixed) < 2 else len(data) * fixed[0]
+    first = next(iter(data.arrays.values()))
+    fixed = shape_of(first)
+    varies = isinstance(first, Ragged) and len({part.shape[:1] for part in first}) > 1
+    return len(data) if data.stacked or varies or len(fixed) < 2 else len(data) * fixed[0]
 
 
 def fitting(data: Calibration) -> int:
@@ -670,10 +673,12 @@ def check_same_shapes(b: Model, of_a: Outputs, of_b: Outputs) -> None:
     """ModelError unless the outputs of both models have the same shapes."""
     for name, y in of_a.items():
         if y.shape != of_b[name].shape:
+            node = selecting_node(b.proto, name)
+            why = "" if node is None else f": {named(node)} selects as many rows as the data say"
             raise ModelError(
-                f"{b.path or 'the second model'}: output {printable(name)!r} has shape "
-                f"{of_b[name].shape}; that of the first model has shape {y.shape}.",
-                hint=_SAME_HINT,
+                f"output {printable(name)!r} has shape {y.shape} in the first model (the original) "
+                f"and {of_b[name].shape} in the second (the result){why}.",
+                hint=_SAME_HINT if node is None else cut_hint(b.proto, node),
             )
 
 

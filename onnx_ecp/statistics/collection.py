@@ -38,6 +38,19 @@ class Measured:
     weights: Mapping[str, np.ndarray] = field(default_factory=dict)
     curvature: tuple[Curvature, ...] = ()
 
+    def __add__(self, other: Measured) -> Measured:
+        """What both sets of samples tell; the samples of the first come first.
+
+        A curvature is that of all rows at once and does not add up.
+        """
+        assert not self.curvature, "no curvature is looked at in shards"
+        assert not other.curvature, "no curvature is looked at in shards"
+        both = {n: self.moments[n] + other.moments[n] for n in self.moments}
+        rows = {
+            n: np.concatenate([self.weights[n], other.weights[n]], axis=1) for n in self.weights
+        }
+        return Measured(both, rows)
+
 
 class SpilledMoments(Mapping[str, Moments]):
     """Moments whose large sums lie in a temporary file."""
@@ -220,6 +233,11 @@ def measure(
     Moments that do not fit in memory together are summed in groups of layers. Each group takes its
     own pass over the data, unless what one pass sees takes less space in a temporary file than the
     moments do: then the other groups look at that. The result is the same, bit by bit.
+
+    This is the one place through which batches are observed and their sensitivities come back
+    summed. All that goes in and comes out can be pickled, ``visit`` aside, and what shards of the
+    data give adds up: an executor may map ``functools.partial(measure, observer, state, size=n)``
+    over parts made by ``data.shard``.
 
     Args:
         observer: of the network.

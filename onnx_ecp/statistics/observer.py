@@ -19,7 +19,7 @@ import onnx
 
 from onnx_ecp.data.calibration import Batch
 from onnx_ecp.errors import CalibrationError, ModelError, UsageError, did_you_mean
-from onnx_ecp.gradients.cotangents import SQUARED, plan
+from onnx_ecp.gradients.cotangents import SQUARED, SeedPlan, plan
 from onnx_ecp.gradients.links import LINKS, Link
 from onnx_ecp.gradients.numeric import numeric_adjoint, step_for
 from onnx_ecp.gradients.prepare import MINIMUM_OPSET, add_reverse, facts_of, opset_of, prepare
@@ -159,6 +159,8 @@ def original_state(model: Model, layers: Sequence[Layer]) -> State:
 class Observer:
     """Holds the sessions of the observation graph: built once, fed with one state after another.
 
+    It can be pickled: another process builds its sessions anew, from the model and these arguments.
+
     Args:
         model: its sparse initializers must be decoded.
         layers: the layers to observe; those in ``blocked`` have no sensitivity.
@@ -210,6 +212,18 @@ class Observer:
     ) -> None:
         if engine not in ENGINES:
             raise UsageError(f"unknown gradients {engine!r}.", hint=did_you_mean(engine, ENGINES))
+        self._built = (model, tuple(layers), first)
+        self._choices: dict[str, Any] = {
+            "engine": engine,
+            "metric": metric,
+            "probes": probes,
+            "seed": seed,
+            "provider": provider,
+            "threads": threads,
+            "reverse": reverse,
+            "statistics": statistics,
+            "other": other,
+        }
         state = original_state(model, layers)
         fed = {name: _widened(x) for name, x in first.feeds.items()}
         self._prepared = prepare(
@@ -296,6 +310,11 @@ class Observer:
         new_enough = opset_of(self.proto) >= MINIMUM_OPSET
         self.summable = self._even and new_enough and (engine == "vjp" or not reverse)
         self._batched = all(v.ndim and v.shape[0] == first.samples for v in y.values())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What another process needs; that both graphs compute the same has been seen here."""
+        choices = {**self._choices, "statistics": self.statistics, "proves": False}
+        return _rebuilt, (*self._built, choices, replace(self._plan, links={}), self.measure)
 
     def observe(self, state: State, batch: Batch, *, common: bool = False) -> Observation:
         """Run one batch in one state; every layer that is not blocked is in the result.
@@ -632,6 +651,21 @@ class Observer:
         wanted = [name for name in dict.fromkeys(tensors) if name not in fed]
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
         return self.session(proto)
+
+
+def _rebuilt(
+    model: Model,
+    layers: Sequence[Layer],
+    first: Batch,
+    choices: dict[str, Any],
+    plan: SeedPlan,
+    measure: Measure,
+) -> Observer:
+    """An observer as it was when it was pickled."""
+    observer = Observer(model, layers, first, **choices)
+    observer._plan = replace(plan, links=observer._plan.links)
+    observer.measure = measure
+    return observer
 
 
 def _seed_feeds(seeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
