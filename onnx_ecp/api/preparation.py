@@ -276,7 +276,8 @@ def misfits(layers: Sequence[Layer], options: Options) -> dict[str, Skip]:
     for pattern in options.layer_sparsity:
         if not any(re.search(pattern, layer.name) for layer in layers):
             raise UsageError(
-                f"--layer-sparsity {modelling.printable(pattern, 100)!r} matches no prunable layer.",
+                f"--layer-sparsity {modelling.printable(pattern, 100)!r} matches no prunable "
+                "layer.",
                 hint=did_you_mean(pattern, [layer.name for layer in layers]),
             )
     own, found = own_sparsities(layers, options), {}
