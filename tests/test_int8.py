@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from click.testing import CliRunner
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 from test_pipeline import MODELS, NETS, Net, computed, feeds_of, inputs, original
@@ -21,6 +22,7 @@ import onnx_ecp
 import onnx_ecp.report.text
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.preparation import choose_layers, gather, load, observe_network
+from onnx_ecp.cli.commands import main
 from onnx_ecp.errors import ModelError, QualityError, TargetError, UsageError
 from onnx_ecp.evaluation.facts import model_facts
 from onnx_ecp.graph import Model
@@ -510,6 +512,19 @@ def test_a_gate_holds_for_zeros_and_int8_together(tmp_path):
 
 
 # Reports.
+
+
+def test_the_command_line_says_how_many_layers_are_int8(tmp_path):
+    arguments = ["optimize", HEAT, tmp_path / "r.onnx", "-m", "magnitude", "-s", "0.3"]
+    arguments += ["--quantize", "int8", "--no-measure"]
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    assert "error of rounding alone" in done.stdout
+    assert " int8=3/3 " in done.stdout.splitlines()[-1]
+    again = ["optimize", tmp_path / "r.onnx", tmp_path / "s.onnx"]
+    refused = CliRunner().invoke(main, [str(argument) for argument in again])
+    assert refused.exit_code == TargetError.exit_code
+    assert "prune before quantising" in refused.stderr
 
 
 def test_the_report_tells_every_layer_and_comes_back_from_json(tmp_path):

@@ -298,6 +298,55 @@ def test_the_batch_size_changes_no_error(size, rng):
     assert found.certainty.high == pytest.approx(one.certainty.high, rel=1e-3)
 
 
+# Graphs: what their first axes count are nodes and edges, no samples.
+
+EDGES = {
+    "of one input": (
+        "int64[2, edges] edge",
+        "src = Gather<axis = 0>(edge, zero)  dst = Gather<axis = 0>(edge, first)",
+        {"zero": np.int64(0), "first": np.int64(1)},
+    ),
+    "of two inputs": ("int64[edges] src, int64[edges] dst", "", {}),
+}
+
+
+def graphs(rng, form, n=40):
+    """A layer of messages along edges; and nodes and edges of some graphs, as lists."""
+    declared, before, stored = EDGES[form]
+    proto = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["": 18]> g (float[nodes, 8] x, {declared})
+        => (float[nodes, 3] y) {{ {before} h = MatMul(x, A)  r = Relu(h)
+        m = Gather<axis = 0>(r, src)  at = Unsqueeze(dst, ax)
+        sum = ScatterND<reduction = "add">(r, at, m)  y = Gemm(sum, C, c0) }}"""
+    )
+    weights = {"A": (8, 16), "C": (16, 3), "c0": (3,)}
+    stored = stored | {k: rng.normal(0, 0.4, s).astype(np.float32) for k, s in weights.items()}
+    for name, value in (stored | {"ax": np.int64([1])}).items():
+        proto.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    sizes = rng.integers(4, 8, (n, 2))  # in some as many edges as nodes
+    x = [rng.standard_normal((nodes, 8)).astype(np.float32) for nodes, _ in sizes]
+    ends = [rng.integers(0, nodes, (2, edges)) for nodes, edges in sizes]
+    if form == "of one input":
+        return proto, {"x": x, "edge": ends}
+    return proto, {"x": x, "src": [e[0] for e in ends], "dst": [e[1] for e in ends]}
+
+
+@pytest.mark.parametrize("form", EDGES)
+@pytest.mark.parametrize("choices", [{}, {"method": "ecp"}, {"method": "wanda"}], ids=str)
+def test_graphs_are_samples(form, choices, rng):
+    proto, data = graphs(rng, form)
+    feeds = [{name: x[i] for name, x in data.items()} for i in range(40)]
+    assert any(len({len(x) for x in feed.values()}) == 1 for feed in feeds) or "edge" in data
+    made = [onnx_ecp.optimize(proto, d, sparsity=0.5, **choices) for d in (data, feeds)]
+    assert made[0].model.SerializeToString() == made[1].model.SerializeToString()
+    facts = made[0].report.calibration
+    assert str(facts) == "32 samples, 8 held out"
+    sessions = [Session(m) for m in (proto, made[0].model)]
+    y, z = (np.concatenate([s.run(f)["y"] for f in feeds]) for s in sessions)
+    error = np.sqrt((np.square(z - y).mean(axis=0) / y.var(axis=0)).mean())
+    assert compare(proto, made[0].model, data).gap.relative_error == pytest.approx(error, rel=1e-4)
+
+
 # What all samples share, and what does not fit.
 
 

@@ -9,10 +9,13 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 import onnx_ecp
+from onnx_ecp.api import gain
 from onnx_ecp.api.inspect import inspect
 from onnx_ecp.errors import TargetError, UsageError
+from onnx_ecp.evaluation.latency import Latency
 from onnx_ecp.graph import Model, load
 from onnx_ecp.layers import find_layers
+from onnx_ecp.report.headline import headline
 from onnx_ecp.units import cleanup, cut, find_structure, inferred_shapes, shapes_of_a_run
 from onnx_ecp.units import shrink as smaller
 from onnx_ecp.units.choice import budget, choose, multiples
@@ -1613,6 +1616,24 @@ def test_zeros_are_not_needed_where_units_took_enough(rng):
     report = onnx_ecp.optimize(model.proto, inputs(model, rng, 40), **choices).report
     assert any("no zeros were needed" in text for text in report.warnings)
     assert report.sparsity > 0.1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "promised"), [((1.0, 0.5), True), ((1.0, 1.0), False), ((1.0, 2.0), False)]
+)
+def test_what_is_not_faster_by_the_clock_is_not_called_so(seconds, promised, rng, monkeypatch):
+    """Whatever the multiplications say."""
+    model = build(NETWORKS["Gemm chain"], rng)
+    a, b = seconds
+    spreads = [(0.99 * x, 1.01 * x) for x in seconds]
+    found = Latency(a, b, b / a, 1, 4, a, b, *spreads)
+    monkeypatch.setattr(gain, "brief_latency", lambda *args, **settings: found)
+    choices = {"speedup": 2.0, "method": "magnitude", "stages": 1}
+    report = onnx_ecp.optimize(model.proto, inputs(model, rng, 40), **choices).report
+    assert "of the multiplications" in report.speed
+    assert ("latency follows" in report.speed) == promised
+    assert (f"the result is {found.verdict} here" in report.speed) != promised
+    assert found.verdict in headline(report)
 
 
 def test_a_large_block_is_spared_where_smaller_ones_cost_less(rng):

@@ -533,13 +533,26 @@ def _fit_feed(feed: Any, inputs: Inputs, origin: str) -> Calibration:
         feed = {_only_input(inputs, origin, feed): feed}
     given = _named(feed, inputs, origin)
     free = all(_is_free_first(spec.shape) for spec in inputs)
-    whole = not free and all(_fits(given[spec.name].shape, spec.shape) for spec in inputs)
+    fits = all(_fits(given[spec.name].shape, spec.shape) for spec in inputs)
+    whole = fits and (not free or _counts_apart(given, inputs))
     for spec in inputs:
         array = given[spec.name]
         lacks_batch_axis = spec.shape is not None and array.ndim == max(len(spec.shape), 1) - 1
         if whole or lacks_batch_axis:
             given[spec.name] = array[None]
     return fit(given, inputs, origin)
+
+
+def _counts_apart(given: Mapping[str, np.ndarray], inputs: Inputs) -> bool:
+    """Whether first axes count different things, such as the nodes and edges of one graph."""
+    sizes = {len(given[spec.name]) for spec in inputs}
+    return len(sizes) > 1 and _names_apart(inputs)
+
+
+def _names_apart(inputs: Inputs) -> bool:
+    """Whether the first axes of all inputs are free, and not all of one name."""
+    names = [spec.shape[0] if spec.shape else None for spec in inputs]
+    return all(isinstance(name, str) and name for name in names) and len(set(names)) > 1
 
 
 def _check_known(arrays: Iterable[Any], inputs: Inputs, origin: str) -> None:
@@ -659,6 +672,9 @@ def _joined(parts: list[Calibration], inputs: Inputs, origin: str) -> Calibratio
     if not parts:
         raise CalibrationError(f"{origin}: no samples.", hint="At least one is needed.")
     stacked = all(part.stacked for part in parts)
+    if not stacked and _names_apart(inputs):
+        # Where one sample has as many nodes as edges, that says nothing.
+        parts = [_as_whole(part) if part.stacked else part for part in parts]
     arrays = {}
     for name in parts[0].arrays:
         pieces = [
@@ -673,7 +689,8 @@ def _joined(parts: list[Calibration], inputs: Inputs, origin: str) -> Calibratio
                 f"{_shape(shapes[0])} and {_shape(shapes[-1])}.",
                 hint="Shapes may differ, numbers of axes may not.",
             )
-        rows = all(_is_free_first(spec.shape) for spec in inputs) and not stacked
+        free = all(_is_free_first(spec.shape) for spec in inputs)
+        rows = free and not stacked and not _names_apart(inputs)
         if rows and len({shape[:1] for shape in shapes}) > 1:
             raise CalibrationError(
                 f"{origin}: sets of samples of input {name!r} differ in shape: "
@@ -682,6 +699,15 @@ def _joined(parts: list[Calibration], inputs: Inputs, origin: str) -> Calibratio
             )
         arrays[name] = Ragged.joined(pieces)
     return replace(parts[0], arrays=arrays, stacked=stacked, source=origin)
+
+
+def _as_whole(part: Calibration) -> Calibration:
+    """A stacked batch as what one run takes."""
+    arrays: dict[str, Samples] = {}
+    for name, array in part.arrays.items():
+        assert isinstance(array, np.ndarray), "one feed has one shape"
+        arrays[name] = array[None]
+    return replace(part, arrays=arrays, stacked=False)
 
 
 def _until(parts: Iterable[Calibration], samples: int | None, origin: str) -> Iterator[Calibration]:
@@ -947,8 +973,14 @@ def _from_iterable(source: Any, inputs: Inputs, origin: str = "") -> Iterator[Ca
 def _from_dict(source: Any, inputs: Inputs) -> Iterator[Calibration]:
     if any(map(_is_list, source.values())):
         yield from _fit_lists(source, inputs, _origin(source))
+    elif _names_apart(inputs) and all(_is_whole(source.get(x.name), x) for x in inputs):
+        yield _fit_feed(source, inputs, _origin(source))  # one graph, or a batch
     else:
         yield fit(source, inputs, _origin(source))
+
+
+def _is_whole(value: Any, spec: InputSpec) -> bool:
+    return hasattr(value, "__array__") and _fits(np.shape(value), spec.shape)
 
 
 def _from_array(source: Any, inputs: Inputs) -> Iterator[Calibration]:

@@ -22,7 +22,7 @@ import onnx
 
 from onnx_ecp.data import calibration
 from onnx_ecp.data.calibration import Batch, Calibration
-from onnx_ecp.data.ragged import largest_bytes, shape_of
+from onnx_ecp.data.ragged import Ragged, largest_bytes, shape_of
 from onnx_ecp.errors import CalibrationError, ModelError, ProviderError
 from onnx_ecp.evaluation.batching import as_taken
 from onnx_ecp.evaluation.facts import ModelFacts, model_facts, model_of
@@ -48,7 +48,7 @@ from onnx_ecp.statistics.uncertainty import FEW, Certainty, certainty
 # So many of the worst columns of an output are told, with a warning from this error on.
 WORST, HURT = 8, 0.5
 # Errors up to this are rounding: what carries them tells nothing.
-ROUNDED = 1e-5
+ROUNDED = 5e-7
 # What the inputs of a batch may take together, unless the user chooses the batch size.
 BATCH_BYTES = 16 * 2**20
 
@@ -179,7 +179,7 @@ class Gap:
             )
         yield (
             f"the error {self.relative_error:.3g} rests on few samples: {why}. Others may tell "
-            "another one: give more samples."
+            "another one: give more samples, best such that the model was not trained on."
         )
 
     def _with(self, *fields: str) -> list[Deviation]:
@@ -605,8 +605,10 @@ def axes_of(model: Model, batch: Batch, outputs: Outputs) -> dict[str, int | Non
 
 def expected_rows(data: Calibration) -> int:
     """Rows of outputs to expect: a sample of a fixed batch of B is B rows."""
-    fixed = shape_of(next(iter(data.arrays.values())))
-    return len(data) if data.stacked or len(fixed) < 2 else len(data) * fixed[0]
+    first = next(iter(data.arrays.values()))
+    fixed = shape_of(first)
+    varies = isinstance(first, Ragged) and len({part.shape[:1] for part in first}) > 1
+    return len(data) if data.stacked or varies or len(fixed) < 2 else len(data) * fixed[0]
 
 
 def fitting(data: Calibration) -> int:

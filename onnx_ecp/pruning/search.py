@@ -127,7 +127,7 @@ class Judge:
         self._targets: list[Target] = []
         if self._labels:
             both = zip(self._reference, self._labels, strict=True)
-            self._targets = [_class_scores(_joined(y), known) for y, known in both]
+            self._targets = [_class_scores(_joined(y) or y[0][1], known) for y, known in both]
 
     def point(self, state: State) -> Point:
         """Where a state stands; whether it is within a limit is the caller's to say."""

@@ -55,15 +55,23 @@ class Smaller:
     after: Work | None = None
     warnings: tuple[str, ...] = ()
 
-    @property
-    def speed(self) -> str:
-        """What the result does for latency, one sentence; empty where nothing became smaller."""
+    def speed(self, verdict: str | None = None) -> str:
+        """What the result does for latency, one sentence; empty where nothing became smaller.
+
+        Args:
+            verdict: what a measurement says of the result, see ``Latency``; None where none was
+                taken.
+        """
         if self.before is None or self.after is None:
             return ""
-        ratio = self.after.flops / max(self.before.flops, 1)
+        need = f"The layers need {self.after.flops / max(self.before.flops, 1):.3f} of the"
+        if verdict in (None, "faster"):
+            return (
+                f"{need} multiplications: latency follows that wherever they take most of the time."
+            )
         return (
-            f"The layers need {ratio:.3f} of the multiplications: latency follows that wherever "
-            "they take most of the time."
+            f"{need} multiplications, but by the clock the result is {verdict} here: on this "
+            "machine they are not what takes the time."
         )
 
 

@@ -1,8 +1,9 @@
 """Zeros in what whole units left: the second half of one plan, towards the outputs of the original.
 
 Units bring speed, zeros bring bytes. What is refitted is still the network under observation, with
-the units that went as zeros, so that the targets of all refits are the original's own outputs; the
-graph is cut once, when both are done.
+the units that went as zeros; the graph is cut once, when both are done. Layers are fitted to what
+they make of the network without the units, since there the layers make good for each other, and all
+of them at once to the outputs of the original.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ def with_zeros(
     if gone >= sparsity:
         text = f"whole units took {gone:.4g} of the weights, so no zeros were needed beside them."
         return replace(pruned, warnings=(*pruned.warnings, text))
-    within = replace(network, original=replace(network.original, keep=there))
-    begin = Pruned(pruned.state, pruned.removed, pruned.ess, pruned.notes, pruned.warnings)
+    state = replace(pruned.state, keep=there)
+    within = replace(network, original=state, aim=network.wanted)
+    begin = Pruned(state, pruned.removed, pruned.ess, pruned.notes, pruned.warnings)
 
     def step(
         network: Network,
@@ -60,7 +62,7 @@ def with_zeros(
         measured: Measured | None,
     ) -> Pruned:
         """A stage on the way from the share that units took."""
-        start = begin if before.state is within.original else before
+        start = begin if before.state is state else before
         way = (gone + share * (sparsity - gone)) / sparsity
         return stage(network, plan, start, way, progress)
 
