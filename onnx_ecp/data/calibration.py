@@ -506,7 +506,10 @@ def _fit_lists(
     def of_one(name: Any, i: int) -> Any:
         if name in lists:
             return lists[name][i]
-        array = np.asarray(arrays[name])
+        array = arrays[name]
+        if not isinstance(array, np.ndarray | np.generic):
+            return array
+        array = np.asarray(array)
         every = array.ndim > 0 and len(array) == samples and not _is_shared(array, shapes.get(name))
         return array[i] if every else array
 
@@ -545,7 +548,7 @@ def _fit_feed(feed: Any, inputs: Inputs, origin: str) -> Calibration:
 
 def _counts_apart(given: Mapping[str, np.ndarray], inputs: Inputs) -> bool:
     """Whether first axes count different things, such as the nodes and edges of one graph."""
-    sizes = {len(given[spec.name]) for spec in inputs}
+    sizes = {given[spec.name].shape[:1] for spec in inputs}
     return len(sizes) > 1 and _names_apart(inputs)
 
 
