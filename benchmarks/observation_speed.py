@@ -207,7 +207,7 @@ def _seeds(setting: Setting, shape: tuple[int, ...], start: int) -> np.ndarray:
     """The seeds of the reverse graph, (P, *shape of y)."""
     y = {"y": np.zeros(shape, np.float32)}
     chosen = plan(y, shape[0], metric="l2", probes=setting.probes, seed=0)
-    return np.ascontiguousarray(chosen.seeds(y, start, shape[0])["y"])
+    return np.ascontiguousarray(chosen.seeds(y, range(start, start + shape[0]))["y"])
 
 
 def _products(a: Any, g: Any, centre: Any) -> list[Any]:

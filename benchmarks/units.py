@@ -53,7 +53,7 @@ def ours(method: str, target: str) -> Pruning:
     def prune(model: onnx.ModelProto, feeds: Feeds, left: float) -> onnx.ModelProto:
         goal: dict[str, Any] = {"sparsity": 1 - left}
         if target == "flops":
-            goal = {"speedup": 1 / left, "cost": "flops"}
+            goal = {"speedup": 1 / left, "cost": "flops", "unit_multiple": 1}
         return onnx_ecp.optimize(model, feeds, method=method, granularity="unit", **goal).model
 
     return prune

@@ -285,6 +285,41 @@ def _sparse(
     return sparse_weight(array, values, dims or [4, 3])
 
 
+def _attribute(index: int, **attributes: object) -> Callable[[onnx.ModelProto], None]:
+    """Attributes of a node; a value "@name" refers to an attribute of a function."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        node = model.graph.node[index]
+        for name, value in attributes.items():
+            if isinstance(value, str) and value.startswith("@"):
+                kind = onnx.AttributeProto.FLOAT
+                node.attribute.add(name=name, ref_attr_name=value[1:], type=kind)
+            else:
+                node.attribute.append(helper.make_attribute(name, value))
+
+    return edit
+
+
+def _gemm(**attributes: object) -> Callable[[onnx.ModelProto], None]:
+    def edit(model: onnx.ModelProto) -> None:
+        model.graph.node[0].op_type = "Gemm"
+        _attribute(0, **attributes)(model)
+
+    return edit
+
+
+def _constant(**attributes: object) -> Callable[[onnx.ModelProto], None]:
+    def edit(model: onnx.ModelProto) -> None:
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["c"], **attributes))
+
+    return edit
+
+
+def _deep_input(model: onnx.ModelProto) -> None:
+    for _ in range(63):
+        model.graph.input[0].type.tensor_type.shape.dim.add(dim_value=1)
+
+
 EDITS: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "no nodes": (lambda m: m.graph.ClearField("node"), "no nodes"),
     "no opset": (lambda m: m.ClearField("opset_import"), "no opset"),
@@ -323,6 +358,13 @@ EDITS: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "domain without opset": (_node(0, domain="com.nobody"), "no opset for the domain"),
     "too few inputs": (_node(0, input=["x"]), "invalid model"),
     "hostile name": (_node(0, op_type="\x1b[31m\n" + "x" * 2**20), "\\x1b[31m\\n"),
+    "attribute of no function": (_gemm(alpha="@q"), "'alpha' refers to 'q'"),
+    "attribute that is NaN": (_gemm(beta=float("nan")), "'beta' of 'h' (1 NaN"),
+    "attribute that is infinite": (_gemm(alpha=float("inf")), "'alpha' of 'h' (0 NaN, 1 inf"),
+    "Constant with two values": (_constant(value_float=1.0, value_int=1), "exactly one"),
+    "Constant without a value": (_constant(), "no value"),
+    "65 axes": (_weight(dims=[4, 3] + [1] * 63), "tensor 'W' has 65 axes"),
+    "65 axes of an input": (_deep_input, "tensor 'x' has 65 axes"),
     "NaN": (_value(float("nan")), "'W' (1 NaN, 0 infinite)"),
     "NaN in a bias": (_value(float("nan"), "b"), "'b' (1 NaN, 0 infinite)"),
     "infinite weight": (_value(float("-inf")), "'W' (0 NaN, 1 infinite)"),
@@ -336,6 +378,7 @@ EDITS: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "sparse: wrong rank": (_sparse([[0, 0, 1]]), "indices of shape"),
     "sparse: too few indices": (_sparse([1], count=2), "indices of shape"),
     "sparse: giant": (_sparse([3], [2**20, 2**20]), "too much memory"),
+    "sparse: absurd": (_sparse([3], [2**14, 2**15 - 512]), "stand for 2113929216 when made dense"),
     "sparse: overflowing": (_sparse([3], [2**40, 2**40]), "too large"),
     "sparse: negative size": (_sparse([3], [-4, -3]), "negative size"),
 }
@@ -417,3 +460,54 @@ def _function_twice(folder: Path) -> onnx.ModelProto:
     model = with_functions({"f": "y = Relu(x)"}, "f")
     model.functions.append(model.functions[0])
     return model
+
+
+@hostile("too many inputs of a function", "has 2 inputs, but the local function 'f' has 1")
+def _surplus_input(folder: Path) -> onnx.ModelProto:
+    model = with_functions({"f": "y = Relu(x)"}, "f")
+    model.graph.node[0].input.append("")
+    return model
+
+
+@hostile("too many outputs of a function", "has 2 outputs, but the local function 'f' has 1")
+def _surplus_output(folder: Path) -> onnx.ModelProto:
+    model = with_functions({"f": "y = Relu(x)"}, "f")
+    model.graph.node[0].output.append("z")
+    return model
+
+
+@hostile("functions that call each other 1500 deep", "call each other 1501 deep")
+def _long_chain(folder: Path) -> onnx.ModelProto:
+    bodies = {"f0": "y = Relu(x)"}
+    bodies |= {f"f{i + 1}": f"y = local.f{i}(x)" for i in range(1500)}
+    return with_functions(bodies, "f1500")
+
+
+@hostile("Ifs in functions, 40 deep together", "If and Loop bodies 40 deep")
+def _deep_ifs(folder: Path) -> onnx.ModelProto:
+    branch = "{0} = g () => (float[2] {0}) {{ {0} = {1}(x) }}"
+    bodies = {"f0": "y = Relu(x)"}
+    for i in range(40):
+        either = branch.format("p", f"local.f{i}").replace("p = g", "then_branch = g", 1)
+        other = branch.format("q", "Relu").replace("q = g", "else_branch = g", 1)
+        bodies[f"f{i + 1}"] = f"c = Constant <value = bool {{1}}> () y = If (c) <{either}, {other}>"
+    return with_functions(bodies, "f40")
+
+
+CONV = """<ir_version: 8, opset_import: ["" : 13]>
+net (float[batch,1,8,8] x) => (float[batch,2,h,w] y)
+<float[2,1,1,1] W = {1,2}> { y = Conv <ATTRIBUTES> (x, W) }"""
+WINDOWS = {
+    "pads = [1]": "1 pads; two per axis",
+    "pads = [1, 1]": "the numbers of axes differ: pads 1, the kernel 2",
+    "strides = [1, 1, 1]": "the numbers of axes differ: strides 3, the kernel 2",
+    "strides = [0, 1]": "strides [0, 1] must be positive",
+    "dilations = [1, -1]": "dilations [1, -1] must be positive",
+}
+for _attributes, _says in WINDOWS.items():
+    HOSTILE[f"Conv with {_attributes}"] = Hostile(
+        lambda folder, text=_attributes: _written(  # type: ignore[misc]
+            small_model(CONV.replace("ATTRIBUTES", text)), folder
+        ),
+        _says,
+    )

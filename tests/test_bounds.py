@@ -16,8 +16,10 @@ from onnx_ecp.data import calibration
 from onnx_ecp.errors import ModelError, UsageError
 from onnx_ecp.evaluation import bounds
 from onnx_ecp.evaluation.bounds import planning, sampling, units
-from onnx_ecp.evaluation.bounds.norms import Kernel, convolution_norm, matrix_norm
+from onnx_ecp.evaluation.bounds.norms import matrix_norm
+from onnx_ecp.evaluation.bounds.pair import LayerStep
 from onnx_ecp.evaluation.bounds.sampling import binomial_tail, conformal, upper_limit
+from onnx_ecp.evaluation.bounds.telescoping import WEIGHTED
 from onnx_ecp.evaluation.compare import compare
 from onnx_ecp.evaluation.facts import model_of
 from onnx_ecp.graph import signature
@@ -62,6 +64,14 @@ NETWORKS = {
            m = Concat<axis = 1>(k, h) f = Flatten(m) y = Softplus(f)""",
         None,
     ),
+    "transposed convolutions": (
+        (3, 4, 4),
+        """h = ConvTranspose<strides = [2, 2], pads = [1, 0, 0, 1]>(x, E, d) r = Relu(h)
+           n = BatchNormalization(r, c, d, d, v)
+           i = ConvTranspose<group = 3, dilations = [2, 1]>(n, F)
+           p = GlobalAveragePool(i) y = Flatten(p)""",
+        None,
+    ),
     "convolutions": (
         (2, 6, 6),
         """h = Conv<pads = [1, 1, 1, 1]>(x, C, c) r = Relu(h)
@@ -80,6 +90,7 @@ NETWORKS = {
 SHAPES = {
     "A": (6, 5), "a": (5,), "T": (5, 5), "B": (5, 3), "C": (3, 2, 3, 3), "c": (3,),
     "D": (3, 3, 2, 2), "d": (3,), "v": (3,), "G": (4, 1, 3, 3),
+    "E": (3, 3, 3, 3), "F": (3, 2, 2, 3),
 }  # fmt: skip
 
 
@@ -201,15 +212,28 @@ CONVOLUTIONS = {
     "grouped": ({"group": 2}, (4, 1, 3, 3), (6, 6)),
     "one dimension": ({"strides": [2], "dilations": [2]}, (3, 2, 3), (9,)),
 }
+TRANSPOSED = {
+    "whole": ({}, (2, 3, 3, 3), (4, 3)),
+    "strided": ({"strides": [2, 2], "pads": [1, 1, 1, 1]}, (2, 3, 3, 3), (4, 3)),
+    "stride larger than the kernel": ({"strides": [3, 3]}, (2, 3, 2, 2), (3, 3)),
+    "dilated": ({"dilations": [2, 1]}, (2, 2, 3, 3), (4, 4)),
+    "grouped": ({"group": 2, "strides": [2, 1]}, (4, 3, 3, 2), (4, 3)),
+    "of a shape": ({"output_shape": [8, 6], "strides": [2, 2]}, (2, 3, 3, 3), (4, 3)),
+}
 
 
 @pytest.mark.parametrize(
-    ("attributes", "shape", "spatial"), CONVOLUTIONS.values(), ids=CONVOLUTIONS
+    ("op", "attributes", "shape", "spatial"),
+    [
+        *(("Conv", *case) for case in CONVOLUTIONS.values()),
+        *(("ConvTranspose", *case) for case in TRANSPOSED.values()),
+    ],
+    ids=[*CONVOLUTIONS, *(f"transposed, {name}" for name in TRANSPOSED)],
 )
-def test_the_norm_of_a_convolution_is_not_underestimated(attributes, shape, spatial, rng):
+def test_the_norm_of_a_convolution_is_not_underestimated(op, attributes, shape, spatial, rng):
     w = rng.normal(size=shape).astype(np.float32)
-    channels = shape[1] * attributes.get("group", 1)
-    node = onnx.helper.make_node("Conv", ["x", "w"], ["y"], **attributes)
+    channels = shape[1] * attributes.get("group", 1) if op == "Conv" else shape[0]
+    node = onnx.helper.make_node(op, ["x", "w"], ["y"], **attributes)
     graph = onnx.helper.make_graph(
         [node],
         "g",
@@ -223,7 +247,10 @@ def test_the_norm_of_a_convolution_is_not_underestimated(attributes, shape, spat
     images = np.eye(size, dtype=np.float32).reshape(size, channels, *spatial)
     matrix = outputs(model, images).reshape(size, -1)
     exact = matrix_norm(matrix)
-    bound = convolution_norm(w, Kernel.of(attributes, shape[2:]), spatial)
+    step = LayerStep(node, {}, {}, [])
+    weighted = WEIGHTED[op]
+    columns, _ = weighted.columns(step, 0, w)
+    bound = weighted.norm(step, columns, (1, channels, *spatial))
     assert exact * (1 - 1e-5) <= bound <= 2 * exact
 
 

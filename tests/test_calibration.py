@@ -300,7 +300,7 @@ MISFITS = {
     "NaN": ({"x": BAD}, "NaN or Inf in sample 3", "repair"),
     "Inf": ({"x": np.where(np.isnan(BAD), np.float32(np.inf), BAD)}, "Inf in sample 3", "repair"),
     "empty iterable": ([], "no samples", ""),
-    "ragged feeds": ([{"x": samples(1, 2, 3)}, {"x": samples(1, 4, 3)}], "differ in shape", "Pad"),
+    "ragged feeds": ([{"x": samples(1, 2, 3)}, {"x": samples(1, 4, 3)}], "differ in shape", "rows"),
     "feed in a list": ([[samples(1, 3), 0]], "list without the name", "x"),
     "number": (5, "not a kind of calibration data", "array"),
     "nowhere": ("nowhere.npz", "no such file or folder", ""),

@@ -11,6 +11,7 @@ import onnx_ecp
 from onnx_ecp.cli import commands
 from onnx_ecp.data.calibration import SOURCES
 from onnx_ecp.graph import ENCODINGS
+from onnx_ecp.layers import MATCHES
 from onnx_ecp.methods import COMPENSATIONS, METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +83,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_te
 @pytest.fixture
 def contributed():
     """The worked examples of CONTRIBUTING.md stand in their tables while a test runs."""
-    tables = (METHODS, SOURCES, ENCODINGS)
+    tables = (METHODS, SOURCES, ENCODINGS, MATCHES)
     before = [dict(table) for table in tables]
     for example in EXAMPLES:
         exec(example, {})
@@ -90,6 +91,28 @@ def contributed():
     for table, rows in zip(tables, before, strict=True):
         table.clear()
         table.update(rows)
+
+
+def test_the_layer_of_contributing_is_one_everywhere(contributed, rng):
+    net = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17]> net (float[n,5,6] x) => (float[n,5,3] y) {
+        h = Einsum<equation = "...i,oi->...o">(x, W)  b = Add(h, c)  r = Relu(b)
+        y = Einsum<equation = "...i,oi->...o">(r, V) }"""
+    )
+    for name, shape in {"W": (8, 6), "c": (8,), "V": (3, 8)}.items():
+        values = rng.standard_normal(shape).astype(np.float32)
+        net.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    x = rng.normal(1, 1, (60, 5, 6)).astype(np.float32)
+    found = [
+        onnx_ecp.optimize(net, {"x": x}, method="ecp", sparsity=0.5, statistics=where)
+        for where in ("graph", "host")
+    ]
+    assert [row.name for row in found[0].report.layers] == ["h", "y"]
+    for name, keep in found[1].masks.items():
+        np.testing.assert_array_equal(found[0].masks[name], keep)
+    smaller = onnx_ecp.optimize(net, {"x": x}, granularity="unit", sparsity=0.5).model
+    shapes = {t.name: tuple(t.dims) for t in smaller.graph.initializer}
+    assert (shapes["W"], shapes["c"], shapes["V"]) == ((4, 6), (4,), (3, 4))
 
 
 def test_the_worked_examples_of_contributing_work(contributed, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -12,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from click.testing import CliRunner
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 from test_pipeline import MODELS, NETS, Net, computed, feeds_of, inputs, original
@@ -20,6 +22,7 @@ import onnx_ecp
 import onnx_ecp.report.text
 from onnx_ecp.api.options import Options
 from onnx_ecp.api.preparation import choose_layers, gather, load, observe_network
+from onnx_ecp.cli.commands import main
 from onnx_ecp.errors import ModelError, QualityError, TargetError, UsageError
 from onnx_ecp.evaluation.facts import model_facts
 from onnx_ecp.graph import Model
@@ -196,6 +199,35 @@ def test_a_pattern_is_kept():
 def test_the_same_seed_gives_the_same_bytes():
     first, second = (in_int8("convolution").model.SerializeToString() for _ in range(2))
     assert first == second
+
+
+def test_whole_units_go_first():
+    result = onnx_ecp.optimize(
+        DIGITS, method="magnitude", speedup=2, quantize="int8", measure=False
+    )
+    assert result.report.units
+    told = result.report.int8
+    assert [row.int8 for row in told.layers] == [True] * 3
+    assert sum(row.weights for row in told.layers) < 0.6 * result.report.weights
+    assert result.report.result.bytes < told.bytes < result.report.original.bytes
+
+
+def test_external_data_end_in_one_file(tmp_path):
+    source, folder = tmp_path / "in.onnx", tmp_path / "out"
+    folder.mkdir()
+    onnx.save(  # which changes what it is given
+        copy.deepcopy(original("gemm")),
+        source,
+        save_as_external_data=True,
+        location="in.bin",
+        size_threshold=0,
+    )
+    choices = {**FAST, "quantize": "int8"}
+    result = onnx_ecp.optimize(source, drawn("gemm"), output=folder / "r.onnx", **choices)
+    assert [file.name for file in folder.iterdir()] == ["r.onnx"]
+    feeds, inside = feeds_of("gemm"), in_int8("gemm").model
+    for a, b in zip(computed(result.model, feeds), computed(inside, feeds), strict=True):
+        assert np.allclose(a, b, atol=1e-6)
 
 
 def test_what_the_model_says_of_itself_stays():
@@ -459,6 +491,7 @@ def test_a_model_without_a_layer_for_int8_is_refused(net):
         {"bound": True},
         {"sparsity": None, "max_error": 0.1},
         {"sparsity": None, "speedup": 2, "cost": "latency"},
+        {"sparsity": "2:4", "target": "tensorrt"},
     ],
 )
 def test_what_does_not_go_with_int8_is_refused_before_any_work(choices):
@@ -479,6 +512,19 @@ def test_a_gate_holds_for_zeros_and_int8_together(tmp_path):
 
 
 # Reports.
+
+
+def test_the_command_line_says_how_many_layers_are_int8(tmp_path):
+    arguments = ["optimize", HEAT, tmp_path / "r.onnx", "-m", "magnitude", "-s", "0.3"]
+    arguments += ["--quantize", "int8", "--no-measure"]
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    assert "error of rounding alone" in done.stdout
+    assert " int8=3/3 " in done.stdout.splitlines()[-1]
+    again = ["optimize", tmp_path / "r.onnx", tmp_path / "s.onnx"]
+    refused = CliRunner().invoke(main, [str(argument) for argument in again])
+    assert refused.exit_code == TargetError.exit_code
+    assert "prune before quantising" in refused.stderr
 
 
 def test_the_report_tells_every_layer_and_comes_back_from_json(tmp_path):

@@ -97,6 +97,20 @@ def test_sums_of_parts_are_the_sums_of_the_whole(data):
     np.testing.assert_allclose(both.cross_covariance, whole.cross_covariance, rtol=1e-12)
 
 
+def test_sums_about_different_constants_add_up_too(data, rng):
+    now, before, s, *_ = data
+    centres = rng.normal(size=(2, len(now), INPUTS))
+    parts = [
+        Gram.of(now[:, i], before[:, i], s[:, i], centre)
+        for i, centre in zip((slice(9), slice(9, None)), centres, strict=True)
+    ]
+    both, whole = parts[0] + parts[1], Gram.of(now, before, s, parts[0].centre)
+    for name in ("weight", "now", "before", "gram", "cross", "centre"):
+        np.testing.assert_allclose(
+            getattr(both, name), getattr(whole, name), rtol=1e-10, atol=1e-10
+        )
+
+
 def test_an_input_that_is_always_zero_keeps_its_weight(data):
     now, before, s, weight, _ = data
     now, before = now.copy(), before.copy()

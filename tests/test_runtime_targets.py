@@ -122,6 +122,17 @@ def test_inspect_foresees_what_may_gain(name, model):
     assert found.name == name
     assert any(not row.refused for row in found.layers)
     assert "OUTPUT" in found.next_step
+    assert found.evidence == TARGETS[name].evidence
+
+
+@each_target
+def test_every_runtime_gains_from_units(name, model, data):
+    choices = {"method": "magnitude", "measure": False, "granularity": "unit"}
+    found = onnx_ecp.optimize(model, data, target=name, sparsity=0.3, **choices).report
+    lost = {x for r in found.units if r.after < r.before for x in (*r.producers, *r.consumers)}
+    assert lost
+    assert {row.name for row in found.target.layers if not row.refused} == lost
+    assert "units" in found.target.gains
 
 
 def test_xnnpack_wants_1x1_convolutions_between_stem_and_mean(model):
@@ -177,6 +188,11 @@ DEFAULTS = {
     "deepsparse": ({}, "0.8", "weight"),
     "a limit says how far": ({"target": "deepsparse", "max_error": 0.1}, "None", "weight"),
     "units after all": ({"target": "deepsparse", "speedup": 2.0}, "None", "unit"),
+    "zeros in what stays": (
+        {"target": "deepsparse", "speedup": 2.0, "units_and_zeros": True},
+        "0.8",
+        "unit",
+    ),
     "onnxruntime": ({}, "None", "unit"),
     "a pattern after all": ({"target": "onnxruntime", "sparsity": "2:4"}, "2:4", "weight"),
     "weights after all": ({"target": "onnxruntime", "granularity": "weight"}, "None", "weight"),

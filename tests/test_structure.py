@@ -9,10 +9,13 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 import onnx_ecp
+from onnx_ecp.api import gain
 from onnx_ecp.api.inspect import inspect
 from onnx_ecp.errors import TargetError, UsageError
+from onnx_ecp.evaluation.latency import Latency
 from onnx_ecp.graph import Model, load
 from onnx_ecp.layers import find_layers
+from onnx_ecp.report.headline import headline
 from onnx_ecp.units import cleanup, cut, find_structure, inferred_shapes, shapes_of_a_run
 from onnx_ecp.units import shrink as smaller
 from onnx_ecp.units.choice import budget, choose, multiples
@@ -1106,6 +1109,26 @@ def test_directions_that_heads_do_not_use_leave_without_a_trace(method, rng):
     )
 
 
+@pytest.mark.parametrize("method", ["ecp-refit", "ecp", "magnitude"])
+def test_directions_that_heads_in_one_tensor_do_not_use_leave_without_a_trace(method, rng):
+    """Queries and keys have a basis of their own there, and so have values."""
+    model = build(NETWORKS["queries, keys and values in one tensor, unbound"], rng)
+    parts = [rng.standard_normal((6, 1)) @ rng.standard_normal((1, 2)) for _ in range(9)]
+    for tensor in model.proto.graph.initializer:
+        if tensor.name == "W":
+            values = np.concatenate(parts, axis=1).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    data = inputs(model, rng, 200)
+    made = onnx_ecp.optimize(
+        model.proto, data, granularity="unit", sparsity=0.45, method=method, stages=2
+    )
+    assert [(row.before, row.after) for row in made.report.units] == [(3, 3), (2, 1)]
+    wanted = run(model.proto, data)
+    np.testing.assert_allclose(
+        run(made.model, data), wanted, rtol=0, atol=1e-2 * np.abs(wanted).max()
+    )
+
+
 @pytest.mark.parametrize("method", ["ecp-refit", "ecp"])
 def test_the_importance_of_heads_that_went_is_reported(method, rng, tmp_path):
     """Beside that of their dimensions, whose layers are the same."""
@@ -1555,6 +1578,105 @@ def test_a_speedup_is_one_of_multiplications(rng):
     assert report.work_after.flops <= report.work_before.flops / 1.5
 
 
+def test_a_speedup_leaves_sizes_that_kernels_like_unless_told_otherwise(rng):
+    """Multiples of eight channels, or 1, 2 and 4; what needs fewer steps of another group goes."""
+    body = """h = Conv(x, W)
+        a = Relu(h)
+        k = Conv(a, V)
+        r = Relu(k)
+        g = GlobalAveragePool(r)
+        f = Flatten(g)
+        y = Gemm(f, U)"""
+    shapes = {"W": (20, 2, 1, 1), "V": (36, 20, 1, 1), "U": (36, 3)}
+    model = build(("float[N, 2, 4, 4] x", body, shapes, []), rng)
+    choices = {"speedup": 1.7, "method": "ecp", "stages": 2}
+    made = onnx_ecp.optimize(model.proto, inputs(model, rng, 60), **choices)
+    assert made.report.work_after.flops <= made.report.work_before.flops / 1.7
+    for row in made.report.units:
+        assert row.after in (1, 2, 4, row.before) or row.after % 8 == 0
+    assert sum(row.before - row.after for row in made.report.units) > 0
+    single = onnx_ecp.optimize(model.proto, inputs(model, rng, 60), unit_multiple=1, **choices)
+    assert any(row.after % 8 and row.after > 4 for row in single.report.units)
+
+
+@pytest.mark.parametrize("method", ["ecp-refit", "ecp", "magnitude"])
+@pytest.mark.parametrize(
+    "name", ["Conv, BatchNormalization, pools, Flatten", "ReduceSum beside a layer"]
+)
+def test_units_go_to_a_speed_and_zeros_in_what_stays_to_a_size(name, method, rng, tmp_path):
+    model = build(NETWORKS[name], rng)
+    data = inputs(model, rng, 60)
+    made = onnx_ecp.optimize(
+        model.proto,
+        data,
+        output=tmp_path / "out.onnx",
+        speedup=1.4,
+        sparsity=0.6,
+        units_and_zeros=True,
+        method=method,
+        stages=2,
+    )
+    report, layers = made.report, find_layers(made.model).layers
+    assert report.work_after.flops <= report.work_before.flops / 1.4
+    assert any(row.after < row.before for row in report.units)
+    whole = sum(np.prod(x.shape) for x in find_layers(model.proto).layers)
+    assert sum(np.prod(x.shape) for x in layers) < whole
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in made.model.graph.initializer}
+    left = sum(np.count_nonzero(stored[x.weight.tensor]) for x in layers)
+    assert left <= 0.4 * whole + 0.5
+    assert left < sum(np.prod(x.shape) for x in layers)
+    assert report.sparsity == pytest.approx(1 - left / whole)
+    assert not [text for text in report.warnings if "stayed in the file" in text]
+    onnx.checker.check_model(onnx.load(tmp_path / "out.onnx"), full_check=True)
+
+
+def test_zeros_are_not_needed_where_units_took_enough(rng):
+    model = build(NETWORKS["Gemm chain"], rng)
+    choices = {"speedup": 3.0, "sparsity": 0.1, "units_and_zeros": True, "method": "magnitude"}
+    report = onnx_ecp.optimize(model.proto, inputs(model, rng, 40), **choices).report
+    assert any("no zeros were needed" in text for text in report.warnings)
+    assert report.sparsity > 0.1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "promised"), [((1.0, 0.5), True), ((1.0, 1.0), False), ((1.0, 2.0), False)]
+)
+def test_what_is_not_faster_by_the_clock_is_not_called_so(seconds, promised, rng, monkeypatch):
+    """Whatever the multiplications say."""
+    model = build(NETWORKS["Gemm chain"], rng)
+    a, b = seconds
+    spreads = [(0.99 * x, 1.01 * x) for x in seconds]
+    found = Latency(a, b, b / a, 1, 4, a, b, *spreads)
+    monkeypatch.setattr(gain, "brief_latency", lambda *args, **settings: found)
+    choices = {"speedup": 2.0, "method": "magnitude", "stages": 1}
+    report = onnx_ecp.optimize(model.proto, inputs(model, rng, 40), **choices).report
+    assert "of the multiplications" in report.speed
+    assert ("latency follows" in report.speed) == promised
+    assert (f"the result is {found.verdict} here" in report.speed) != promised
+    assert found.verdict in headline(report)
+
+
+def test_a_large_block_is_spared_where_smaller_ones_cost_less(rng):
+    """Four units that go together rank first, and save more than is needed; one other is enough."""
+    model = build(NETWORKS["Gemm chain"], rng)
+    structure = structure_of(model, inputs(model, rng))
+    layers = find_layers(model.proto).layers
+    costs = budget(structure, layers, "params", {layer.name: 1 for layer in layers})
+    first, second = structure.groups
+    scores, whole = np.full(structure.units, 9.0), np.ones(structure.units, bool)
+    scores[first.units], scores[second.units[2]] = 1.0, 1.5
+    stops = {6: np.array([2, 6]), 4: np.arange(1, 5)}
+    keep = choose(
+        scores,
+        whole,
+        structure.groups,
+        costs,
+        lambda rest: costs.total(rest) < costs.total(whole),
+        stops=lambda group: stops[len(group.units)],
+    )
+    assert np.flatnonzero(~keep).tolist() == [second.units[2]]
+
+
 def test_the_report_measures_latency_unless_told_otherwise(rng):
     model = build(NETWORKS["Gemm chain"], rng)
     data = inputs(model, rng, 40)
@@ -1589,6 +1711,20 @@ def test_a_model_without_units_is_an_error_with_reasons(rng):
         onnx_ecp.optimize(model.proto, inputs(model, rng, 40), granularity="unit")
 
 
+def test_layers_that_cannot_be_observed_have_their_reasons_too(rng):
+    """What an If reads has no sensitivity; that is why its units stay, and it is said."""
+    body = """h = MatMul(x, W)
+        two = Constant<value_float = 2.0>()
+        m = ReduceMax<keepdims = 0>(x)
+        c = Less(m, two)
+        t = If (c) <then_branch = g1 () => (float[N, 6] p) { p = Tanh(h) },
+            else_branch = g2 () => (float[N, 6] q) { q = Relu(h) }>
+        y = MatMul(t, V)"""
+    model = build(("float[N, 5] x", body, {"W": (5, 6), "V": (6, 3)}, []), rng)
+    with pytest.raises(TargetError, match="h .*they are read inside If"):
+        onnx_ecp.optimize(model.proto, inputs(model, rng, 40), granularity="unit")
+
+
 @pytest.mark.parametrize(
     "choices",
     [
@@ -1596,6 +1732,9 @@ def test_a_model_without_units_is_an_error_with_reasons(rng):
         {"scope": "layer"},
         {"layer_sparsity": {"h": 0.5}},
         {"speedup": 2.0, "sparsity": 0.5},
+        {"speedup": 2.0, "units_and_zeros": True},
+        {"granularity": "unit", "sparsity": 0.5, "units_and_zeros": True},
+        {"granularity": "weight", "sparsity": 0.5, "units_and_zeros": True},
         {"speedup": 0.5},
         {"granularity": "weight", "speedup": 2.0},
         {"cost": "params!"},

@@ -26,7 +26,7 @@ from onnx_ecp.evaluation.facts import ModelFacts
 from onnx_ecp.methods import METHODS
 from onnx_ecp.pruning import loop as pruning
 from onnx_ecp.report import CalibrationFacts, Versions, curves, sweeps, text
-from onnx_ecp.report.sweep import EvaluationFacts, Sweep, SweepPoint
+from onnx_ecp.report.sweep import EvaluationFacts, Sweep, SweepPoint, front
 from onnx_ecp.statistics.observer import Observer
 
 NET = """
@@ -353,7 +353,8 @@ def test_csv_has_one_header_row_and_full_precision():
 
 def test_json_holds_the_fields_and_the_schema():
     values = json.loads(sweeps.as_json(swept()))
-    assert list(values) == ["schema", *(f.name for f in dataclasses.fields(Sweep))]
+    fields = [f.name for f in dataclasses.fields(Sweep)]
+    assert list(values) == ["schema", *fields, "worth_having"]
     assert values["schema"] == 2
     assert values["points"][-1]["relative_error"] == "Infinity"
     assert values["evaluation"]["held_out"] is False
@@ -371,11 +372,12 @@ def test_the_page_is_small_well_formed_and_needs_nothing_else(changes):
 
 
 @each_variant
-def test_the_table_is_printable_and_100_columns_wide(changes):
+def test_the_table_is_printable_and_80_columns_wide(changes):
     whole = swept(**changes)
-    shown = text.plain(sweeps.tables(whole)) + sweeps.ok_line(whole, [])
+    shown = text.plain(sweeps.tables(whole))
+    assert max(map(len, shown.splitlines())) <= 80
+    shown += sweeps.ok_line(whole, [])
     assert all(c.isprintable() or c == "\n" for c in shown)
-    assert max(map(len, shown.splitlines())) <= 100
     assert shown.splitlines()[-1].startswith("OK (nothing written) points=")
 
 
@@ -402,8 +404,14 @@ def test_all_that_is_drawn_lies_within_the_chart_and_names_never_overlap(changes
 
 
 def test_a_page_shows_every_curve_with_its_name_and_tooltips():
-    accuracy, error = drawn(curves.page(swept()))
-    for chart, points in ((accuracy, 12), (error, 11)):
+    charts = drawn(curves.page(swept()))
+    titles = [chart.get("aria-label") for chart in charts]
+    assert titles == [
+        f"{measure} over {across}, by method"
+        for across in ("sparsity", "size")
+        for measure in ("Accuracy (%)", "Relative output error (logarithmic)")
+    ]
+    for chart, points in zip(charts, (12, 11, 12, 11), strict=True):
         assert len(chart.findall("g/title")) == points
         names = [t.text for t in chart.iter("text") if t.get("text-anchor") is None]
         assert {"ecp-refit", "ecp", "wanda", "magnitude"} <= set(names)
@@ -413,6 +421,36 @@ def test_a_page_shows_every_curve_with_its_name_and_tooltips():
     assert "Judged on held-out part of in.npz: 10 samples" in curves.page(
         swept(evaluation=held_out)
     )
+
+
+def test_points_worth_having_are_those_that_nothing_beats(rng):
+    for _ in range(50):
+        pairs = rng.integers(0, 6, (12, 2))
+        points = [
+            dataclasses.replace(swept().points[0], compressed_bytes=int(a), relative_error=float(b))
+            for a, b in pairs
+        ]
+        found = front(points, lambda p: p.compressed_bytes, lambda p: p.relative_error)
+        beaten = [any((a <= b).all() and (a < b).any() for a in pairs) for b in pairs]
+        assert found == tuple(p for p, lost in zip(points, beaten, strict=True) if not lost)
+    nan = dataclasses.replace(points[0], compressed_bytes=-1, relative_error=math.nan)
+    assert front([nan], lambda p: p.compressed_bytes, lambda p: p.relative_error) == ()
+
+
+def test_points_worth_having_are_marked_everywhere():
+    points = swept().points
+    larger = [dataclasses.replace(p, compressed_bytes=5000 + k) for k, p in enumerate(points[1:5])]
+    whole = swept(points=(*points, *larger))
+    worth = whole.worth_having
+    assert 0 < len(worth) < len(whole.points)
+    page = curves.page(whole)
+    size = drawn(page)[2]
+    assert len([c for c in size.iter("circle") if c.get("class") == "front"]) == len(worth)
+    assert page.count("<td>yes</td>") == len(worth)
+    kept = json.loads(sweeps.as_json(whole))["worth_having"]
+    assert [whole.points[k] for k in kept] == list(worth)
+    lines = text.plain(sweeps.tables(whole)).splitlines()
+    assert sum("  *  " in line for line in lines) == len(worth)
 
 
 def test_colours_differ_in_both_modes():

@@ -16,6 +16,7 @@ from onnx_ecp.api.target import for_target
 from onnx_ecp.data.untrusted import npz_names
 from onnx_ecp.evaluation.bounds import Bounds
 from onnx_ecp.evaluation.compare import ROUNDED, Comparison, Gap
+from onnx_ecp.evaluation.latency import Latency
 from onnx_ecp.gradients.cotangents import SQUARED
 from onnx_ecp.gradients.selections import Selection
 from onnx_ecp.graph import Model
@@ -134,7 +135,7 @@ def build_report(
         units=made.rows,
         work_before=worth.before,
         work_after=worth.after,
-        speed=INT8_SPEED if int8 else speed_of(made, speedup, options),
+        speed=INT8_SPEED if int8 else speed_of(made, speedup, worth.latency, options),
         speedup=speedup,
         target=for_target(made, floats, given, (*skips, *ready.skips), output, options),
         latency=worth.latency,
@@ -206,10 +207,20 @@ def predicted_error(network: Network, plan: Plan, pruned: Pruned) -> float | Non
     return float(np.sqrt(sum(pruned.removed.values()) / energy)) if energy else None
 
 
-def speed_of(made: Smaller, speedup: Speedup | None, options: Options) -> str:
-    """What to expect of the result for latency, in words; how near it came to a target."""
+def speed_of(
+    made: Smaller, speedup: Speedup | None, measured: Latency | None, options: Options
+) -> str:
+    """What to expect of the result for latency, in words; how near it came to a target.
+
+    Args:
+        made: the result.
+        speedup: what was asked for and measured, where latency was the target.
+        measured: the latency of both models, where it was measured: what it denies is not said.
+        options: of the run.
+    """
     if speedup is None:
-        return made.speed or (PATTERN_SPEED if options.patterns else UNSTRUCTURED_SPEED)
+        known = measured.verdict if measured is not None and options.by_units else None
+        return made.speed(known) or (PATTERN_SPEED if options.patterns else UNSTRUCTURED_SPEED)
     latency = speedup.measured
     runs = (
         f"{latency.conditions} "
@@ -287,7 +298,8 @@ def learnt_warning(learnt: float | None, gap: Gap) -> Iterator[str]:
         yield (
             f"on the samples that the result was computed from the error is {learnt:.3g}, on those "
             f"held out it is {gap.relative_error:.3g}: samples that matter are rare, and those held"
-            " out have too few of them. Expect the larger error, and give more samples."
+            " out have too few of them. Expect the larger error, and give more samples, best such "
+            "that the model was not trained on."
         )
 
 
@@ -351,8 +363,8 @@ def int8_warnings(int8: Int8 | None, options: Options) -> Iterator[str]:
         )
     if options.patterns:
         yield (
-            "TensorRT takes N:M in int8 without Q/DQ nodes only, and this result has them: for its "
-            "sparse kernels leave --quantize out and let it calibrate."
+            "TensorRT takes N:M in int8 without Q/DQ nodes only, and no zero points; this result "
+            "has both: for its sparse kernels leave --quantize out and let it calibrate."
         )
 
 

@@ -93,7 +93,9 @@ class Choices(CommonChoices, total=False):
             speedup is asked for.
         speedup: with units, 1/speedup of the multiplications (or of the time) stay; >= 1.
         cost: what a unit's importance is divided by: "params", "flops" or "latency".
-        unit_multiple: keep units in multiples of it.
+        unit_multiple: keep units in multiples of it; None: with a speedup, in those that kernels
+            like, else in any number.
+        units_and_zeros: whole units until speedup is met, then single weights until sparsity is.
         cleanup: whether units without weights are cut out; None: unless N:M or masks are given.
         unread_inputs: "faster" or "smaller", when clean-up drops unread inputs.
         target: name in ``TARGETS`` of the runtime that the result is for: it sets defaults.
@@ -120,7 +122,8 @@ class Choices(CommonChoices, total=False):
     granularity: str | None
     speedup: float | None
     cost: str
-    unit_multiple: int
+    unit_multiple: int | None
+    units_and_zeros: bool
     cleanup: bool | None
     unread_inputs: str
     target: str | None

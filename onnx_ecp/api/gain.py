@@ -13,6 +13,8 @@ from onnx_ecp.api.options import Options
 from onnx_ecp.api.preparation import Data, timed_batch
 from onnx_ecp.errors import ProviderError
 from onnx_ecp.evaluation.latency import Latency, brief_latency, measure_latency
+from onnx_ecp.evaluation.targets import TARGETS
+from onnx_ecp.evaluation.targets.onnxruntime import ONNXRUNTIME
 from onnx_ecp.evaluation.work import Work, samples_of, work
 from onnx_ecp.graph import Model
 from onnx_ecp.graph.shapes import shapes_of_a_run
@@ -92,23 +94,27 @@ def _latency(
 
 def _advice(given: Model, feeds: Mapping[str, np.ndarray], options: Options) -> str:
     """What would be faster than a result that is not."""
+    aim = TARGETS.get(options.target or "onnxruntime", ONNXRUNTIME)
+    if not options.by_units and aim is not ONNXRUNTIME:
+        return f"{aim.title}, which the file is for: see below. ONNX Runtime multiplies zeros too."
     if options.by_units:
         if options.cost == "latency":
             return "a larger --speedup, or a measurement on a machine with nothing else to do."
         return (
             "units chosen by this machine's clock: --speedup 2 --cost latency. --unit-multiple 16 "
-            "alone keeps sizes that kernels like."
+            "alone keeps sizes that all kernels like."
         )
     try:
         whole, left = _half(given, feeds, options)
     except ProviderError:
         whole = left = 0
     if left == whole:
-        return "a runtime that skips zeros. No unit of this model can be removed."
+        return "a runtime that skips zeros: --target. No unit of this model can be removed."
     times = min(2.0, int(10 * whole / left) / 10)
     return (
         f"whole units: half of them would leave {left:,} of {whole:,} multiplications a sample, "
-        f"x{left / whole:.2f} of the latency where those take most of it. Try --speedup {times:g}."
+        f"x{left / whole:.2f} of the latency where those take most of it: --speedup {times:g}. "
+        "Or a runtime that skips zeros: --target."
     )
 
 

@@ -20,6 +20,7 @@ from onnx_ecp.api.target import foreseen
 from onnx_ecp.data import calibration as calibrating
 from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.errors import CalibrationError, OnnxEcpError, ProviderError, UsageError
+from onnx_ecp.evaluation.batching import as_taken
 from onnx_ecp.evaluation.facts import model_of
 from onnx_ecp.evaluation.targets import TARGETS, storage
 from onnx_ecp.gradients.reverse import NO_OUTPUT
@@ -118,7 +119,7 @@ def _given(model: Model, calibration: Any, shapes: Mapping[str, tuple[int, ...]]
     inputs = signature(model.proto)
     samples = calibrating.load(calibration, inputs, samples=2)
     calibrating.check_shapes(samples, inputs, shapes)
-    return samples
+    return as_taken(model, samples)
 
 
 def _few(model: Model, samples: Calibration | None, shapes: Mapping[str, tuple[int, ...]]) -> Batch:
@@ -126,6 +127,7 @@ def _few(model: Model, samples: Calibration | None, shapes: Mapping[str, tuple[i
     if samples is None:
         inputs = signature(model.proto)
         samples = calibrating.synthetic(model.proto, inputs, samples=2, shapes=shapes)
+        samples = as_taken(model, samples)
     return next(samples.batches(2))
 
 

@@ -55,6 +55,7 @@ from onnx_ecp.graph.staging import Staging
 from onnx_ecp.pruning.control import not_behind_magnitude
 from onnx_ecp.pruning.loop import Pruned, importances, observe, polished, prune, stage
 from onnx_ecp.pruning.search import Judge, Point, seek
+from onnx_ecp.pruning.selection import NM
 from onnx_ecp.report import Report, is_drawn, rendered
 from onnx_ecp.runtime.limits import deadline, threads_of
 from onnx_ecp.runtime.progress import Progress, silent
@@ -63,6 +64,7 @@ from onnx_ecp.statistics.layerwise import Network
 from onnx_ecp.units.rows import Speedup
 from onnx_ecp.units.shrink import Smaller
 from onnx_ecp.units.stages import PrunedUnits, too_slow
+from onnx_ecp.units.zeros import with_zeros
 
 # How often a model that is not fast enough yet is pruned further.
 ATTEMPTS = 5
@@ -140,6 +142,9 @@ def optimize(
         made, speedup = finished(ready, pruned, options), None
         if ready.by_clock:
             pruned, made, speedup = fast_enough(ready, pruned, made, data, options, progress)
+        if options.units_and_zeros:
+            pruned = zeros_beside_units(ready, pruned, options, progress)
+            made = finished(ready, pruned, options)
         curve = curve or gate(pruned, judge, options)
         predicted = predicted_error(network, ready.plan, pruned)
         evidence = None
@@ -328,6 +333,24 @@ def fast_enough(
         pruned = polished(ready.network, ready.plan, again, progress)
         made = finished(replace(ready, step=step), pruned, options)
     raise too_slow(options.speedup, closest)
+
+
+def zeros_beside_units(
+    ready: Job, pruned: Pruned, options: Options, progress: Progress
+) -> PrunedUnits:
+    """The network that lost units, with zeros in what stays; see ``units.zeros``."""
+    assert ready.step is not None, "Options asks for a speedup"
+    assert isinstance(pruned, PrunedUnits), "a UnitStep gives them"
+    assert not isinstance(options.end, NM), "Options refuses N:M of units"
+    return with_zeros(
+        ready.network,
+        ready.plan,
+        ready.step.structure,
+        pruned,
+        options.end,
+        progress,
+        controlled=options.is_controlled,
+    )
 
 
 def compare(

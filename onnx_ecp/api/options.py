@@ -18,7 +18,7 @@ import numpy as np
 from onnx_ecp.errors import UsageError, did_you_mean
 from onnx_ecp.evaluation.targets import TARGETS
 from onnx_ecp.gradients.cotangents import METRICS
-from onnx_ecp.graph import ENCODINGS
+from onnx_ecp.graph import ENCODINGS, printable
 from onnx_ecp.methods import COMPENSATIONS, EFFORTS, METHODS, SUPPORTS, Method
 from onnx_ecp.pruning.plan import BLOCKS
 from onnx_ecp.pruning.search import Limit
@@ -69,7 +69,8 @@ class Options:
     granularity: str | None = None
     speedup: float | None = None
     cost: str = "params"
-    unit_multiple: int = 1
+    unit_multiple: int | None = None
+    units_and_zeros: bool = False
     cleanup: bool | None = None
     unread_inputs: str = "faster"
     target: str | None = None
@@ -160,7 +161,15 @@ class Options:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UsageError(f"{pattern!r} is no regular expression: {error}.") from error
+                raise UsageError(
+                    f"{printable(pattern, 100)!r} is no regular expression: {error}.",
+                    hint="Write it as Python's re module wants it; names as inspect shows them.",
+                ) from error
+            except (RecursionError, OverflowError) as error:
+                raise UsageError(
+                    f"{printable(pattern, 100)!r} is too complicated a regular expression.",
+                    hint="Nest fewer groups, or give the option several times.",
+                ) from error
         if not 0 <= self.seed < 2**128:
             raise UsageError(f"--seed is {self.seed}; it must be from 0 to 2^128 - 1.")
         if self.timeout is not None and not self.timeout > 0:
@@ -264,6 +273,11 @@ class Options:
         for what, given in refused.items():
             if given:
                 raise UsageError(f"--quantize does not go with {what}.")
+        if self.target in TARGETS and TARGETS[self.target].refuses_int8:
+            raise UsageError(
+                f"--quantize does not go with --target {self.target}.",
+                hint=f"{TARGETS[self.target].title}: {TARGETS[self.target].refuses_int8}.",
+            )
         if self.searches:
             raise UsageError(
                 "--quantize does not go with a search: zeros alone would use up the limit.",
@@ -300,7 +314,8 @@ class Options:
         if self.permute and (self.masks is not None or self.apply_masks is not None):
             raise UsageError("--permute does not go with masks, which are of the order given.")
         if not self.by_units:
-            for name, default in (("speedup", None), ("cost", "params"), ("unit_multiple", 1)):
+            of_units = {"speedup": None, "cost": "params", "unit_multiple": None}
+            for name, default in (of_units | {"units_and_zeros": False}).items():
                 if getattr(self, name) != default:
                     raise UsageError(f"--{name.replace('_', '-')} needs --granularity unit.")
             return
@@ -317,8 +332,18 @@ class Options:
             raise UsageError(f"--speedup is {self.speedup}; it must be at least 1, and finite.")
         if self.speedup == 1 and self.cost == "latency":
             raise UsageError("--speedup is 1: with --cost latency it must be greater.")
-        if self.speedup is not None and self.sparsity is not None:
-            raise UsageError("--speedup and --sparsity are two targets; give one of them.")
+        both = self.speedup is not None and self.sparsity is not None
+        if both and not self.units_and_zeros:
+            raise UsageError(
+                "--speedup and --sparsity are two targets; give one of them.",
+                hint="With --units-and-zeros both hold: units for the speed, then zeros in what "
+                "stays.",
+            )
+        if self.units_and_zeros and not both:
+            raise UsageError(
+                "--units-and-zeros needs two targets.",
+                hint="Give --speedup for whole units and --sparsity for all weights that go.",
+            )
 
     @property
     def resolved_granularity(self) -> str:
@@ -552,20 +577,20 @@ def with_defaults_of_target(choices: dict[str, Any]) -> dict[str, Any]:
         return any(choices.get(name) not in (None, "", {}) for name in names)
 
     limits = ("max_error", "max_accuracy_drop")
-    other = said("speedup", "apply_masks") or choices.get("granularity") == "unit"
+    units = said("speedup") or choices.get("granularity") == "unit"
+    other = said("apply_masks") or (units and not choices.get("units_and_zeros"))
     if row.granularity == "unit":
         kept = isinstance(choices.get("sparsity"), NM) or choices.get("scope") == "layer"
         if not kept and not said("granularity", "apply_masks", "layer_sparsity"):
             return choices | {"granularity": "unit"}
     if row.sparsity is None or other:
         return choices
-    if row.scope is not None and not said("scope"):
+    if row.scope is not None and not units and not said("scope"):
         choices = choices | {"scope": row.scope}
-    if said("sparsity"):
-        return choices
     wanted = parse_sparsity(row.sparsity)
-    if said(*limits) and not isinstance(wanted, NM):
-        return choices  # the limit says how far to go
+    pattern = isinstance(wanted, NM)
+    if said("sparsity") or (pattern and units) or (said(*limits) and not pattern):
+        return choices  # a limit says how far to go, but not in which pattern
     return choices | {"sparsity": wanted}
 
 

@@ -18,13 +18,15 @@ from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.data.untrusted import npz_names, read_npz
 from onnx_ecp.errors import ModelError, TargetError, UsageError, did_you_mean
 from onnx_ecp.evaluation import compare as evaluate
+from onnx_ecp.evaluation.batching import as_taken
 from onnx_ecp.evaluation.facts import model_of
 from onnx_ecp.evaluation.targets import TARGETS
 from onnx_ecp.graph import Model
 from onnx_ecp.graph.free_batch import PROBED, free_batch
 from onnx_ecp.graph.randomness import refuse_random
+from onnx_ecp.graph.selected_rows import cut_hint, named, rows_that_depend
 from onnx_ecp.layers import Layer, Skip, find_layers
-from onnx_ecp.methods import FORWARD
+from onnx_ecp.methods import FORWARD, METHODS
 from onnx_ecp.pruning.loop import importances, observe
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.pruning.selection import NM, RankingGroup, Sparsity
@@ -35,6 +37,7 @@ from onnx_ecp.statistics.collection import batch_size
 from onnx_ecp.statistics.layerwise import GRANTED, Network
 from onnx_ecp.statistics.observer import Observer, original_state
 from onnx_ecp.units import Structure
+from onnx_ecp.units.kernels import block_of_convolutions
 from onnx_ecp.units.latency import Watch
 from onnx_ecp.units.shrink import biases_of, units_of, with_order, with_turned_heads
 from onnx_ecp.units.stages import Goal, UnitStep
@@ -47,10 +50,14 @@ HELD_OUT, HELD_OUT_MOST = 0.1, 512
 # with 51 of 512 samples of digits the 95 % interval went up to 1.2 to 1.9 times the error, with 102
 # up to 1.1 to 1.4, and the result was as good.
 FEW_SHARE, ENOUGH = 0.2, 128
+# So many samples tell whether the number of rows depends on the data.
+LOOKED_AT = 8
 # So many candidates are listed in an error.
 _MOST_LISTED = 3
 # What the reason says where N:M is not for a layer.
 NO_FIT = "does not fit it"
+# Where the reverse graph does not reach a layer.
+NO_SENSITIVITY = "its sensitivity is not available"
 
 
 @dataclass(frozen=True)
@@ -243,7 +250,8 @@ def _check_matches(options: Options, names: Sequence[str]) -> None:
         for pattern in getattr(options, flag):
             if not any(re.search(pattern, name) for name in names):
                 raise UsageError(
-                    f"--{flag} {pattern!r} matches no layer.", hint=did_you_mean(pattern, names)
+                    f"--{flag} {modelling.printable(pattern, 100)!r} matches no layer.",
+                    hint=did_you_mean(pattern, names),
                 )
 
 
@@ -268,8 +276,9 @@ def misfits(layers: Sequence[Layer], options: Options) -> dict[str, Skip]:
     """
     for pattern in options.layer_sparsity:
         if not any(re.search(pattern, layer.name) for layer in layers):
+            shown = modelling.printable(pattern, 100)
             raise UsageError(
-                f"--layer-sparsity {pattern!r} matches no prunable layer.",
+                f"--layer-sparsity {shown!r} matches no prunable layer.",
                 hint=did_you_mean(pattern, [layer.name for layer in layers]),
             )
     own, found = own_sparsities(layers, options), {}
@@ -287,9 +296,21 @@ def nothing_to_prune(skips: Sequence[Skip]) -> TargetError:
     more = f"; and {len(skips) - len(listed)} more" if len(skips) > len(listed) else ""
     return TargetError(
         "no layer can be pruned" + (f": {'; '.join(listed)}{more}" if listed else "."),
-        hint="`onnx-ecp inspect MODEL` lists every candidate."
+        hint=_other_ways(skips)
         if listed
         else "The model has no Gemm, MatMul or Conv with constant weights.",
+    )
+
+
+def _other_ways(skips: Sequence[Skip]) -> str:
+    """What may work where no layer can be pruned as was asked."""
+    every = "`onnx-ecp inspect MODEL` lists every candidate."
+    if not any(NO_SENSITIVITY in skip.reason for skip in skips):
+        return every
+    forward = [n for n, m in METHODS.items() if m.measures in FORWARD and n != "random"]
+    return (
+        f"Methods that look forward need no sensitivity: --method {', '.join(forward)}. "
+        f"--gradients numeric takes any operator, with many runs. {every}"
     )
 
 
@@ -345,6 +366,7 @@ def gather(source: Model, calibration: Any, options: Options) -> Data:
         labels = calibrating.load_labels(options.labels, evaluate.expected_rows(everything))
         by_sample = labels.reshape(len(everything), -1, *labels.shape[1:])
         everything = replace(everything, labels=by_sample)
+    everything = as_taken(source, everything, **options.session)
     return Data(*_parts(everything, options))
 
 
@@ -363,7 +385,7 @@ def _parts(
     everything: Calibration, options: Options
 ) -> tuple[Calibration, Calibration, Calibration]:
     """The samples to use as (fit, guard, held out)."""
-    everything = everything.limit(options.samples or len(everything), options.seed)
+    everything = everything.limit(options.samples or len(everything), options.seed).grouped()
     samples = len(everything)
     share = max(_share(samples), min(FEW_SHARE, ENOUGH / samples))
     rest, held_out = everything.split(share, options.seed)
@@ -383,6 +405,9 @@ def observe_network(
         TargetError: no layer is left.
     """
     dense = replace(source, proto=modelling.decode_sparse(source.proto))
+    layers, uncounted = with_known_rows(dense, layers, data, options)
+    if not layers:
+        raise nothing_to_prune(uncounted)
     dense, data = with_free_batch(dense, data, options)
 
     def observing(chosen: Sequence[Layer]) -> Observer:
@@ -398,15 +423,17 @@ def observe_network(
             threads=options.threads,
             reverse=options.recipe.measures not in FORWARD or options.finetune_steps > 0,
             statistics=options.statistics,
+            other=data.train.another(),
         )
 
     observer = observing(layers)
     skips = [
-        Skip(x.name, x.op, f"its sensitivity is not available: {observer.blocked[x.name]}")
+        Skip(x.name, x.op, f"{NO_SENSITIVITY}: {observer.blocked[x.name]}")
         for x in layers
         if x.name in observer.blocked
     ]
-    if skips:
+    skips = [*uncounted, *skips]
+    if observer.blocked:
         rest = [x for x in layers if x.name not in observer.blocked]
         if not rest:
             raise nothing_to_prune(skips)
@@ -420,18 +447,49 @@ def observe_network(
     return Network(observer, original, train, validation, size, memory, granted), skips
 
 
+def with_known_rows(
+    dense: Model, layers: Sequence[Layer], data: Data, options: Options
+) -> tuple[list[Layer], list[Skip]]:
+    """The layers whose rows are as many whatever the weights are, and those that are left alone.
+
+    Raises:
+        ModelError: an output has as many rows as the data select.
+    """
+    produced = {y for node in dense.proto.graph.node for y in node.output}
+    outputs = [y.name for y in dense.proto.graph.output]
+    read = [layer.input for layer in layers if layer.input in produced]
+    weights = [layer.weight.tensor for layer in layers]
+    few = data.train.take(np.arange(min(len(data.train), LOOKED_AT)))
+    samples = [batch.feeds for batch in few.batches(1)]
+    found = rows_that_depend(dense, [*outputs, *read], weights, samples, **options.session)
+    lost = next((name for name in outputs if name in found), None)
+    if lost is not None:
+        node = found[lost]
+        raise ModelError(
+            f"{_label(dense)}: output {modelling.printable(lost)!r} has as many rows as "
+            f"{named(node)} selects from the data: two versions of the model cannot be compared "
+            "row by row.",
+            hint=cut_hint(dense.proto, node),
+        )
+    why = "it works on as many rows as {} selects from the data"
+    skips = [
+        Skip(x.name, x.op, why.format(named(found[x.input]))) for x in layers if x.input in found
+    ]
+    return [x for x in layers if x.input not in found], skips
+
+
 def with_free_batch(dense: Model, data: Data, options: Options) -> tuple[Model, Data]:
     """A copy of a model of batch one that takes many samples a run, and the samples put together.
 
     Both are as they were where the batch is free, or where no such copy computes the same.
     """
-    names, few = (
-        data.train.of_one,
-        list(data.train.take(np.arange(len(data.train))[:PROBED]).batches(1)),
-    )
-    if len(few) < 2 or names != data.train.arrays.keys():
+    names, train = data.train.of_one, data.train
+    alike = [i for i in range(len(train)) if train.shapes(i) == train.shapes(0)][:PROBED]
+    if len(alike) < 2 or names != train.arrays.keys():
         return dense, data
-    copy = free_batch(dense, [batch.feeds for batch in few], names, **options.session)
+    few, other = [batch.feeds for batch in train.take(alike).batches(1)], train.another()
+    others = () if other is None else (other.feeds,)
+    copy = free_batch(dense, few, names, others, **options.session)
     if copy is None:
         return dense, data
     train = data.train.together()
@@ -550,7 +608,11 @@ def unit_step(
         share = 1 - 1 / options.speedup
         target = "latency" if options.cost == "latency" else "flops"
     assert not isinstance(share, NM), "Options refuses N:M of units"
-    goal = Goal(share, target, options.cost, options.unit_multiple, not options.searches)
+    kernels = options.speedup is not None or options.cost == "latency"
+    multiple = options.unit_multiple or (None if kernels else 1)
+    goal = Goal(share, target, options.cost, multiple, not options.searches)
+    if multiple is None and target == "flops" and options.provider == "cpu":
+        goal = replace(goal, block=block_of_convolutions())
     watch = None
     if options.cost == "latency":
         watch = Watch(

@@ -289,6 +289,8 @@ def judge_of(
         return Evaluation(held_out, held_out.row_labels, facts)
     samples = calibrating.load(evaluation, signature(source.proto))
     values = None if labels is None else calibrating.load_labels(labels, expected_rows(samples))
+    if samples.stacked and not data.train.stacked:  # the model takes one at a time
+        samples = samples.alone
     return Evaluation(samples, values, EvaluationFacts(samples.source, len(samples), False, named))
 
 

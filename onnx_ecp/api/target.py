@@ -8,12 +8,20 @@ from pathlib import Path
 
 from onnx_ecp.api.options import Options
 from onnx_ecp.evaluation.targets import TARGETS, Eligible, Target, eligible
+from onnx_ecp.evaluation.targets.onnxruntime import ONNXRUNTIME
+from onnx_ecp.evaluation.worker import RUNTIMES
 from onnx_ecp.graph import Model
 from onnx_ecp.layers import Skip
 from onnx_ecp.report import ForTarget
 from onnx_ecp.units import Structure
 from onnx_ecp.units.rows import UnitRow
 from onnx_ecp.units.shrink import Smaller
+
+# What every runtime gains from where units went, and what to run next in those that can be timed.
+UNITS_GAIN = "whole units that are gone: latency follows the multiplications"
+UNITS_NEXT = {
+    name: f"onnx-ecp compare MODEL {{model}} -d DATA --runtime {name}" for name in RUNTIMES
+}
 
 
 def for_target(
@@ -40,14 +48,19 @@ def for_target(
         return None
     target = TARGETS[name]
     layers = eligible(floats, target)
-    if target.granularity == "unit" and options.by_units:
+    only_units = options.by_units and not options.units_and_zeros
+    if only_units or (options.by_units and target.granularity == "unit"):
         lost = {x for row in made.rows if row.after < row.before for x in _layers_of(row)}
         layers = tuple(_by_units(layers, lost, skips, "none of its units went"))
     before, after = given.proto.ir_version, made.model.proto.ir_version
     changes = ""
     if before != after:
         changes = f"IR version {after} instead of {before}, so that {target.title} takes the file."
-    return _for(name, layers, output, changes, int8=options.quantize is not None)
+    found = _for(name, layers, output, changes, int8=options.quantize is not None)
+    if not only_units:
+        return found
+    step = _command(UNITS_NEXT.get(name, target.next_step), output)
+    return replace(found, gains=UNITS_GAIN, evidence=ONNXRUNTIME.evidence, next_step=step)
 
 
 def foreseen(model: Model, name: str, structure: Structure) -> ForTarget:
@@ -70,8 +83,20 @@ def _for(
 ) -> ForTarget:
     target: Target = TARGETS[name]
     step = target.after_int8 if int8 and target.after_int8 else target.next_step
-    command = step.replace("{model}", str(output or "OUTPUT"))
-    return ForTarget(name, target.title, target.gains, layers, command, changes)
+    return ForTarget(
+        name,
+        target.title,
+        target.gains,
+        target.evidence,
+        layers,
+        _command(step, output),
+        changes,
+    )
+
+
+def _command(step: str, output: str | Path | None) -> str:
+    """A next step with the file in its place."""
+    return step.replace("{model}", str(output or "OUTPUT"))
 
 
 def _layers_of(row: UnitRow) -> tuple[str, ...]:

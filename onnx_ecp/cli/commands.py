@@ -6,13 +6,14 @@ an option's value may be, the library decides; here is only what is peculiar to 
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TypeVar
 
 import click
@@ -27,7 +28,7 @@ from onnx_ecp.errors import (
     did_you_mean,
     named_as_options,
 )
-from onnx_ecp.runtime.supervision import supervised
+from onnx_ecp.runtime.supervision import supervised, written
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -98,8 +99,12 @@ def _config_value(where: str, option: click.Option, value: Any) -> Any:
         return [f"{name}{option.type.separator}{text}" for name, text in texts.items()]
     if option.multiple and not isinstance(value, dict):
         return [str(item) for item in (value if isinstance(value, list) else [value])]
-    if isinstance(value, dict | list) or isinstance(value, bool) != option.is_flag:
-        raise UsageError(f"{where} cannot be {value!r}.", hint="See --help of the command.")
+    plain = isinstance(value, str | int | float) and isinstance(value, bool) == option.is_flag
+    if isinstance(option.type, click.types.IntParamType) and isinstance(value, float):
+        plain = value.is_integer()
+    if not plain:
+        shown = repr(value) if isinstance(value, str) else value
+        raise UsageError(f"{where} cannot be {shown}.", hint="See --help of the command.")
     return value
 
 
@@ -288,8 +293,14 @@ OPTIONS = (
         "What a unit's importance is divided by; latency is timed on this machine.",
     ),
     click.option(
-        "--unit-multiple", type=int, metavar="N", default=1, show_default=True,
-        help="Keep units in multiples of N, such as 8 or 16.",
+        "--unit-multiple", type=int, metavar="N",
+        help="Keep units in multiples of N, such as 8 or 16.  [default: 1; with --speedup or "
+        "--cost latency what kernels like: multiples of 8 rows and columns, or of 16 channels]",
+    ),
+    click.option(
+        "--units-and-zeros", is_flag=True,
+        help="Both --speedup and --sparsity: whole units until the one is met, then zeros in what "
+        "stays until the other is, a share of all weights of the given model.",
     ),
     click.option(
         "--cleanup/--no-cleanup", default=None,
@@ -381,6 +392,7 @@ class Program(click.Group):
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **keywords: Any) -> Any:
         """Run and exit; see ``click.Group.main``."""
+        _open_streams()
         own = args is None  # the process is the command's, not that of a program that calls it
         args = list(sys.argv[1:] if args is None else args) or ["--help"]
         keywords["standalone_mode"] = False
@@ -392,7 +404,11 @@ class Program(click.Group):
         def work() -> int:
             with named_as_options(), _signals_raise():
                 try:
-                    return run(args, *rest, **keywords) or 0
+                    code = run(args, *rest, **keywords) or 0
+                    sys.stdout.flush()
+                    return code
+                except SystemExit:  # click's answer to a broken pipe
+                    return _failed(BrokenPipeError(errno.EPIPE, ""), with_traceback=False)
                 except Exception as error:
                     return _failed(error, with_traceback="--traceback" in args)
 
@@ -410,6 +426,16 @@ class Program(click.Group):
             known = self.list_commands(ctx)
             raise UsageError(f"no command {cmd_name!r}.", hint=did_you_mean(cmd_name, known))
         return command
+
+
+def _open_streams() -> None:
+    """Let closed standard streams lead nowhere, before a file that is opened gets their number."""
+    with suppress(OSError):
+        while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+            pass
+        os.close(number)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")
 
 
 class _Signal(KeyboardInterrupt):
@@ -441,14 +467,26 @@ def _signals_raise() -> Iterator[None]:
 def _failed(error: Exception, with_traceback: bool) -> int:
     """Say on stderr what went wrong and what to do; the exit code."""
     message, hint, code = _explained(error)
-    if with_traceback:
-        import traceback
+    with suppress(OSError):  # where stderr is full, the code must do
+        if with_traceback:
+            import traceback
 
-        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-    click.echo(f"error: {_one_line(message)}", err=True)
-    if hint:
-        click.echo(f"hint: {_one_line(hint)}", err=True)
+            click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+        click.echo(f"error: {_one_line(message)}", err=True)
+        if hint := hint or _ADVICE.get(code, ""):
+            click.echo(f"hint: {_one_line(hint)}", err=True)
     return code
+
+
+# By exit code, what helps where an error has no hint of its own.
+_ADVICE = {
+    2: "See --help of the command.",
+    3: "Export or download the model again, and try `onnx-ecp inspect` on it.",
+    4: "See what --calibration takes: `onnx-ecp optimize --help`, or docs/calibration.md.",
+    5: "`onnx-ecp inspect MODEL` lists every candidate with its reason.",
+    6: "`onnx-ecp doctor` checks the installation.",
+    8: "Choose another output.",
+}
 
 
 def _explained(error: Exception) -> tuple[str, str, int]:
@@ -456,6 +494,8 @@ def _explained(error: Exception) -> tuple[str, str, int]:
     match error:
         case click.Abort(__cause__=_Signal(args=(number,))):
             return _explained(Interrupted(number))
+        case click.Abort():
+            return _explained(Interrupted(signal.SIGINT))
         case OnnxEcpError():
             return error.message, error.hint, error.exit_code
         case click.NoSuchOption(ctx=ctx, option_name=name):
@@ -469,16 +509,29 @@ def _explained(error: Exception) -> tuple[str, str, int]:
             return error.format_message(), hint, error.exit_code
         case MemoryError():
             return "out of memory.", "Use a smaller --batch-size or fewer --samples.", 6
-        case BrokenPipeError():
-            # Python flushes stdout once more when it ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return "nobody reads the output.", "", OutputError.exit_code
+        case FileNotFoundError(filename=None):
+            where = "the working directory does not exist any more."
+            return where, "Change into one that does, or give whole paths.", OutputError.exit_code
+        case OSError(filename=None, errno=errno.EPIPE | errno.ENOSPC | errno.EIO | errno.EBADF):
+            # Files have names, and errors of their own. Python flushes stdout once more at its end.
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            hint = f"Written: {', '.join(written)}." if written else "Nothing was written."
+            if error.errno == errno.EPIPE:
+                return "nobody reads the output.", hint, OutputError.exit_code
+            return f"stdout: {error.strerror}.", hint, OutputError.exit_code
     what = f"{type(error).__name__}: {error} (a bug in onnx-ecp)"
     return what, "Run it again with --traceback and report what it prints.", 1
 
 
+# Longer messages hold a name, or a list of them, that nobody reads.
+_LONGEST = 1500
+
+
 def _one_line(text: str) -> str:
-    """Text with line breaks and terminal escapes made harmless."""
+    """Text with line breaks and terminal escapes made harmless, and of bounded length."""
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}... ({len(text)} characters)"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.splitlines()))
 
 
@@ -503,7 +556,7 @@ def main() -> None:
     """  # noqa: D301 - the \b is for click
 
 
-@main.command(cls=Grouped)
+@main.command(cls=Grouped, short_help="Prune MODEL, repair what stays, write OUTPUT, compare both.")
 @click.argument("model")
 @click.argument("output", required=False)
 @_with(*OPTIONS, *PRESENTATION)
@@ -516,10 +569,7 @@ def optimize(
     traceback: bool,
     **options: Any,
 ) -> None:
-    """Prune MODEL, repair what stays, write OUTPUT, compare both.
-
-    OUTPUT may be left out with --dry-run.
-    """
+    """Prune MODEL, repair what stays, write OUTPUT (or not: --dry-run), compare both."""
     if output is None and not options["dry_run"]:
         raise UsageError("OUTPUT is missing.", hint="Name the file to write, or add --dry-run.")
     from onnx_ecp.api import optimize as pipeline

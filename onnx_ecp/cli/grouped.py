@@ -15,24 +15,24 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("samples", "input-shapes", "eval", "calibration-labels"),
     ),
     "How much": (
-        ("sparsity", "sparsities", "max-error", "max-accuracy-drop", "speedup", "layer-sparsity"),
-        ("apply-masks", "unit-multiple", "cost"),
+        ("sparsity", "sparsities", "max-error", "max-accuracy-drop", "speedup"),
+        ("layer-sparsity", "apply-masks", "unit-multiple", "units-and-zeros", "cost"),
     ),
     "How": (
-        ("method", "methods", "effort", "time-budget", "provider", "seed"),
+        ("method", "methods", "effort", "time-budget", "quantize", "provider"),
         (
             "metric", "importance", "compensation", "support", "damping", "stages", "scope",
             "finetune-steps", "output-weights", "probes", "gradients", "positions", "statistics",
             "blocks", "cbs-select", "cbs-update", "permute", "cleanup", "unread-inputs",
-            "batch-size", "threads", "max-memory", "timeout",
+            "batch-size", "seed", "threads", "max-memory", "timeout",
         ),
     ),
     "Output": (
         (
             "output", "report", "measure", "json", "force", "dry-run", "quiet",
-            "verbose", "config",
+            "config",
         ),
-        ("format", "masks", "bound", "traceback", "help", "help-all"),
+        ("verbose", "format", "masks", "bound", "traceback", "help", "help-all"),
     ),
 }  # fmt: skip
 REST = "More"

@@ -1,16 +1,20 @@
 """Calibration data: any source becomes named arrays of samples that fit the model's inputs.
 
 A sample is one row of the batch axis where every input of the model has a free first axis, and one
-whole set of inputs otherwise (a fixed batch, a scalar, a batch axis that is not the first).
+whole set of inputs otherwise (a fixed batch, a scalar, a batch axis that is not the first). Samples
+may differ in shape along free axes; those of one shape are then put together into batches.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import math
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,17 +23,20 @@ from typing import Any
 import numpy as np
 import onnx
 
+from onnx_ecp.data import ragged
 from onnx_ecp.data import synthetic as synthesis
+from onnx_ecp.data.ragged import Ragged, Samples, shape_of
 from onnx_ecp.data.synthetic import draw, is_fixed
 from onnx_ecp.data.untrusted import (
     memory_budget,
+    npz_headers,
     npz_names,
     read_npy,
     read_npz,
     read_polygraphy,
     read_tensor,
 )
-from onnx_ecp.errors import CalibrationError, UsageError, did_you_mean
+from onnx_ecp.errors import CalibrationError, OnnxEcpError, UsageError, did_you_mean
 from onnx_ecp.graph import InputSpec
 from onnx_ecp.runtime.limits import check_deadline
 
@@ -52,28 +59,37 @@ class Batch:
         feeds: array by input name, as the model wants them.
         samples: how many samples they hold.
         labels: of its rows (rows, ...), where there are any.
+        numbers: of its samples in the whole data, see ``Calibration.numbers``; None where they
+            count from ``start``.
     """
 
     start: int
     feeds: dict[str, np.ndarray]
     samples: int = 1
     labels: np.ndarray | None = None
+    numbers: np.ndarray | None = None
 
     def halves(self) -> tuple[Batch, Batch]:
         """Two batches of half the size; only a batch of several samples has them."""
         middle = self.samples // 2
-        first = {name: array[:middle] for name, array in self.feeds.items()}
-        second = {name: array[middle:] for name, array in self.feeds.items()}
-        known = self.labels
-        return (
-            Batch(self.start, first, middle, None if known is None else known[:middle]),
-            Batch(
-                self.start + middle,
-                second,
-                self.samples - middle,
-                None if known is None else known[middle:],
-            ),
+        return self._part(slice(middle)), self._part(slice(middle, self.samples))
+
+    def _part(self, which: slice) -> Batch:
+        start, stop, _ = which.indices(self.samples)
+        return Batch(
+            self.start + start,
+            {name: array[which] for name, array in self.feeds.items()},
+            stop - start,
+            None if self.labels is None else self.labels[which],
+            None if self.numbers is None else self.numbers[which],
         )
+
+    @property
+    def in_whole(self) -> np.ndarray:
+        """(samples,): the numbers of its samples in the whole data; random probes follow them."""
+        if self.numbers is None:
+            return np.arange(self.start, self.start + self.samples)
+        return self.numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +98,8 @@ class Calibration:
 
     Args:
         arrays: by input name. Stacked: (samples, ...) of the model's own rank, axis 0 is the
-            model's batch axis. Not stacked: (samples, *shape of the model's input).
+            model's batch axis. Not stacked: (samples, *shape of the model's input). Where samples
+            differ in shape, a ``Ragged`` of them.
         stacked: whether samples can be put together into batches.
         source: where they come from, for the report.
         synthetic: made up; importances measured with them reflect no real data.
@@ -91,63 +108,138 @@ class Calibration:
             them; None where there are none.
         freed: stacked for a copy of the model with a free batch axis: the model itself takes one
             sample at a time.
+        numbers: (samples,), of a shard, the places of its samples in the whole that it is a part
+            of; None where this is the whole.
     """
 
-    arrays: dict[str, np.ndarray]
+    arrays: Mapping[str, Samples]
     stacked: bool
     source: str
     synthetic: bool
     seed: int
     labels: np.ndarray | None = None
     freed: bool = False
+    numbers: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of samples."""
         return len(next(iter(self.arrays.values())))
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """All samples in order, ``size`` at a time; one at a time where they are not stacked."""
+        """All samples in order, ``size`` at a time; one at a time where they are not stacked.
+
+        Where they differ in shape, a batch ends before a sample of another one.
+        """
         if not self.stacked:
             for i in range(len(self)):
-                # The ellipsis keeps scalars arrays.
-                feeds = {name: array[i, ...] for name, array in self.arrays.items()}
-                yield Batch(i, feeds, 1, self._row_labels(slice(i, i + 1)))
+                feeds = {name: ragged.one(array, i) for name, array in self.arrays.items()}
+                which = slice(i, i + 1)
+                yield Batch(i, feeds, 1, self._row_labels(which), self._numbers(which))
             return
-        for start in range(0, len(self), size):
-            stop = min(start + size, len(self))
-            feeds = {name: array[start:stop] for name, array in self.arrays.items()}
-            yield Batch(start, feeds, stop - start, self._row_labels(slice(start, stop)))
+        start = 0
+        for end in self._ends():
+            while start < end:
+                stop = min(start + size, end)
+                feeds = {n: ragged.run(array, start, stop) for n, array in self.arrays.items()}
+                which = slice(start, stop)
+                labels, numbers = self._row_labels(which), self._numbers(which)
+                yield Batch(start, feeds, stop - start, labels, numbers)
+                start = stop
+
+    @property
+    def uneven(self) -> bool:
+        """Whether samples differ in shape."""
+        return any(isinstance(array, Ragged) for array in self.arrays.values())
+
+    def shapes(self, index: int) -> tuple[tuple[int, ...], ...]:
+        """Of all inputs of one sample."""
+        return tuple(shape_of(array, index) for array in self.arrays.values())
+
+    def grouped(self) -> Calibration:
+        """The same samples, those of one shape next to each other.
+
+        The first are the largest of which there are several: what is tried with one batch holds for
+        the others.
+        """
+        if not self.uneven:
+            return self
+        groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+        for i in range(len(self)):
+            groups.setdefault(self.shapes(i), []).append(i)
+
+        def order(shapes: tuple[tuple[int, ...], ...]) -> tuple[bool, int]:
+            return len(groups[shapes]) == 1, -sum(map(math.prod, shapes))
+
+        return self.take(np.concatenate([groups[shapes] for shapes in sorted(groups, key=order)]))
+
+    def another(self) -> Batch | None:
+        """A sample whose shape is least like that of the first; None if all are alike."""
+        if not self.uneven:
+            return None
+        first = self.shapes(0)
+
+        def apart(i: int) -> int:
+            pairs = zip(first, self.shapes(i), strict=True)
+            return sum(a != b for x, y in pairs for a, b in zip(x, y, strict=True))
+
+        return next(self.take([max(range(len(self)), key=apart)]).batches(1))
+
+    def _ends(self) -> Iterator[int]:
+        """Behind the last sample of every run of samples of one shape."""
+        if self.uneven:
+            yield from (i for i in range(1, len(self)) if self.shapes(i) != self.shapes(i - 1))
+        yield len(self)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Calibration:
         """The samples with these indices, in this order."""
-        arrays = {name: array[indices] for name, array in self.arrays.items()}
+        arrays = {n: ragged.taken(array, np.asarray(indices)) for n, array in self.arrays.items()}
         labels = None if self.labels is None else self.labels[indices]
-        return replace(self, arrays=arrays, labels=labels)
+        numbers = None if self.numbers is None else self.numbers[indices]
+        return replace(self, arrays=arrays, labels=labels, numbers=numbers)
+
+    def shard(self, indices: Sequence[int] | np.ndarray) -> Calibration:
+        """As ``take``, but the samples keep their numbers in the whole.
+
+        So sums over the shards of a set, however it was parted, are those over the set: what is
+        random follows the number of a sample.
+        """
+        known = self.numbers is not None
+        whole = self if known else replace(self, numbers=np.arange(len(self)))
+        return whole.take(indices)
 
     @property
     def of_one(self) -> frozenset[str]:
         """Names of the inputs with a batch axis that is fixed to one, none where it is free."""
         if self.stacked:
             return frozenset()
-        return frozenset(name for name, array in self.arrays.items() if array.shape[1:2] == (1,))
+        return frozenset(name for name, array in self.arrays.items() if shape_of(array)[:1] == (1,))
 
     def together(self) -> Calibration:
         """For a copy of the model with a free batch axis; every input must be ``of_one``."""
-        arrays = {name: array[:, 0] for name, array in self.arrays.items()}
+        arrays = {name: ragged.without_axis(array) for name, array in self.arrays.items()}
         return replace(self, arrays=arrays, stacked=True, freed=True)
+
+    @property
+    def alone(self) -> Calibration:
+        """One a run, each a batch of one: for a model that takes no more than that at once."""
+        arrays = {name: ragged.with_axis(array) for name, array in self.arrays.items()}
+        return replace(self, arrays=arrays, stacked=False)
 
     @property
     def as_given(self) -> Calibration:
         """For the model itself, whatever copy of it the samples were put together for."""
         if not self.freed:
             return self
-        arrays = {name: array[:, None] for name, array in self.arrays.items()}
+        arrays = {name: ragged.with_axis(array) for name, array in self.arrays.items()}
         return replace(self, arrays=arrays, stacked=False, freed=False)
 
     @property
     def row_labels(self) -> np.ndarray | None:
         """The labels (rows, ...) of all samples, where there are any."""
         return self._row_labels(slice(None))
+
+    def _numbers(self, which: slice) -> np.ndarray | None:
+        return None if self.numbers is None else self.numbers[which]
 
     def _row_labels(self, which: slice) -> np.ndarray | None:
         if self.labels is None:
@@ -206,7 +298,7 @@ def load(source: Any, inputs: Inputs, *, samples: int | None = None, seed: int =
     parts = kind.read(source, inputs)
     if kind.stream:
         parts = _until(parts, samples, _origin(source))
-    whole = replace(_joined(list(parts), _origin(source)), seed=seed)
+    whole = replace(_joined(list(parts), inputs, _origin(source)), seed=seed)
     indices = np.arange(len(whole))
     if samples is not None and samples < len(whole):
         indices = indices[:samples] if kind.stream else subset(len(whole), samples, seed)
@@ -249,7 +341,14 @@ def check_shapes(given: Calibration, inputs: Inputs, shapes: Mapping[str, tuple[
     synthesis.check_shapes(inputs, shapes)
     for name, shape in shapes.items():
         wanted = shape[1:] if given.stacked else shape
-        own = given.arrays[name].shape[1:]
+        found = given.arrays[name]
+        own = shape_of(found)
+        if isinstance(found, Ragged):
+            raise UsageError(
+                f"--input-shapes says {','.join(map(str, shape))} for input {name!r}, but the "
+                f"samples of {given.source} differ in shape.",
+                hint="Leave it out: real samples tell their own shapes.",
+            )
         if own != wanted:
             sizes = ",".join(map(str, ("N", *own) if given.stacked else own))
             raise UsageError(
@@ -328,7 +427,8 @@ def _labels_array(source: str | Path | np.ndarray) -> np.ndarray:
         return source
     path = Path(source)
     if not path.is_file():
-        raise CalibrationError(f"{path}: no such file.")
+        what = "not a regular file" if os.path.lexists(path) else "no such file"
+        raise CalibrationError(f"{path}: {what}.", hint="Give the path of a file.")
     if path.suffix == ".npy":
         return read_npy(path)
     if path.suffix != ".npz":
@@ -350,7 +450,10 @@ def _labels_array(source: str | Path | np.ndarray) -> np.ndarray:
 
 
 def fit(arrays: Mapping[Any, Any], inputs: Inputs, origin: str) -> Calibration:
-    """Arrays of many samples as a Calibration; every way in ends here."""
+    """Arrays of many samples as a Calibration; every way in ends here.
+
+    An input of which there is one sample, where others have more, is the same in all of them.
+    """
     given = _named(arrays, inputs, origin)
     placed = {spec.name: _place(given[spec.name], spec, origin) for spec in inputs}
     stacked = all(on_batch_axis for _, on_batch_axis in placed.values())
@@ -359,14 +462,72 @@ def fit(arrays: Mapping[Any, Any], inputs: Inputs, origin: str) -> Calibration:
         name: array if on_batch_axis == stacked else array[:, None]
         for name, (array, on_batch_axis) in placed.items()
     }
+    samples = max(map(len, fitted.values()))
+    fitted = {
+        name: array if len(array) > 1 else np.broadcast_to(array, (samples, *array.shape[1:]))
+        for name, array in fitted.items()
+    }
     counts = {name: len(array) for name, array in fitted.items()}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name!r} has {count}" for name, count in counts.items())
         raise CalibrationError(
             f"{origin}: the inputs have different numbers of samples: {listed}.",
-            hint="Repeat an array that all samples share: np.repeat(array[None], samples, axis=0).",
+            hint="Give what all samples share (a state, a scalar) once, in the shape of the input: "
+            + ", ".join(f"{spec.name} {_wanted(spec)}" for spec in inputs)
+            + ".",
         )
     return Calibration(fitted, stacked, origin, synthetic=False, seed=0)
+
+
+def _fit_lists(
+    arrays: Mapping[Any, Any], inputs: Inputs, origin: str, listed: Collection[str] = ()
+) -> Iterator[Calibration]:
+    """Inputs as lists with an array for every sample, beside arrays of all samples or of one.
+
+    Args:
+        arrays: by input name.
+        inputs: of the model.
+        origin: for errors.
+        listed: names that are lists, beside those that no one array can hold.
+    """
+    lists = {name: list(x) for name, x in arrays.items() if name in listed or _is_list(x)}
+    counts = {str(name): len(x) for name, x in lists.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name!r} has {count}" for name, count in counts.items())
+        raise CalibrationError(
+            f"{origin}: the inputs have different numbers of samples: {listed}.",
+            hint="Give lists with one array for every sample.",
+        )
+    (samples,) = set(counts.values())
+    if samples == 0:
+        raise CalibrationError(f"{origin}: no samples.", hint="At least one is needed.")
+    shapes = {spec.name: spec.shape for spec in inputs}
+
+    def of_one(name: Any, i: int) -> Any:
+        if name in lists:
+            return lists[name][i]
+        array = arrays[name]
+        if not isinstance(array, np.ndarray | np.generic):
+            return array
+        array = np.asarray(array)
+        every = array.ndim > 0 and len(array) == samples and not _is_shared(array, shapes.get(name))
+        return array[i] if every else array
+
+    for i in range(samples):
+        feed = {name: of_one(name, i) for name in arrays}
+        yield _fit_feed(feed, inputs, f"{origin}: sample {i}")
+
+
+def _is_list(value: Any) -> bool:
+    """Whether a value is a list of arrays that no one array can hold."""
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    return len({np.shape(x) if hasattr(x, "__array__") else None for x in value}) > 1
+
+
+def _is_shared(array: np.ndarray, shape: Shape | None) -> bool:
+    """Whether an array is what one run takes, of an input without a free first axis."""
+    return not _is_free_first(shape) and _fits(array.shape, shape)
 
 
 def _fit_feed(feed: Any, inputs: Inputs, origin: str) -> Calibration:
@@ -375,7 +536,8 @@ def _fit_feed(feed: Any, inputs: Inputs, origin: str) -> Calibration:
         feed = {_only_input(inputs, origin, feed): feed}
     given = _named(feed, inputs, origin)
     free = all(_is_free_first(spec.shape) for spec in inputs)
-    whole = not free and all(_fits(given[spec.name].shape, spec.shape) for spec in inputs)
+    fits = all(_fits(given[spec.name].shape, spec.shape) for spec in inputs)
+    whole = fits and (not free or _counts_apart(given, inputs))
     for spec in inputs:
         array = given[spec.name]
         lacks_batch_axis = spec.shape is not None and array.ndim == max(len(spec.shape), 1) - 1
@@ -384,8 +546,20 @@ def _fit_feed(feed: Any, inputs: Inputs, origin: str) -> Calibration:
     return fit(given, inputs, origin)
 
 
-def _named(arrays: Mapping[Any, Any], inputs: Inputs, origin: str) -> dict[str, np.ndarray]:
-    """Exactly one array for every input, of its dtype."""
+def _counts_apart(given: Mapping[str, np.ndarray], inputs: Inputs) -> bool:
+    """Whether first axes count different things, such as the nodes and edges of one graph."""
+    sizes = {given[spec.name].shape[:1] for spec in inputs}
+    return len(sizes) > 1 and _names_apart(inputs)
+
+
+def _names_apart(inputs: Inputs) -> bool:
+    """Whether the first axes of all inputs are free, and not all of one name."""
+    names = [spec.shape[0] if spec.shape else None for spec in inputs]
+    return all(isinstance(name, str) and name for name in names) and len(set(names)) > 1
+
+
+def _check_known(arrays: Iterable[Any], inputs: Inputs, origin: str) -> None:
+    """CalibrationError for a name that is no input; labels are passed over."""
     names = [spec.name for spec in inputs]
     for name in arrays:
         if name not in names and name not in LABEL_NAMES:
@@ -393,6 +567,11 @@ def _named(arrays: Mapping[Any, Any], inputs: Inputs, origin: str) -> dict[str, 
                 f"{origin}: {name!r} is not an input of the model.",
                 hint=did_you_mean(str(name), names),
             )
+
+
+def _named(arrays: Mapping[Any, Any], inputs: Inputs, origin: str) -> dict[str, np.ndarray]:
+    """Exactly one array for every input, of its dtype."""
+    _check_known(arrays, inputs, origin)
     missing = next((spec for spec in inputs if spec.name not in arrays), None)
     if missing is not None:
         raise CalibrationError(
@@ -442,10 +621,14 @@ def _place(array: np.ndarray, spec: InputSpec, origin: str) -> tuple[np.ndarray,
     stacked = shape is None or (len(given) == len(shape) and _is_free_first(shape))
     if shape and not stacked and len(given) == len(shape):
         array = _whole_batches(array, spec, origin)
+    if array.ndim == 0 and shape == ():
+        return array[None], False
     if array.ndim == 0 or not _fits(array.shape if stacked else array.shape[1:], shape):
         raise CalibrationError(
             f"{origin}: input {spec.name!r} has shape {_shape(given)}; {_wanted(spec)} expected.",
-            hint="The first axis is the samples; the others must be those of the model's input.",
+            hint="The first axis is the samples; the others must be those of the model's input. "
+            "Samples that differ in shape: a list of arrays, one per sample. What all share: once, "
+            f"as {_wanted(spec)}.",
         )
     return array, stacked
 
@@ -487,26 +670,47 @@ def _wanted(spec: InputSpec) -> str:
     return dtype if spec.shape is None else f"{dtype} {_shape(spec.shape)}"
 
 
-def _joined(parts: list[Calibration], origin: str) -> Calibration:
+def _joined(parts: list[Calibration], inputs: Inputs, origin: str) -> Calibration:
     """One Calibration out of many; batches are opened up unless all parts are stacked."""
     if not parts:
         raise CalibrationError(f"{origin}: no samples.", hint="At least one is needed.")
     stacked = all(part.stacked for part in parts)
+    if not stacked and _names_apart(inputs):
+        # Where one sample has as many nodes as edges, that says nothing.
+        parts = [_as_whole(part) if part.stacked else part for part in parts]
     arrays = {}
     for name in parts[0].arrays:
         pieces = [
-            part.arrays[name] if part.stacked == stacked else part.arrays[name][:, None]
+            x if part.stacked == stacked else ragged.with_axis(x)
             for part in parts
+            for x in (part.arrays[name],)
         ]
-        shapes = sorted({piece.shape[1:] for piece in pieces})
-        if len(shapes) > 1:
+        shapes = sorted({shape_of(piece) for piece in pieces}, key=len)
+        if len(shapes[0]) != len(shapes[-1]):
             raise CalibrationError(
-                f"{origin}: samples of input {name!r} differ in shape: "
+                f"{origin}: samples of input {name!r} have different numbers of axes: "
                 f"{_shape(shapes[0])} and {_shape(shapes[-1])}.",
-                hint="Pad or crop them to one shape.",
+                hint="Shapes may differ, numbers of axes may not.",
             )
-        arrays[name] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        free = all(_is_free_first(spec.shape) for spec in inputs)
+        rows = free and not stacked and not _names_apart(inputs)
+        if rows and len({shape[:1] for shape in shapes}) > 1:
+            raise CalibrationError(
+                f"{origin}: sets of samples of input {name!r} differ in shape: "
+                f"{_shape(shapes[0])} and {_shape(shapes[-1])}.",
+                hint="Give the rows of the batch axis as samples, without another axis in front.",
+            )
+        arrays[name] = Ragged.joined(pieces)
     return replace(parts[0], arrays=arrays, stacked=stacked, source=origin)
+
+
+def _as_whole(part: Calibration) -> Calibration:
+    """A stacked batch as what one run takes."""
+    arrays: dict[str, Samples] = {}
+    for name, array in part.arrays.items():
+        assert isinstance(array, np.ndarray), "one feed has one shape"
+        arrays[name] = array[None]
+    return replace(part, arrays=arrays, stacked=False)
 
 
 def _until(parts: Iterable[Calibration], samples: int | None, origin: str) -> Iterator[Calibration]:
@@ -532,9 +736,10 @@ def _check_finite(calibration: Calibration, indices: np.ndarray) -> None:
     for name, array in calibration.arrays.items():
         if array.dtype.kind in "biu":
             continue
-        step = max(1, _CHUNK // max(1, array[0].size))
+        even = isinstance(array, np.ndarray)
+        step = max(1, _CHUNK // max(1, math.prod(shape_of(array)))) if even else 1
         for start in range(0, len(array), step):
-            rows = array[start : start + step]
+            rows = ragged.run(array, start, min(start + step, len(array)))
             bad = ~np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
             if bad.any():
                 raise CalibrationError(
@@ -550,9 +755,68 @@ def _check_finite(calibration: Calibration, indices: np.ndarray) -> None:
 def _from_npz(source: Any, inputs: Inputs) -> Iterator[Calibration]:
     path = Path(source)
     found = set(npz_names(path))
-    # Only what the model takes is unpacked; None stands for names that _fit will object to.
-    arrays = read_npz(path, [spec.name for spec in inputs if spec.name in found])
-    yield fit(dict.fromkeys(sorted(found)) | arrays, inputs, str(path))
+    lists = {
+        spec.name: names
+        for spec in inputs
+        if spec.name not in found and (names := _numbered_arrays(found, spec.name))
+    }
+    parts = {name for names in lists.values() for name in names}
+    # Only what the model takes is unpacked, and not before it fits by what its headers declare.
+    wanted = [*(spec.name for spec in inputs if spec.name in found), *parts]
+    for arrays in (_stand_ins(path, wanted, inputs), None):
+        fitted = _npz_fitted(path, arrays or read_npz(path, wanted), lists, found - parts, inputs)
+        if arrays is None:
+            yield from fitted
+        else:
+            for _ in fitted:
+                pass
+
+
+def _stand_ins(path: Path, names: Sequence[str], inputs: Inputs) -> dict[str, np.ndarray]:
+    """Arrays of one number that look like those of an .npz file, as its headers declare them."""
+    wanted = {spec.name: spec.dtype for spec in inputs}
+    found = {}
+    for name, (shape, dtype) in npz_headers(path, names).items():
+        to = wanted.get(name.rpartition("/")[0] if name not in wanted else name)
+        if to is not None and dtype.kind in "iu" and np.can_cast(dtype, to, "safe"):
+            dtype = to  # what would be widened would take memory
+        found[name] = np.broadcast_to(np.zeros((), dtype), shape)
+    return found
+
+
+def _npz_fitted(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    lists: Mapping[str, Sequence[str]],
+    names: Collection[str],
+    inputs: Inputs,
+) -> Iterator[Calibration]:
+    """The arrays of an .npz file as samples.
+
+    Args:
+        path: of the file.
+        arrays: by name in the file, those that the model takes.
+        lists: by input, the names of the arrays of its samples.
+        names: of all other arrays in the file.
+        inputs: of the model.
+    """
+    arrays = dict(arrays)
+    listed = {name: [arrays.pop(part) for part in names] for name, names in lists.items()}
+    whole = dict.fromkeys(sorted(names)) | arrays  # None: names that are objected to
+    if listed:
+        _check_known(whole, inputs, str(path))
+        whole = {name: x for name, x in whole.items() if x is not None}
+        yield from _fit_lists(whole | listed, inputs, str(path), listed.keys())
+    else:
+        yield fit(whole, inputs, str(path))
+
+
+def _numbered_arrays(found: Collection[str], name: str) -> list[str]:
+    """``name/0``, ``name/1`` and so on, as far as they are there."""
+    return [
+        f"{name}/{i}"
+        for i in itertools.takewhile(lambda i: f"{name}/{i}" in found, itertools.count())
+    ]
 
 
 def _from_npy(source: Any, inputs: Inputs) -> Iterator[Calibration]:
@@ -575,7 +839,24 @@ def _from_folder(source: Any, inputs: Inputs) -> Iterator[Calibration]:
         yield fit(arrays, inputs, str(folder))
         return
     for path in files:
-        yield from (_from_npy if path.suffix == ".npy" else _from_npz)(path, inputs)
+        if path.suffix == ".npy":
+            array = read_npy(path)
+            name = _only_input(inputs, str(path), array)
+            yield _fit_feed({name: array}, inputs, str(path))
+        elif _numbered_inputs(path, inputs):
+            yield from _from_npz(path, inputs)
+        else:
+            found = npz_names(path)
+            wanted = [spec.name for spec in inputs if spec.name in found]
+            given: dict[str, Any] = dict.fromkeys(found)
+            _fit_feed(given | _stand_ins(path, wanted, inputs), inputs, str(path))
+            yield _fit_feed(given | read_npz(path, wanted), inputs, str(path))
+
+
+def _numbered_inputs(path: Path, inputs: Inputs) -> bool:
+    """Whether an .npz file holds an array for every sample."""
+    found = set(npz_names(path))
+    return any(x.name not in found and _numbered_arrays(found, x.name) for x in inputs)
 
 
 def _from_test_data(source: Any, inputs: Inputs) -> Iterator[Calibration]:
@@ -610,23 +891,52 @@ def _from_script(source: Any, inputs: Inputs) -> Iterator[Calibration]:
     assert match is not None, "the table matched it"
     path, name = Path(match["path"]), match["function"] or "load_data"
     if not path.is_file():
-        raise CalibrationError(f"{path}: no such file.")
+        what = "not a regular file" if os.path.lexists(path) else "no such file"
+        raise CalibrationError(f"{path}: {what}.", hint="Give the path of a file.")
     with _importing(path):
-        try:
+        with _own_code(source, name):
             module = _module(path)
             if not callable(getattr(module, name, None)):
                 functions = [key for key, value in vars(module).items() if callable(value)]
                 raise CalibrationError(
                     f"{path}: has no function {name!r}.", hint=did_you_mean(name, functions)
                 )
-            yield from _from_iterable(getattr(module, name)(), inputs, origin=str(source))
-        except CalibrationError:
+            feeds = iter(getattr(module, name)())
+        yield from _from_iterable(_stepped(feeds, source, name), inputs, origin=str(source))
+
+
+def _stepped(feeds: Iterator[Any], source: Any, name: str) -> Iterator[Any]:
+    """What a script's function yields; only the script itself runs inside the guard."""
+    while True:
+        with _own_code(source, name):
+            try:
+                feed = next(feeds)
+            except StopIteration:
+                return
+        yield feed
+
+
+@contextmanager
+def _own_code(source: Any, name: str) -> Iterator[None]:
+    """Whatever the user's program raises says so; signals and limits stay what they are."""
+    try:
+        yield
+    except OnnxEcpError:
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and not _made_up(error):
             raise
-        except (Exception, SystemExit) as error:
-            raise CalibrationError(
-                f"{source}: failed with {type(error).__name__}: {error}.",
-                hint=f"It must yield dicts of arrays: for feeds in {name}(): ...",
-            ) from error
+        raise CalibrationError(
+            f"{source}: failed with {type(error).__name__}: {error}.",
+            hint=f"It must yield dicts of arrays: for feeds in {name}(): ...",
+        ) from error
+
+
+def _made_up(error: KeyboardInterrupt) -> bool:
+    """Whether no signal stands behind it: those of handlers other than Python's have own types."""
+    return type(error) is KeyboardInterrupt and (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    )
 
 
 @contextmanager
@@ -664,7 +974,16 @@ def _from_iterable(source: Any, inputs: Inputs, origin: str = "") -> Iterator[Ca
 
 
 def _from_dict(source: Any, inputs: Inputs) -> Iterator[Calibration]:
-    yield fit(source, inputs, _origin(source))
+    if any(map(_is_list, source.values())):
+        yield from _fit_lists(source, inputs, _origin(source))
+    elif _names_apart(inputs) and all(_is_whole(source.get(x.name), x) for x in inputs):
+        yield _fit_feed(source, inputs, _origin(source))  # one graph, or a batch
+    else:
+        yield fit(source, inputs, _origin(source))
+
+
+def _is_whole(value: Any, spec: InputSpec) -> bool:
+    return hasattr(value, "__array__") and _fits(np.shape(value), spec.shape)
 
 
 def _from_array(source: Any, inputs: Inputs) -> Iterator[Calibration]:

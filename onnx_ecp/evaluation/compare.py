@@ -22,7 +22,9 @@ import onnx
 
 from onnx_ecp.data import calibration
 from onnx_ecp.data.calibration import Batch, Calibration
+from onnx_ecp.data.ragged import Ragged, largest_bytes, shape_of
 from onnx_ecp.errors import CalibrationError, ModelError, ProviderError
+from onnx_ecp.evaluation.batching import as_taken
 from onnx_ecp.evaluation.facts import ModelFacts, model_facts, model_of
 from onnx_ecp.evaluation.latency import Latency, measure_latency
 from onnx_ecp.evaluation.runtimes import InRuntime, check_runtime, in_runtime
@@ -35,6 +37,7 @@ from onnx_ecp.graph import (
 )
 from onnx_ecp.graph.columns import column_axes
 from onnx_ecp.graph.randomness import refuse_random
+from onnx_ecp.graph.selected_rows import cut_hint, named, selecting_node
 from onnx_ecp.runtime.outputs import arrays
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.runtime.session import OutOfMemory, Session
@@ -45,7 +48,7 @@ from onnx_ecp.statistics.uncertainty import FEW, Certainty, certainty
 # So many of the worst columns of an output are told, with a warning from this error on.
 WORST, HURT = 8, 0.5
 # Errors up to this are rounding: what carries them tells nothing.
-ROUNDED = 1e-5
+ROUNDED = 5e-7
 # What the inputs of a batch may take together, unless the user chooses the batch size.
 BATCH_BYTES = 16 * 2**20
 
@@ -176,7 +179,7 @@ class Gap:
             )
         yield (
             f"the error {self.relative_error:.3g} rests on few samples: {why}. Others may tell "
-            "another one: give more samples."
+            "another one: give more samples, best such that the model was not trained on."
         )
 
     def _with(self, *fields: str) -> list[Deviation]:
@@ -485,6 +488,7 @@ def compare(
     samples = calibration.load(data, signature(first.proto))
     if isinstance(labels, str | Path):
         labels = calibration.load_labels(labels, expected_rows(samples))
+    samples = as_taken(first, samples, provider=provider, threads=threads)
     gap = measure_gap(
         first,
         second,
@@ -560,7 +564,10 @@ def measure_gap(
     predictions: list[tuple[np.ndarray, ...]] = []
     for batch, of_a, of_b in paired_outputs(a, b, data.batches(size), provider, threads):
         check_same_shapes(b, of_a, of_b)
-        axes = axes or axes_of(a, batch, of_a)
+        if not axes:
+            axes = axes_of(a, batch, of_a)
+            if measure is not None:  # its columns are these
+                axes |= {name: spread.axis for name, spread in measure.spreads.items()}
         for name, y in of_a.items():
             new = deviation_sums(y, of_b[name], batch.start, batch.samples, axes[name])
             sums[name] = sums[name] + new if name in sums else new
@@ -598,13 +605,15 @@ def axes_of(model: Model, batch: Batch, outputs: Outputs) -> dict[str, int | Non
 
 def expected_rows(data: Calibration) -> int:
     """Rows of outputs to expect: a sample of a fixed batch of B is B rows."""
-    fixed = next(iter(data.arrays.values())).shape[1:]
-    return len(data) if data.stacked or len(fixed) < 2 else len(data) * fixed[0]
+    first = next(iter(data.arrays.values()))
+    fixed = shape_of(first)
+    varies = isinstance(first, Ragged) and len({part.shape[:1] for part in first}) > 1
+    return len(data) if data.stacked or varies or len(fixed) < 2 else len(data) * fixed[0]
 
 
 def fitting(data: Calibration) -> int:
     """A batch size whose inputs take at most BATCH_BYTES."""
-    size = sum(array.nbytes for array in data.arrays.values()) // len(data)
+    size = sum(map(largest_bytes, data.arrays.values()))
     return int(np.clip(BATCH_BYTES // max(size, 1), 1, min(256, len(data))))
 
 
@@ -664,10 +673,12 @@ def check_same_shapes(b: Model, of_a: Outputs, of_b: Outputs) -> None:
     """ModelError unless the outputs of both models have the same shapes."""
     for name, y in of_a.items():
         if y.shape != of_b[name].shape:
+            node = selecting_node(b.proto, name)
+            why = "" if node is None else f": {named(node)} selects as many rows as the data say"
             raise ModelError(
-                f"{b.path or 'the second model'}: output {printable(name)!r} has shape "
-                f"{of_b[name].shape}; that of the first model has shape {y.shape}.",
-                hint=_SAME_HINT,
+                f"output {printable(name)!r} has shape {y.shape} in the first model (the original) "
+                f"and {of_b[name].shape} in the second (the result){why}.",
+                hint=_SAME_HINT if node is None else cut_hint(b.proto, node),
             )
 
 

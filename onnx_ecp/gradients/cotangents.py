@@ -18,7 +18,7 @@ probes v with E[v v^T] = I give E[(v^T R J_i)^2] = s_i.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,8 +60,7 @@ class SeedPlan:
     def seeds(
         self,
         outputs: Mapping[str, np.ndarray],
-        start: int,
-        samples: int,
+        numbers: Sequence[int] | np.ndarray,
         labels: np.ndarray | None = None,
         *,
         common: bool = False,
@@ -70,9 +69,8 @@ class SeedPlan:
 
         Args:
             outputs: y by name; under ``kl`` and ``loss`` they must be the logits.
-            start: index of the batch's first sample: the signs of a sample do not depend on the
-                batch that it comes in.
-            samples: number of samples in the batch.
+            numbers: (samples,), those of the batch's samples in the whole data: the signs of a
+                sample depend neither on the batch that it comes in nor on the shard.
             labels: class indices (samples,), which ``loss`` needs.
             common: whether all samples get the signs of sample 0: squares are averaged better with
                 signs of their own, but gradients that are to be summed would cancel.
@@ -86,10 +84,7 @@ class SeedPlan:
                 name: (softmax(y) - one_hot(labels, y))[None].astype(y.dtype)
                 for name, y in outputs.items()
             }
-        if self.probes:
-            raw = self._rademacher(outputs, 0 if common else start, samples, common)
-        else:
-            raw = _one_hot(outputs)
+        raw = self._rademacher(outputs, numbers, common) if self.probes else _one_hot(outputs)
         return {
             name: self._in_metric(v.astype(outputs[name].dtype), outputs[name], name)
             for name, v in raw.items()
@@ -103,12 +98,15 @@ class SeedPlan:
         return link.root(v, link.probabilities(y).astype(y.dtype))
 
     def _rademacher(
-        self, outputs: Mapping[str, np.ndarray], start: int, samples: int, common: bool
+        self, outputs: Mapping[str, np.ndarray], numbers: Sequence[int] | np.ndarray, common: bool
     ) -> dict[str, np.ndarray]:
+        samples = len(numbers)
         sizes = {name: y.size // samples for name, y in outputs.items()}
-        drawn = 1 if common else samples
-        signs = _signs(self.seed, start, drawn, self.probes * sum(sizes.values()))
-        signs = np.repeat(signs, samples // drawn, axis=0)
+        size = self.probes * sum(sizes.values())
+        if common:
+            signs = np.repeat(_signs(self.seed, 0, 1, size), samples, axis=0)
+        else:
+            signs = np.concatenate([_signs(self.seed, *run, size) for run in _runs(numbers)])
         signs = signs.reshape(samples, self.probes, -1).swapaxes(0, 1) / np.sqrt(self.probes)
         ends = np.cumsum(list(sizes.values()))[:-1]
         parts = np.split(signs, ends, axis=2)
@@ -169,6 +167,17 @@ def _one_hot(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         )
         first += sizes[name]
     return seeds
+
+
+def _runs(numbers: Sequence[int] | np.ndarray) -> Iterator[tuple[int, int]]:
+    """The first of, and how many, numbers that follow each other.
+
+    >>> list(_runs([3, 4, 5, 9, 0, 1]))
+    [(3, 3), (9, 1), (0, 2)]
+    """
+    ends = np.flatnonzero(np.diff(numbers) != 1) + 1
+    for run in np.split(np.asarray(numbers), ends):
+        yield int(run[0]), len(run)
 
 
 def _signs(seed: int, start: int, samples: int, size: int) -> np.ndarray:

@@ -103,6 +103,10 @@ def _pull(
 ) -> str | None:
     """Add the adjoints of a node's inputs to ``parts``; the reason if a rule is missing."""
     apply = _rule(node)
+    through = [node.inputs[i].name for i in wanted]
+    through += [y.name for y, given in zip(node.outputs, g, strict=True) if given is not None]
+    if any(name not in op.facts for name in through):
+        return f"{_operator(node)} reads or makes a sequence, a map or an optional"
     for i in wanted:
         try:
             gradient = (apply or by_differences)(op, node, g, i)
@@ -136,7 +140,7 @@ def _active(nodes: list[gs.Node], op: Builder, targets: set[str], outputs: set[s
 
 def _is_float(op: Builder, name: str) -> bool:
     fact = op.facts.get(name)
-    # Without a fact (a sequence, say) the tensor counts as float, so that a rule must refuse it.
+    # Without a fact (a sequence, say) the tensor counts as float: what reads it is refused.
     return fact is None or np.issubdtype(fact.dtype, np.floating)
 
 

@@ -38,7 +38,10 @@ ELEMENTWISE = frozenset(
 
 
 def column_axes(
-    proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]], rows: Collection[int]
+    proto: onnx.ModelProto,
+    shapes: Mapping[str, tuple[int, ...]],
+    rows: Collection[int],
+    varying: Mapping[str, Collection[int]] | None = None,
 ) -> dict[str, int | None]:
     """By output, the axis of its columns; None where the whole output is one column.
 
@@ -46,6 +49,7 @@ def column_axes(
         proto: the model.
         shapes: by name, of the outputs for one batch.
         rows: sizes that the first axis of a batch has, that of its inputs.
+        varying: by output, axes that differ between batches: positions, no columns.
     """
     graph = proto.graph
     producers = {y: node for node in graph.node for y in node.output if y}
@@ -57,6 +61,7 @@ def column_axes(
     found = {}
     for name, shape in shapes.items():
         free = {i for i, symbol in enumerate(declared.get(name, ())) if symbol in positions}
+        free |= set((varying or {}).get(name, ()))
         traced = _traced(name, producers, stored, len(shape))
         found[name] = column_axis(shape, rows, traced, free)
     return found

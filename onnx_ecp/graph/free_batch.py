@@ -41,7 +41,11 @@ class _Mixed(Exception):
 
 
 def free_batch(
-    model: Model, samples: Sequence[Feeds], names: Iterable[str], **settings: Any
+    model: Model,
+    samples: Sequence[Feeds],
+    names: Iterable[str],
+    others: Sequence[Feeds] = (),
+    **settings: Any,
 ) -> onnx.ModelProto | None:
     """A copy of a model that takes several samples at once; None where there is no such copy.
 
@@ -50,6 +54,7 @@ def free_batch(
         samples: what the model takes for each of some samples; two or more that differ.
         names: of inputs whose first axis, of size one, is the batch; the others are the same for
             all samples.
+        others: samples of other shapes, each looked at alone.
         settings: of the ``Session``.
 
     Raises:
@@ -58,7 +63,9 @@ def free_batch(
     batched = frozenset(names)
     try:
         copy = _freed(model, samples[0], batched, settings)
-        return copy if _agrees(model, copy, samples, batched, settings) else None
+        groups = [samples, *([other] for other in others)]
+        same = all(_agrees(model, copy, group, batched, settings) for group in groups)
+        return copy if same else None
     except (_Mixed, OnnxEcpError, MemoryError):
         check_deadline()
         return None

@@ -73,6 +73,7 @@ def inline(model: onnx.ModelProto) -> dict[str, Place]:
             node.output[0]: bool(known[node.input[0]])
             for node in model.graph.node
             if node.op_type == "If" and node.input[0] in known and node.output
+            if known[node.input[0]].size == 1 and known[node.input[0]].dtype == np.bool_
             if not any(branch.sparse_initializer for branch in subgraphs(node))
         }
         if not taken:

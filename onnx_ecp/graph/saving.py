@@ -48,6 +48,7 @@ def check_output(path: str | Path, *, force: bool, source: Path | None) -> None:
     """
     path = Path(path)
     label, parent = printable(path, 200), path.parent
+    _check_name(path, label)
     if not parent.is_dir():
         raise OutputError(f"{label}: there is no such directory.", hint=f"mkdir -p {parent}")
     if path.is_dir():
@@ -67,6 +68,17 @@ def check_output(path: str | Path, *, force: bool, source: Path | None) -> None:
             f"{label}: is the input itself.", hint="Choose another output, or use --force."
         )
     raise OutputError(f"{label}: exists already.", hint="Use --force to overwrite it.")
+
+
+def _check_name(path: Path, label: str) -> None:
+    """Refuse what no file can be called."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise OutputError(f"{label}: {why}.", hint="Choose another output.") from error
 
 
 def save(

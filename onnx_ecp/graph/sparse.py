@@ -15,9 +15,16 @@ from onnx_ecp.graph.packed import packed_tensors, unpack
 from onnx_ecp.graph.printable import printable
 from onnx_ecp.graph.proto import Body, bodies
 from onnx_ecp.graph.tensors import byte_size, check_tensor, clear_values
+from onnx_ecp.runtime.limits import free_memory
 
 # Everything in a model that is sparse must fit into one protobuf message when it is dense.
 LARGEST_DENSE = 2**31 - 2**24
+# Less is no danger, however few bytes stand for it.
+_HARMLESS = 2**26
+# A tensor of which one in 3,000 is not zero takes a thousandth; nobody trains a sparser one.
+_MOST_ZEROS = 1000
+# How often a dense tensor is in memory at most while it is made: array, bytes, copies of the model.
+_COPIES = 5
 _DAMAGED = "The model is damaged: export it again, with dense initializers if you can."
 
 
@@ -33,11 +40,23 @@ def check_sparse(found: Iterable[tuple[str, SparseTensorProto]]) -> None:
     total = 0
     for label, sparse in found:
         try:
-            total += byte_size(_dense_shell(sparse))
+            dense = byte_size(_dense_shell(sparse))
+            total += dense
             if total > LARGEST_DENSE:
                 raise ModelError(
                     f"takes too much memory when made dense: over {LARGEST_DENSE} bytes.",
                     hint="Give the model with dense initializers in an external data file.",
+                )
+            if dense > max(_HARMLESS, _MOST_ZEROS * sparse.ByteSize()):
+                raise ModelError(
+                    f"{sparse.ByteSize()} bytes stand for {dense} when made dense.", hint=_DAMAGED
+                )
+            if total * _COPIES > free_memory():
+                raise ModelError(
+                    f"takes too much memory when made dense: {total} bytes, {_COPIES} times for a "
+                    f"while, of {free_memory()} that are free.",
+                    hint="Free some memory, or give the model with dense initializers in an "
+                    "external data file.",
                 )
             linear_indices(sparse)
         except ModelError as error:

@@ -14,6 +14,8 @@ from onnx_ecp.graph.external import extent, is_external, map_bytes
 from onnx_ecp.graph.printable import printable
 from onnx_ecp.graph.proto import Model, known_type
 
+# NumPy before version 2 knows 32 axes; measuring adds one for output directions, one for groups.
+MOST_AXES = 30
 _DAMAGED = "The model is damaged: export or download it again."
 _FIELDS: dict[int, str] = {
     TensorProto.FLOAT: "float_data",
@@ -54,12 +56,19 @@ def byte_size(tensor: TensorProto) -> int:
         raise ModelError(f"tensor '{label}' has a negative size.", hint=_DAMAGED)
     bits = _bits(tensor.data_type)
     # Axes of size zero hide the others from the product, but not from NumPy.
-    if (
-        math.prod(size or 1 for size in tensor.dims) * max(bits, 8) >= 2**63
-        or len(tensor.dims) > 64
-    ):
+    check_rank(tensor.name, len(tensor.dims))
+    if math.prod(size or 1 for size in tensor.dims) * max(bits, 8) >= 2**63:
         raise ModelError(f"tensor '{label}' is too large for any memory.", hint=_DAMAGED)
     return -(-math.prod(map(int, tensor.dims)) * bits // 8)
+
+
+def check_rank(name: str, rank: int) -> None:
+    """Refuse a tensor of more axes than arrays may have; ModelError."""
+    if rank > MOST_AXES:
+        raise ModelError(
+            f"tensor '{printable(name)}' has {rank} axes.",
+            hint=f"At most {MOST_AXES} are supported: export the model with fewer.",
+        )
 
 
 def check_tensor(tensor: TensorProto, base: Path | None) -> None:

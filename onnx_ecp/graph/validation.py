@@ -17,14 +17,24 @@ from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
 
 from onnx_ecp.errors import ModelError
+from onnx_ecp.graph.agreement import check_agreement
 from onnx_ecp.graph.external import is_external
 from onnx_ecp.graph.operators import Moves, moving
 from onnx_ecp.graph.printable import printable
-from onnx_ecp.graph.proto import Body, bodies, nested, sparse_tensors, subgraphs, tensors
+from onnx_ecp.graph.proto import (
+    Body,
+    bodies,
+    nested,
+    sparse_tensors,
+    subgraphs,
+    tensors,
+)
 from onnx_ecp.graph.sparse import check_sparse
 from onnx_ecp.graph.tensors import check_tensor, clear_values, values
 
 MAX_NODES = 1_000_000
+# ONNX Runtime follows calls no deeper; protobuf reads no deeper than these bodies take.
+MAX_CALLS, MAX_BODIES = 100, 30
 _DAMAGED = "The model is damaged: export or download it again."
 _CHUNK = 2**22
 _STANDARD = ("", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training")
@@ -87,6 +97,7 @@ def validate(proto: onnx.ModelProto, base: Path | None) -> None:
         _check_definitions(root)
     _check_operators(proto)
     _check_officially(proto)
+    check_agreement(proto)
     _check_finite(proto, base)
 
 
@@ -161,6 +172,31 @@ def _check_functions(proto: onnx.ModelProto) -> None:
             f"local functions expand to more than {MAX_NODES} nodes.",
             hint="Such a model hangs ONNX's own tools too; export it without functions.",
         )
+    depths: dict[_Key, tuple[int, int]] = {}
+    for key in order:
+        depths[key] = _depths(known[key], depths)
+    called, inside = map(max, zip(_depths(proto.graph, depths), *depths.values(), strict=True))
+    if called > MAX_CALLS or inside > MAX_BODIES:
+        raise ModelError(
+            f"local functions call each other {called} deep, with If and Loop bodies {inside} "
+            f"deep: {MAX_CALLS} and {MAX_BODIES} are the limits.",
+            hint="Inline the functions, for example with onnx.inliner, or export without them.",
+        )
+
+
+def _depths(body: Body, known: Mapping[_Key, tuple[int, int]]) -> tuple[int, int]:
+    """How deep calls, and bodies of nodes, lie in each other once all is expanded."""
+    calls = bodies = 0
+    open_bodies: list[tuple[Body, int]] = [(body, 0)]
+    while open_bodies:
+        inner, depth = open_bodies.pop()
+        bodies = max(bodies, depth)
+        for node in inner.node:
+            more = known.get(_key(node))
+            if more is not None:
+                calls, bodies = max(calls, more[0] + 1), max(bodies, depth + more[1])
+            open_bodies += [(graph, depth + 1) for graph in subgraphs(node)]
+    return calls, bodies
 
 
 def _calls(body: Body) -> Counter[_Key]:
@@ -366,7 +402,7 @@ def _check_finite(proto: onnx.ModelProto, base: Path | None) -> None:
     Other constants may be infinite: attention masks and limits often are.
     """
     weights = _weights(proto)
-    bad = []
+    bad = [*_bad_numbers(proto)]
     for label, tensor in tensors(proto):
         if tensor.data_type in _FLOATS:
             nan, infinite = _count_nonfinite(values(tensor, base))
@@ -378,6 +414,18 @@ def _check_finite(proto: onnx.ModelProto, base: Path | None) -> None:
             f"weights are not finite: {', '.join(bad[:5])}{more}.",
             hint="The training diverged or the export overflowed; there is nothing to measure.",
         )
+
+
+def _bad_numbers(proto: onnx.ModelProto) -> Iterator[str]:
+    """Attributes that are NaN, or infinite in an operator with weights, described."""
+    for body in bodies(proto):
+        for node in body.node:
+            for attribute in node.attribute:
+                numbers = np.array([attribute.f, *attribute.floats])
+                nan, infinite = _count_nonfinite(numbers)
+                if nan or (infinite and node.op_type in _WEIGHTED):
+                    place = f"'{printable(attribute.name)}' of '{printable(_label(node))}'"
+                    yield f"{place} ({nan} NaN, {infinite} infinite)"
 
 
 def _weights(proto: onnx.ModelProto) -> set[str]:

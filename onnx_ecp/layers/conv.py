@@ -15,6 +15,7 @@ from onnx_ecp.graph import windows
 from onnx_ecp.graph.builder import Builder
 from onnx_ecp.layers.affine import Affine
 from onnx_ecp.layers.bias import operator_bias
+from onnx_ecp.layers.channels import Channels, stored_kernel
 from onnx_ecp.layers.layer import Reshape, Skip
 from onnx_ecp.layers.trace import Scope
 
@@ -53,24 +54,10 @@ class Window(windows.Window):
 
 
 @dataclass(frozen=True)
-class Conv(Affine):
-    """A convolution; every patch of every sample is one row.
-
-    W is (out, in): the channels of one group times the kernel, kernel positions varying fastest.
-    """
+class Conv(Channels):
+    """A convolution: what a position sees is a patch of the input."""
 
     window: Window
-
-    @property
-    def reduction(self) -> int:
-        """N:M groups divide the input channels of one kernel position."""
-        return self.shape[1] // math.prod(self.window.kernel)
-
-    def nm_order(self) -> np.ndarray | None:
-        """All channels of the first kernel position, then of the next one."""
-        if self.reduction == self.shape[1]:
-            return None
-        return np.arange(self.shape[1]).reshape(self.reduction, -1).T.ravel()
 
     def rows_in(self, a: np.ndarray) -> np.ndarray:
         """(samples, channels, *spatial) as patches (groups, samples * positions, in).
@@ -84,10 +71,6 @@ class Conv(Affine):
         kernel, positions = range(3 + dims, 3 + 2 * dims), range(3, 3 + dims)
         patches = patches.transpose(1, 2, *kernel, 0, *positions)
         return patches.reshape(self.groups, self.shape[1], -1).swapaxes(1, 2)
-
-    def rows_out(self, z: np.ndarray) -> np.ndarray:
-        """(P, samples, out, *positions) as (P, groups, samples * positions, out // groups)."""
-        return channel_rows(z, self.groups)
 
     def rows_in_graph(self, op: Builder, a: gs.Tensor, z: gs.Tensor) -> gs.Tensor:
         """Cells of the padded image are numbered; those a position sees at every tap are taken."""
@@ -106,22 +89,7 @@ class Conv(Affine):
             for size, step in zip(own.kernel, own.dilations, strict=True)
         ])  # fmt: skip
         seen = op.Add(op.Unsqueeze(starts, [1]), taps)
-        images = op.Reshape(padded, [0, self.groups, self.reduction, -1])
-        cells = op.Transpose(images, perm=[1, 0, 3, 2])
-        return op.Reshape(op.Gather(cells, seen, axis=2), [self.groups, -1, self.shape[1]])
-
-    def rows_out_graph(self, op: Builder, z: gs.Tensor) -> gs.Tensor:
-        """Positions of all samples one after the other."""
-        return channel_rows_in_graph(op, z, self.groups, self.shape[0])
-
-    def graph_order(self) -> np.ndarray | None:
-        """Taps vary slowest: so all channels of a cell are taken in one piece."""
-        return self.nm_order()
-
-    @property
-    def shift_shape(self) -> tuple[int, ...]:
-        """(out, 1, 1, ...): the units lie on the second axis."""
-        return (self.shape[0],) + (1,) * len(self.window.kernel)
+        return self.gathered(op, padded, seen)
 
     @property
     def adds_zeros(self) -> bool:
@@ -129,29 +97,9 @@ class Conv(Affine):
         window = self.window
         return window.auto_pad.startswith("SAME") or any(map(any, window.pads))
 
-    @property
-    def units_axis(self) -> int:
-        """Channels lie on the second axis."""
-        return 1
-
     def weight_axes(self, node: gs.Node) -> tuple[int, tuple[int, int]]:
         """(out, in per group, *kernel)."""
         return 1, (0, 1)
-
-
-def channel_rows(z: np.ndarray, groups: int) -> np.ndarray:
-    """(P, samples, out, *positions) as (P, groups, samples * positions, out // groups)."""
-    probes, samples, out, *positions = z.shape
-    z = z.reshape(probes, samples, groups, out // groups, *positions)
-    z = z.transpose(0, 2, 3, 1, *range(4, z.ndim))
-    return z.reshape(probes, groups, out // groups, -1).swapaxes(2, 3)
-
-
-def channel_rows_in_graph(op: Builder, z: gs.Tensor, groups: int, out: int) -> gs.Tensor:
-    """(P, samples, out, *positions) as (P, groups, out // groups, samples * positions)."""
-    maps = op.Reshape(z, [0, 0, groups, out // groups, -1])
-    by_unit = op.Transpose(maps, perm=[0, 2, 3, 1, 4])
-    return op.Reshape(by_unit, [0, groups, out // groups, -1])
 
 
 def _numbers(op: Builder, sizes: Sequence[gs.Tensor], coordinates: Sequence[Any]) -> gs.Tensor:
@@ -164,21 +112,14 @@ def _numbers(op: Builder, sizes: Sequence[gs.Tensor], coordinates: Sequence[Any]
 
 def match(node: gs.Node, scope: Scope) -> Affine | Skip | None:
     """A Conv as a layer, or why it is none; FusedConv has the same attributes."""
-    a, w = scope.operands(node)
-    seen = scope.weight(w)
-    if seen is None:
-        return scope.skip(node, "its kernel is computed from the inputs of the model")
-    if isinstance(seen, str):
-        return scope.skip(node, seen)
-    if scope.is_constant(a):
-        return scope.skip(node, "both operands are constant: it does not depend on the inputs")
+    seen = stored_kernel(node, scope)
+    if isinstance(seen, Skip):
+        return seen
     out, kernel = seen.seen_shape[0], seen.seen_shape[2:]
-    if not 1 <= len(kernel) <= 3:
-        return scope.skip(node, f"a convolution in {len(kernel)} dimensions; 1 to 3 are supported")
     shape = (out, math.prod(seen.seen_shape[1:]))
     behind = (out,) + (1,) * len(kernel)
     bias = operator_bias(scope, node, 2, out=out, units_behind=behind, dtype=seen.seen_dtype)
-    name, z = scope.names[id(node)], node.outputs[0].name
+    a, name, z = node.inputs[0], scope.names[id(node)], node.outputs[0].name
     groups = int(node.attrs.get("group", 1))
     window = _window(node, kernel)
     weight = seen.weight(Reshape(shape))

@@ -23,7 +23,7 @@ from onnx_ecp.graph import windows
 from onnx_ecp.graph.builder import Builder
 from onnx_ecp.layers.affine import Affine
 from onnx_ecp.layers.bias import operator_bias
-from onnx_ecp.layers.conv import channel_rows, channel_rows_in_graph
+from onnx_ecp.layers.channels import Channels, stored_kernel
 from onnx_ecp.layers.layer import Reshape, Skip, Transpose
 from onnx_ecp.layers.trace import Scope
 
@@ -86,24 +86,10 @@ def _outer(outer: np.ndarray, inner: np.ndarray, join: Any) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class ConvTranspose(Affine):
-    """A transposed convolution; every position of the output of every sample is one row.
-
-    W is (out, in): the input channels of one group times the kernel, its positions varying fastest.
-    """
+class ConvTranspose(Channels):
+    """A transposed convolution: at every tap of its kernel, a position sees one cell or none."""
 
     window: Window
-
-    @property
-    def reduction(self) -> int:
-        """N:M groups divide the input channels of one kernel position."""
-        return self.shape[1] // math.prod(self.window.kernel)
-
-    def nm_order(self) -> np.ndarray | None:
-        """All channels of the first kernel position, then of the next one."""
-        if self.reduction == self.shape[1]:
-            return None
-        return np.arange(self.shape[1]).reshape(self.reduction, -1).T.ravel()
 
     def rows_in(self, a: np.ndarray) -> np.ndarray:
         """(samples, channels, *spatial) as (groups, samples * positions, in)."""
@@ -112,10 +98,6 @@ class ConvTranspose(Affine):
         rows = images.transpose(1, 2, 0, 3)[..., self.window.cells(a.shape[2:])]
         rows = np.moveaxis(rows, 3, 2)  # (groups, channels, taps, samples, positions)
         return rows.reshape(self.groups, self.shape[1], -1).swapaxes(1, 2)
-
-    def rows_out(self, z: np.ndarray) -> np.ndarray:
-        """(P, samples, out, *positions) as (P, groups, samples * positions, out // groups)."""
-        return channel_rows(z, self.groups)
 
     def rows_in_graph(self, op: Builder, a: gs.Tensor, z: gs.Tensor) -> gs.Tensor:
         """As ``rows_in``, with numbers of cells computed from the sizes of the run."""
@@ -144,37 +126,17 @@ class ConvTranspose(Affine):
             known = _outer_in_graph(op, known, there, "And")
         none = op.ReduceProd(op.Shape(a, start=2), keepdims=1)
         seen = op.Where(known, numbers, none)
-        images = op.Reshape(a, [0, self.groups, self.reduction, -1])
-        padded = op.pad(images, 4, [3], np.array([0, 1], np.int64))
-        cells = op.Transpose(padded, perm=[1, 0, 3, 2])
-        return op.Reshape(op.Gather(cells, seen, axis=2), [self.groups, -1, self.shape[1]])
-
-    def rows_out_graph(self, op: Builder, z: gs.Tensor) -> gs.Tensor:
-        """Positions of all samples one after the other."""
-        return channel_rows_in_graph(op, z, self.groups, self.shape[0])
-
-    def graph_order(self) -> np.ndarray | None:
-        """Taps vary slowest: so all channels of a cell are taken in one piece."""
-        return self.nm_order()
+        images = op.Reshape(a, [0, 0, -1])
+        return self.gathered(op, op.pad(images, 3, [2], np.array([0, 1], np.int64)), seen)
 
     def uses(self, a: tuple[int, ...], z: tuple[int, ...]) -> int:
         """Once per cell of the input: what is not there is not multiplied."""
         return math.prod(a) // (self.groups * self.reduction)
 
     @property
-    def shift_shape(self) -> tuple[int, ...]:
-        """(out, 1, 1, ...): the units lie on the second axis."""
-        return (self.shape[0],) + (1,) * self.window.rank
-
-    @property
     def adds_zeros(self) -> bool:
         """At the border, and between cells where they are further apart than one position."""
         return True
-
-    @property
-    def units_axis(self) -> int:
-        """Channels lie on the second axis."""
-        return 1
 
     def weight_axes(self, node: gs.Node) -> tuple[int, tuple[int, int]]:
         """(in, out per group, *kernel); depthwise, a row lies with its channel."""
@@ -196,17 +158,10 @@ def _outer_in_graph(op: Builder, outer: gs.Tensor, inner: gs.Tensor, join: str) 
 
 def match(node: gs.Node, scope: Scope) -> Affine | Skip | None:
     """A ConvTranspose as a layer, or why it is none."""
-    a, w = scope.operands(node)
-    seen = scope.weight(w)
-    if seen is None:
-        return scope.skip(node, "its kernel is computed from the inputs of the model")
-    if isinstance(seen, str):
-        return scope.skip(node, seen)
-    if scope.is_constant(a):
-        return scope.skip(node, "both operands are constant: it does not depend on the inputs")
+    seen = stored_kernel(node, scope)
+    if isinstance(seen, Skip):
+        return seen
     channels, per_group, *kernel = seen.seen_shape
-    if not 1 <= len(kernel) <= 3:
-        return scope.skip(node, f"a convolution in {len(kernel)} dimensions; 1 to 3 are supported")
     groups, taps = int(node.attrs.get("group", 1)), math.prod(kernel)
     shape = (groups * per_group, channels // groups * taps)
     weight = seen.weight(
@@ -216,7 +171,8 @@ def match(node: gs.Node, scope: Scope) -> Affine | Skip | None:
     )
     units = (shape[0],) + (1,) * len(kernel)
     bias = operator_bias(scope, node, 2, out=shape[0], units_behind=units, dtype=seen.seen_dtype)
-    name, z, window = scope.names[id(node)], node.outputs[0].name, _window(node, tuple(kernel))
+    a, name, z = node.inputs[0], scope.names[id(node)], node.outputs[0].name
+    window = _window(node, tuple(kernel))
     return ConvTranspose(name, node.op, a.name, z, weight, shape, bias, window, groups=groups)
 
 

@@ -5,6 +5,7 @@ Nodes are addressed by their first output, which is unique in a graph; names are
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -101,16 +102,19 @@ def stored(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
 def _drop_unread(model: onnx.ModelProto, name: str) -> None:
     """Remove a tensor that nothing reads any longer, and what was computed for it alone."""
     graph = model.graph
-    if name in {info.name for info in graph.input} or name in set(_read_names(graph)):
-        return
-    _remove(graph.initializer, name)
-    _remove(graph.value_info, name)
-    producer = next((node for node in graph.node if list(node.output) == [name]), None)
-    if producer is not None:
-        inputs = list(producer.input)
-        graph.node.remove(producer)
-        for tensor in inputs:
-            _drop_unread(model, tensor)
+    given, times = {info.name for info in graph.input}, Counter(_read_names(graph))
+    makers = {node.output[0]: node for node in graph.node if len(node.output) == 1}
+    pending = [name]
+    while pending:
+        name = pending.pop()
+        if name in given or times[name]:
+            continue
+        _remove(graph.initializer, name)
+        _remove(graph.value_info, name)
+        if name in makers:
+            pending += makers[name].input
+            times.subtract(makers[name].input)
+            graph.node.remove(makers.pop(name))
 
 
 def _remove(protos: Iterable, name: str) -> None:

@@ -66,7 +66,7 @@ class Inlined:
         if not isinstance(bias, BiasInput) or bias.constant is None:
             return False
         shape = bias.constant.shape
-        fits = np.broadcast_shapes(shape, bias.units) == shape
+        fits = _broadcast(shape, bias.units) == shape
         return bias.own and fits and bias.constant.tensor in self.stored
 
     def _leaves(self, scope: Scope, node: gs.Node, place: Place) -> bool:
@@ -78,6 +78,14 @@ class Inlined:
     def _origin(self, node: gs.Node) -> str:
         place = self.places.get(node.outputs[0].name) if node.outputs else None
         return "" if place is None else place.origin
+
+
+def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape that they have together; None where they do not go together."""
+    try:
+        return np.broadcast_shapes(*shapes)
+    except ValueError:
+        return None
 
 
 def inlined(proto: onnx.ModelProto) -> Inlined:

@@ -136,7 +136,7 @@ class Scope:
                 return None
             node = tensor.inputs[0]
             if not views.is_view(node):
-                return _why_not(node)
+                return _why_not(node, self._integers_behind(node))
             passed.append(node)
             tensor = node.inputs[0]
         shape, dtype = tuple(stored.shape), _onnx_type(stored.dtype)
@@ -169,13 +169,17 @@ class Scope:
     def readers(self, tensor: gs.Tensor) -> list[gs.Node | str]:
         """Who reads a tensor, through views: nodes, once per use, and "graph output 'y'"."""
         found: list[gs.Node | str] = []
-        if tensor.name in self._outputs:
-            found.append(f"graph output {tensor.name!r}")
-        for node in tensor.outputs:
-            if views.is_view(node) and tensor is node.inputs[0]:
-                found += self.readers(node.outputs[0])
-            else:
+        pending: list[tuple[gs.Tensor, gs.Node | None]] = [(tensor, None)]
+        while pending:
+            tensor, node = pending.pop()
+            if node is not None and not (views.is_view(node) and tensor is node.inputs[0]):
                 found.append(node)
+                continue
+            if node is not None:
+                tensor = node.outputs[0]
+            if tensor.name in self._outputs:
+                found.append(f"graph output {tensor.name!r}")
+            pending += [(tensor, reader) for reader in reversed(tensor.outputs)]
         return found
 
     def only_reader(self, tensor: gs.Tensor) -> gs.Node | None:
@@ -214,6 +218,29 @@ class Scope:
             for info in graph.value_info
             if info.type.tensor_type.HasField("shape")
         }
+
+    def _integers_behind(self, node: gs.Node) -> str:
+        """The type of the integers that arithmetic makes a weight of; empty where there are none.
+
+        Integers beside as many floats are a mask of these.
+        """
+        found: tuple[int, str] = (1, "")
+        floats, waiting, seen = 0, [node], {id(node)}
+        while waiting:
+            at = waiting.pop()
+            for tensor in at.inputs:
+                stored = self.stored(tensor)
+                if stored is not None:
+                    number, size = _onnx_type(stored.dtype), views.size(stored.shape)
+                    kind = onnx.TensorProto.DataType.Name(number).lower()
+                    if number in FLOATS:
+                        floats = max(floats, size)
+                    elif at.op == "Cast" and "int" in kind:
+                        found = max(found, (size, kind))
+                elif tensor.inputs and id(tensor.inputs[0]) not in seen:
+                    waiting.append(tensor.inputs[0])
+                    seen.add(id(tensor.inputs[0]))
+        return found[1] if found[0] > floats else ""
 
     def _through(self, node: gs.Node, traced: Traced) -> Traced | None:
         """What is seen behind one view; None where that cannot be told."""
@@ -308,9 +335,11 @@ def _onnx_type(dtype: np.dtype | int) -> int:
     return dtype if isinstance(dtype, int) else int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
 
 
-def _why_not(node: gs.Node) -> str:
+def _why_not(node: gs.Node, integers: str) -> str:
     if node.op in ("DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear"):
         return f"its weight is quantised ({node.op}); prune before quantising"
+    if integers:
+        return f"its weight is quantised ({integers} behind {node.op}); prune before quantising"
     if node.op == "Constant":
         return "its weight is a Constant node of a kind that cannot be edited"
     return (

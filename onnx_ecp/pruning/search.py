@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_ecp.data.calibration import Calibration
+from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.errors import CalibrationError, TargetError
 from onnx_ecp.evaluation.compare import (
+    DeviationSums,
     Target,
     deviation_sums,
     how_certain,
@@ -87,6 +88,10 @@ class Point:
         return text
 
 
+# Of a batch: how many samples, and by name.
+Outputs = tuple[int, dict[str, np.ndarray]]
+
+
 class Judge:
     """Compares states with the original network on samples that no statistic has seen.
 
@@ -122,7 +127,7 @@ class Judge:
         self._targets: list[Target] = []
         if self._labels:
             both = zip(self._reference, self._labels, strict=True)
-            self._targets = [_class_scores(y, known) for y, known in both]
+            self._targets = [_class_scores(_joined(y) or y[0][1], known) for y, known in both]
 
     def point(self, state: State) -> Point:
         """Where a state stands; whether it is within a limit is the caller's to say."""
@@ -132,24 +137,28 @@ class Judge:
         drop = None
         if self._labels:
             labelled = zip(self._targets, self._labels, self._reference, outputs, strict=True)
-            drop = max(_drop(*part) for part in labelled)
+            drop = max(_drop(t, known, _joined(a), _joined(b)) for t, known, a, b in labelled)
         kept = sum(int(np.count_nonzero(k)) for k in state.keep.values())
         size = sum(k.size for k in state.keep.values())
         return Point(1 - kept / size, error, drop, high=high)
 
-    def _error(
-        self, y: dict[str, np.ndarray], reference: dict[str, np.ndarray]
-    ) -> tuple[float, float | None]:
+    def _error(self, parts: list[Outputs], reference: list[Outputs]) -> tuple[float, float | None]:
         """Relative output error of all samples, and the upper end of its interval."""
         measure = self._observer.measure
-        axes = {name: spread.axis for name, spread in measure.spreads.items()}
-        sums = {n: deviation_sums(t, y[n], 0, len(t), axes[n]) for n, t in reference.items()}
+        sums: dict[str, DeviationSums] = {}
+        for (samples, y), (_, wanted) in zip(parts, reference, strict=True):
+            for name, t in wanted.items():
+                found = deviation_sums(t, y[name], 0, samples, measure.spreads[name].axis)
+                sums[name] = sums[name] + found if name in sums else found
         known = how_certain(sums, measure, self._seed)
         return overall(sums, measure), None if known is None else known.high
 
-    def _outputs(self, state: State, batches: Iterable) -> dict[str, np.ndarray]:
-        parts = [self._observer.predict(state, batch) for batch in batches]
-        return {n: np.concatenate([np.atleast_1d(p[n]) for p in parts]) for n in parts[0]}
+    def _outputs(self, state: State, batches: Iterable[Batch]) -> list[Outputs]:
+        found = []
+        for batch in batches:
+            seen = self._observer.predict(state, batch)
+            found.append((batch.samples, {n: np.atleast_1d(y) for n, y in seen.items()}))
+        return found
 
 
 def seek(
@@ -292,6 +301,13 @@ class _Walk:
         within = self._limit.allows(point)
         self.points.append(replace(point, within=within))
         return within
+
+
+def _joined(parts: list[Outputs]) -> dict[str, np.ndarray]:
+    """Outputs of all batches; of those alone whose batches have one shape."""
+    names = parts[0][1]
+    alike = [n for n in names if len({y[n].shape[1:] for _, y in parts}) == 1]
+    return {n: np.concatenate([y[n] for _, y in parts]) for n in alike}
 
 
 def _drop(

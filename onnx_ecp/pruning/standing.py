@@ -46,7 +46,7 @@ def standing(network: Network, state: State) -> Standing:
     correct: dict[str, int] = {}
     for batch in network.validation.batches(network.size):
         reference, outputs = (
-            observer.predict(network.original, batch),
+            observer.predict(network.wanted, batch),
             observer.predict(state, batch),
         )
         for name, wanted in reference.items():

@@ -119,6 +119,7 @@ def observed(
         threads=settings.threads,
         reverse=reverse,
         statistics="host",
+        other=train.another(),
         proves=not rounds,
     )
     original = original_state(model, layers)

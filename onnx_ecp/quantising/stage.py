@@ -117,7 +117,7 @@ def quantised(
     def error(result: Model) -> float:
         return error_of(model, result, samples, settings)
 
-    tried = _tried(model, layers, samples, settings, progress)
+    tried = _tried(model, layers, once, samples, settings, progress)
     first, stays = tried.fits, list[Layer]()
     plain, made = error(tried.plain), error(tried.made)
     if min(plain, made) > samples.allowed:
@@ -138,7 +138,8 @@ def quantised(
                 "validation samples, whichever layers stay in floats.",
                 hint="Leave --quantize out, or give more calibration data.",
             )
-        tried = _tried(model, rest, samples, settings, progress)
+        once = written(model.proto, rest, samples.batches())
+        tried = _tried(model, rest, once, samples, settings, progress)
         plain, made = error(tried.plain), error(tried.made)
     better = made <= plain
     rows = _rows(model.proto, skips, {x.name for x in stays}, first, tried, better)
@@ -187,12 +188,12 @@ def _fewest(
 def _tried(
     model: Model,
     layers: Sequence[Layer],
+    plain: onnx.ModelProto,
     samples: Samples,
     settings: Settings,
     progress: Progress,
 ) -> _Tried:
-    """These layers in int8."""
-    plain = written(model.proto, layers, samples.batches())
+    """These layers in int8, with the ranges of ``plain``, in which they are not compensated."""
     floats = Model(with_float_weights(plain, model.proto), None, None)
     wanted = {layer.name for layer in layers}
     behind = [layer for layer in find_layers(floats.proto).layers if layer.name in wanted]
@@ -214,7 +215,10 @@ def _tried(
         done.add(tensor)
     stored = [layer for layer in find_layers(grid).layers if layer.name in wanted]
     scales = {x.weight.tensor: fits[x.name].scale for x in reversed(layers)}
-    made = written(grid, stored, samples.batches(), scales)
+    # Where a bias became an Add of its own, it reads a tensor whose range is not known yet.
+    is_known = len(grid.graph.node) == len(model.proto.graph.node)
+    batches = [next(samples.train.batches(1))] if is_known else samples.batches()
+    made = written(grid, stored, batches, scales, ranges_of(plain, model.proto))
     notes = {x.name: ROOM for x in layers if not _is_exact(made, x, fits[x.name])}
     return _Tried(Model(plain, None, None), Model(made, None, None), fits, notes)
 

@@ -1,4 +1,4 @@
-"""A sweep as one HTML page: curves against sparsity, and all points in a table.
+"""A sweep as one HTML page: curves over sparsity and over size, and all points in a table.
 
 No network, no script; names escaped; light and dark. A method is told by its colour (Okabe and Ito,
 which the colour-blind can tell apart), its marker and its name at the end of its line.
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from onnx_ecp.graph import printable
 from onnx_ecp.report.as_json import encode
 from onnx_ecp.report.axes import Axis, linear, logarithmic
-from onnx_ecp.report.document import document, number, table
+from onnx_ecp.report.document import document, number, table, warning_box
 from onnx_ecp.report.pictures.text import shown
-from onnx_ecp.report.sweep import Sweep, SweepPoint
+from onnx_ecp.report.sweep import Sweep, SweepPoint, front
 
 _WIDTH, _HEIGHT = 800, 400
 _LEFT, _TOP, _BOTTOM = 62, 16, 46
@@ -52,10 +52,12 @@ MARKERS = (
 _STYLE = """
 figure { margin: 1rem 0 2rem; } figure p { margin: .2rem 0; font-size: .9em; }
 figcaption { font-weight: 600; margin-bottom: .3rem; }
-svg.curves { width: 100%; max-width: 56rem; height: auto; font: 13px system-ui, sans-serif; }
-svg.curves text { fill: var(--fg); } svg.curves .grid { stroke: var(--soft); }
+svg.curves { width: 100%; min-width: 36rem; max-width: 56rem; height: auto; }
+svg.curves text { fill: var(--fg); font: 13px system-ui, sans-serif; }
+svg.curves .grid { stroke: var(--soft); }
 svg.curves .dense { stroke: var(--fg); stroke-dasharray: 2 4; }
 svg.curves polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
+svg.curves .front { fill: none; stroke: var(--fg); stroke-width: 1.2; opacity: .7; }
 svg.curves .leader { stroke-width: 1; opacity: .6; }
 td:first-child { white-space: nowrap; }
 """
@@ -66,13 +68,62 @@ def page(sweep: Sweep) -> str:
     title = f"onnx-ecp sweep: {shown(sweep.original.path or 'model in memory', 200)}"
     parts = [
         f"<h1>{title}</h1>",
-        *(f'<p class="warning">{shown(warning, 500)}</p>' for warning in sweep.warnings),
         _origin(sweep),
         *(chart(measure, sweep) for measure in measures(sweep)),
+        *(chart(replace(measure, across=SIZE), sweep) for measure in measures(sweep)),
+        warning_box(sweep.warnings),
         _points(sweep),
         _setup(sweep),
     ]
     return document(title, parts, _STYLE + _colours())
+
+
+@dataclass(frozen=True)
+class Across:
+    """What lies on the axis across.
+
+    Args:
+        name: in the title of a chart.
+        title: below the axis.
+        value: of a point.
+        cost: of a point, the less the better.
+        tick: a value for people.
+        within: least and greatest value that there can be.
+    """
+
+    name: str
+    title: str
+    value: Callable[[SweepPoint], float]
+    cost: Callable[[SweepPoint], float]
+    tick: Callable[[float], str] = "{:g}".format
+    within: tuple[float, float] = (0, math.inf)
+
+
+def _decimal(count: float) -> str:
+    """Bytes in decimal units: ticks stay round.
+
+    >>> _decimal(20_000.0), _decimal(2.5e6)
+    ('20 kB', '2.5 MB')
+    """
+    exponent = next((e for e in (9, 6, 3) if count >= 10**e), 0)
+    unit = {0: "B", 3: "kB", 6: "MB", 9: "GB"}[exponent]
+    return f"{count / 10**exponent:g} {unit}"
+
+
+SPARSITY = Across(
+    name="sparsity",
+    title="sparsity: share of zeros in the pruned layers",
+    value=lambda p: p.sparsity,
+    cost=lambda p: -p.sparsity,
+    within=(0, 1),
+)
+SIZE = Across(
+    name="size",
+    title="size after gzip",
+    value=lambda p: p.compressed_bytes,
+    cost=lambda p: p.compressed_bytes,
+    tick=_decimal,
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +137,7 @@ class Measure:
         text: a value for people.
         within: least and greatest value that there can be.
         log: whether the axis is logarithmic.
+        across: what lies on the other axis.
     """
 
     title: str
@@ -94,6 +146,22 @@ class Measure:
     text: Callable[[float], str]
     within: tuple[float, float] = (-math.inf, math.inf)
     log: bool = False
+    across: Across = SPARSITY
+
+    @property
+    def name(self) -> str:
+        """What it is, over what."""
+        return f"{self.title} over {self.across.name}"
+
+    def front(self, points: Sequence[SweepPoint]) -> tuple[SweepPoint, ...]:
+        """The points worth having of those that are drawn."""
+        sign = 1.0 if self.log else -1.0  # of all measures the error alone is to be small
+
+        def loss(point: SweepPoint) -> float | None:
+            value = self.value(point)
+            return None if value is None else sign * value
+
+        return front(points, self.across.cost, loss)
 
     def drawable(self, point: SweepPoint) -> bool:
         """Whether a point has a place on the axis."""
@@ -111,7 +179,7 @@ def measures(sweep: Sweep) -> Iterator[Measure]:
     elif any(point.agreement is not None for point in sweep.points):
         title = "Same largest output as the original (%)"
         yield Measure(title, lambda p: p.agreement, None, percent, (0, 100))
-    title = "Relative output error, logarithmic"
+    title = "Relative output error (logarithmic)"
     yield Measure(title, lambda p: p.relative_error, None, plain, log=True)
 
 
@@ -120,7 +188,7 @@ class Frame:
     """Where a chart's axes are.
 
     Args:
-        x: sparsity.
+        x: what lies across.
         y: the measure.
         height: of the whole chart.
     """
@@ -139,22 +207,24 @@ def chart(measure: Measure, sweep: Sweep) -> str:
     if not drawn:
         return ""
     frame = _frame(measure, drawn, list(curves))
-    parts = [_grid(frame), _dense(measure, frame)]
+    parts = [_grid(frame, measure.across), _dense(measure, frame)]
     marked = len(drawn) <= _MARKED
     numbered = list(enumerate(curves.values()))
     # What was named first is the most interesting: it lies on top.
     parts += [_curve(i, points, measure, frame, marked=marked) for i, points in numbered[::-1]]
+    parts += [_ring(point, measure, frame) for point in measure.front(drawn) if marked]
     parts.append(_labels(curves, measure, frame))
     left_out = len(sweep.points) - len(drawn)
     notes = [f"{left_out} points without a place on this axis are left out."] * bool(left_out)
     notes += ["Hollow markers: N:M."] * any(_is_pattern(point) for point in drawn)
+    notes += ["Ringed: worth having, no other point here is better in both."] * marked
     note = f"<p>{' '.join(notes)}</p>" if notes else ""
+    box = f"0 0 {_WIDTH} {frame.height:.0f}"
+    body = "\n".join(parts)
     return (
-        f"<figure><figcaption>{measure.title}</figcaption>\n"
-        f'<svg class="curves" viewBox="0 0 {_WIDTH} {frame.height:.0f}" role="img" '
-        f'aria-label="{measure.title} against sparsity, by method">\n'
-        + "\n".join(parts)
-        + f"\n</svg>{note}</figure>"
+        f'<figure><figcaption>{measure.name}</figcaption>\n<div class="wide">'
+        f'<svg class="curves" viewBox="{box}" role="img" aria-label="{measure.name}, by method">\n'
+        f"{body}\n</svg></div>{note}</figure>"
     )
 
 
@@ -165,17 +235,17 @@ def _frame(measure: Measure, drawn: Sequence[SweepPoint], names: Sequence[str]) 
     height = max(_HEIGHT, _TOP + _BOTTOM + _LINE * len(labels))
     values = [v for p in drawn if (v := measure.value(p)) is not None]
     values += [measure.dense] if measure.dense is not None else []
-    sparsities = [p.sparsity for p in drawn]
-    if min(sparsities) == max(sparsities):  # a single one stands at the right, beside the names
-        sparsities.append(max(0.0, sparsities[0] - 0.1))
-    x = linear(sparsities, _LEFT, _WIDTH - right, (0, 1))
+    along = [measure.across.value(p) for p in drawn]
+    if min(along) == max(along):  # a single one stands at the right, beside the names
+        along.append(max(0.0, along[0] - 0.1))
+    x = linear(along, _LEFT, _WIDTH - right, measure.across.within)
     bottom = height - _BOTTOM
     if measure.log:
         return Frame(x, logarithmic(values, bottom, _TOP), height)
     return Frame(x, linear(values, bottom, _TOP, measure.within), height)
 
 
-def _grid(frame: Frame) -> str:
+def _grid(frame: Frame, across: Across) -> str:
     x, y = frame.x, frame.y
     lines = [
         f'<line class="grid" x1="{x.start:.1f}" x2="{x.end:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
@@ -185,14 +255,14 @@ def _grid(frame: Frame) -> str:
     ]
     lines += [
         f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{y.start:.1f}" y2="{y.end:.1f}"/>'
-        f'<text x="{at:.1f}" y="{y.start + 18:.1f}" text-anchor="middle">{tick:g}</text>'
+        f'<text x="{at:.1f}" y="{y.start + 18:.1f}" text-anchor="middle">{across.tick(tick)}</text>'
         for tick in x.ticks
         for at in [x.at(tick)]
     ]
     middle = (x.start + x.end) / 2
-    title = "sparsity: share of zeros in the pruned layers"
     lines.append(
-        f'<text x="{middle:.1f}" y="{frame.height - 6:.1f}" text-anchor="middle">{title}</text>'
+        f'<text x="{middle:.1f}" y="{frame.height - 6:.1f}" text-anchor="middle">'
+        f"{across.title}</text>"
     )
     return "\n".join(lines)
 
@@ -209,7 +279,7 @@ def _curve(
     i: int, points: Sequence[SweepPoint], measure: Measure, frame: Frame, *, marked: bool
 ) -> str:
     """A line through the points of method number ``i``, and a marker with a tooltip at each."""
-    line = sorted((p for p in points if not _is_pattern(p)), key=lambda p: p.sparsity)
+    line = sorted((p for p in points if not _is_pattern(p)), key=measure.across.value)
     track = " ".join("{:.1f},{:.1f}".format(*_place(p, measure, frame)) for p in line)
     dashes = f' stroke-dasharray="{5 + i // len(COLOURS)} 3"' if i >= len(COLOURS) else ""
     parts = [f'<polyline class="{_colour(i)}"{dashes} points="{track}"/>']
@@ -228,10 +298,16 @@ def _marker(i: int, point: SweepPoint, measure: Measure, frame: Frame) -> str:
     )
 
 
+def _ring(point: SweepPoint, measure: Measure, frame: Frame) -> str:
+    """What marks a point worth having."""
+    x, y = _place(point, measure, frame)
+    return f'<circle class="front" cx="{x:.1f}" cy="{y:.1f}" r="9"/>'
+
+
 def _labels(curves: Mapping[str, Sequence[SweepPoint]], measure: Measure, frame: Frame) -> str:
     """The names at the right of their lines' ends, none on top of another."""
     ends = [
-        (_place(_last(points), measure, frame), _colour(i), _shape(i), _name(name))
+        (_place(_last(points, measure.across), measure, frame), _colour(i), _shape(i), _name(name))
         for i, (name, points) in enumerate(curves.items())
         if points
     ]
@@ -248,15 +324,15 @@ def _labels(curves: Mapping[str, Sequence[SweepPoint]], measure: Measure, frame:
     )
 
 
-def _last(points: Sequence[SweepPoint]) -> SweepPoint:
-    """The end of the line, or of several N:M points the sparsest."""
-    return max(points, key=lambda p: (not _is_pattern(p), p.sparsity))
+def _last(points: Sequence[SweepPoint], across: Across) -> SweepPoint:
+    """The right end of the line, or of several N:M points the rightmost."""
+    return max(points, key=lambda p: (not _is_pattern(p), across.value(p)))
 
 
 def _place(point: SweepPoint, measure: Measure, frame: Frame) -> tuple[float, float]:
     value = measure.value(point)
     assert value is not None, "only what is drawable is drawn"
-    return frame.x.at(point.sparsity), frame.y.at(value)
+    return frame.x.at(measure.across.value(point)), frame.y.at(value)
 
 
 def _is_pattern(point: SweepPoint) -> bool:
@@ -344,9 +420,11 @@ def _points(sweep: Sweep) -> str:
     original = sweep.original
     dense = ["original", "", "", f"{original.zeros:,}", "", ""]
     dense += [_percent(sweep.accuracy), number(sweep.r2), f"{original.compressed_bytes:,}", ""]
-    rows = [dense, *(_row(point) for point in sweep.points)]
+    worth = sweep.worth_having
+    rows = [[*dense, ""]]
+    rows += [[*_row(point), "yes" if point in worth else ""] for point in sweep.points]
     columns = ["method", "target>", "sparsity>", "zeros>", "relative error>", "top-1 agreement, %>"]
-    columns += ["accuracy, %>", "R2>", "bytes after gzip>", "seconds>"]
+    columns += ["accuracy, %>", "R2>", "bytes after gzip>", "seconds>", "worth having"]
     used = [k for k in range(len(columns)) if any(row[k] for row in rows)]
     return table("Points", [columns[k] for k in used], [[row[k] for k in used] for row in rows])
 

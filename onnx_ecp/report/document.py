@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from onnx_ecp.report.pictures.text import shown
 from onnx_ecp.report.style import STYLE
 
 # Rows at either end of a table; a row takes at most 2 kB, whatever the names are.
@@ -51,3 +53,14 @@ def _row(tag: str, cells: Iterable[str], kinds: Iterable[str]) -> str:
 def number(value: float | None) -> str:
     """Four digits; nothing for None."""
     return "" if value is None else f"{value:.4g}"
+
+
+def warning_box(warnings: Sequence[str]) -> str:
+    """What the user must know, and what to do about it."""
+    lines = "\n".join(f'<p class="warning">{with_code(shown(text, 500))}</p>' for text in warnings)
+    return f'<section class="warnings">\n{lines}\n</section>' if lines else ""
+
+
+def with_code(sentence: str) -> str:
+    """HTML of a sentence, its commands in backticks set as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", sentence)

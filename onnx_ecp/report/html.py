@@ -5,7 +5,6 @@ It stays under 500 kB: of very many layers the middle is left out, as the page s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -30,7 +29,7 @@ from onnx_ecp.report import (
     latency_rows,
 )
 from onnx_ecp.report.as_json import dumps, encode
-from onnx_ecp.report.document import document, number, table
+from onnx_ecp.report.document import document, number, table, warning_box, with_code
 from onnx_ecp.report.headline import ADVICE
 from onnx_ecp.report.pictures.answer import answer
 from onnx_ecp.report.pictures.cards import cards
@@ -48,7 +47,7 @@ def page(report: Report) -> str:
     parts = [
         f"<h1>{title}</h1>",
         answer(report),
-        _warnings(report.warnings),
+        warning_box(report.warnings),
         _headline(report),
         layers(report),
         units(report),
@@ -69,12 +68,6 @@ def page(report: Report) -> str:
     return document(title, parts)
 
 
-def _warnings(warnings: Sequence[str]) -> str:
-    """What the user must know, and what to do about it."""
-    lines = "\n".join(f'<p class="warning">{_with_code(shown(text, 500))}</p>' for text in warnings)
-    return f'<section class="warnings">\n{lines}\n</section>' if lines else ""
-
-
 def _headline(report: Report) -> str:
     error = ""
     if report.gap is not None:
@@ -89,13 +82,8 @@ def _headline(report: Report) -> str:
         f"<p><b>{100 * report.sparsity:.2f} %</b> of {report.weights:,} prunable weights are "
         f"{'zero' if report.gone == 'zeros' else 'removed'} "
         f"({100 * report.zeros_before / max(report.weights, 1):.2f} % before).{error}</p>\n"
-        f"<p>{_with_code(shown(report.speed, 500))}</p>"
+        f"<p>{with_code(shown(report.speed, 500))}</p>"
     )
-
-
-def _with_code(sentence: str) -> str:
-    """HTML of a sentence, its commands in backticks set as code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", sentence)
 
 
 def _files(report: Report) -> str:
@@ -270,8 +258,7 @@ def _target(target: ForTarget | None) -> str:
         ]
         for x in target.layers
     ]
-    words = [f"{target.title}: {target.gains}.", target.changes, f"next: {target.next_step}"]
-    notes = "\n".join(f"<p>{shown(sentence, 500)}</p>" for sentence in words if sentence)
+    notes = "\n".join(f"<p>{shown(sentence, 500)}</p>" for sentence in target.words)
     columns = ["layer", "op", "zeros>", "gains", "why"]
     return f"{table(target.heading, columns, rows)}\n{notes}"
 

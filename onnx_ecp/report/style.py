@@ -19,7 +19,7 @@ table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-variant-numeric:
 th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--soft); text-align: left;
   overflow-wrap: anywhere; }
 /* Without a least width, anywhere lets a name shrink to one letter a line. */
-td { min-width: 4em; } td:first-child { min-width: 11em; }
+td { min-width: 6.5em; } td:first-child { min-width: 11em; }
 .share { white-space: nowrap; }
 td.n, th.n { text-align: right; overflow-wrap: normal; } td.n { min-width: 0; white-space: nowrap; }
 rect.all { fill: var(--soft); } rect.new { fill: var(--bar); } rect.old { fill: var(--old); }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +43,32 @@ class SweepPoint:
     r2: float | None
     compressed_bytes: int
     seconds: float
+
+
+def front(
+    points: Sequence[SweepPoint],
+    cost: Callable[[SweepPoint], float],
+    loss: Callable[[SweepPoint], float | None],
+) -> tuple[SweepPoint, ...]:
+    """The points worth having (the Pareto front): no other is as good in both, and better in one.
+
+    Args:
+        points: to choose from, in any order; the front keeps it.
+        cost: of a point, the less the better.
+        loss: of a point, the less the better; points without one, or with NaN, are left out.
+    """
+    known = [(p, cost(p), v) for p in points if (v := loss(p)) is not None and not math.isnan(v)]
+    best, least = set(), math.inf
+    for _, same_cost in itertools.groupby(sorted(known, key=_both), key=lambda row: row[1]):
+        rows = list(same_cost)
+        if rows[0][2] < least:
+            least = rows[0][2]
+            best |= {id(p) for p, _, value in rows if value == least}
+    return tuple(p for p in points if id(p) in best)
+
+
+def _both(row: tuple[SweepPoint, float, float]) -> tuple[float, float]:
+    return row[1], row[2]
 
 
 @dataclass(frozen=True)
@@ -95,6 +123,22 @@ class Sweep:
     shared_seconds: float
     seconds: float
     warnings: tuple[str, ...] = ()
+
+    @property
+    def worth_having(self) -> tuple[SweepPoint, ...]:
+        """Points such that none is smaller after gzip and as good, or better and as small.
+
+        Good is what has a high accuracy or R2 on the labels; without labels a low output error.
+        """
+        return front(self.points, lambda p: p.compressed_bytes, self.loss)
+
+    def loss(self, point: SweepPoint) -> float | None:
+        """What a point lost, in the best measure that there is."""
+        if self.accuracy is not None:
+            return None if point.accuracy is None else -point.accuracy
+        if self.r2 is not None:
+            return None if point.r2 is None else -point.r2
+        return point.relative_error
 
     @property
     def methods(self) -> dict[str, tuple[SweepPoint, ...]]:

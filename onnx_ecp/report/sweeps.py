@@ -20,6 +20,8 @@ from onnx_ecp.report.as_json import dumps, encode
 from onnx_ecp.report.sweep import Sweep, SweepPoint
 
 SCHEMA = 2
+# What the mark of a point says.
+WORTH = "no other point is as good and smaller after gzip, or as small and better."
 # Characters of a sentence that are shown.
 _SENTENCE = 400
 
@@ -36,8 +38,9 @@ def as_csv(sweep: Sweep) -> str:
 
 
 def as_json(sweep: Sweep) -> str:
-    """The fields of ``Sweep``, and the schema's number."""
-    return dumps({"schema": SCHEMA, **encode(sweep)})
+    """The fields of ``Sweep``, the schema's number, and which points are worth having."""
+    worth = [k for k, point in enumerate(sweep.points) if point in sweep.worth_having]
+    return dumps({"schema": SCHEMA, **encode(sweep), "worth_having": worth})
 
 
 WRITERS: dict[str, Callable[[Sweep], str]] = {
@@ -94,17 +97,20 @@ def tables(sweep: Sweep) -> Group:
         Text(f"warning: {printable(text, _SENTENCE)}", style="bold yellow")
         for text in sweep.warnings
     ]
-    return Group(_points(sweep), facts, *warnings)
+    return Group(_points(sweep), Text(f"*: {WORTH}\n"), facts, *warnings)
 
 
 def _points(sweep: Sweep) -> Table:
     """Columns that would be empty are left out."""
     original = sweep.original
-    dense = ["original", "", "", "", _percent(sweep.accuracy), _number(sweep.r2)]
-    rows = [[*dense, str(original.compressed_bytes), ""], *map(_row, sweep.points)]
-    columns = ["method", "target", "error", "top-1 agreement", "accuracy", "R2", "gzip", "seconds"]
+    dense = ["original", "", "", "", "", _percent(sweep.accuracy), _number(sweep.r2)]
+    worth = sweep.worth_having
+    rows = [[*dense, str(original.compressed_bytes), ""]]
+    rows += [_row(point, point in worth) for point in sweep.points]
+    columns = ["method", "target", "", "error", "top-1\nagreement", "accuracy", "R2"]
+    columns += ["gzip", "seconds"]
     used = [k for k in range(len(columns)) if any(row[k] for row in rows)]
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for k in used:
         table.add_column(
             columns[k], justify="right" if k else "left", no_wrap=k > 0, overflow="fold"
@@ -118,10 +124,11 @@ def _points(sweep: Sweep) -> Table:
     return table
 
 
-def _row(point: SweepPoint) -> list[str]:
+def _row(point: SweepPoint, worth: bool) -> list[str]:
     return [
         printable(point.method),
         printable(point.target),
+        "*" * worth,
         _number(point.relative_error),
         _percent(point.agreement),
         _percent(point.accuracy),

@@ -77,6 +77,10 @@ class LazyArrays(Mapping[str, np.ndarray]):
         """Whether there is one; nothing is computed."""
         return name in self._names
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the arrays themselves: all are computed."""
+        return LazyArrays.of, (dict(self),)
+
     def __iter__(self) -> Iterator[str]:
         """The names in order."""
         return iter(self._names)
@@ -163,6 +167,10 @@ class Spill(MutableMapping[Any, np.ndarray]):
         """How many arrays there are."""
         return len(self._here) + len(self._places)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the arrays themselves, wherever they are; the copy keeps to the same limit."""
+        return _refilled, (self._limit, dict(self))
+
     @property
     def spilled(self) -> int:
         """Bytes of the temporary file."""
@@ -188,6 +196,12 @@ class Spill(MutableMapping[Any, np.ndarray]):
             ) from error
         self._end = max(self._end, offset + array.nbytes)
         return offset
+
+
+def _refilled(limit: int | None, arrays: Mapping[Any, np.ndarray]) -> Spill:
+    spill = Spill(limit)
+    spill.update(arrays)
+    return spill
 
 
 def _bytes(array: np.ndarray) -> memoryview:

@@ -6,6 +6,7 @@ thread waits: an exception there (Ctrl-C, SIGTERM, the end of ``deadline``) term
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,12 @@ Value = Any
 T = TypeVar("T")
 # Words by which a Gather, and embeddings that are an operator of their own, refuse an index.
 _INDEX_WORDS = ("out of data bounds", "index out of range")
+# Where in its own source ONNX Runtime was, and in which function.
+_PLACES = re.compile(r"\[ONNXRuntimeError\] : \d+ : |/onnxruntime_src/\S+ |\S*onnxruntime::.*?\) ")
+# Tensors and nodes that are ours, with the name in the model that they are made for, if any.
+_OWN_NAMES = re.compile(
+    r"ecp/(?:seed|shift)/(?P<seed>[^\s)'\"]+)|(?P<raw>[^\s('\"]+)/ecp/\w+|ecp/(?:\w+/)*\w+"
+)
 # Words by which ONNX Runtime and the C++ library say that memory ran out.
 _MEMORY_WORDS = ("bad_alloc", "allocate memory", "out of memory", "bad allocation")
 
@@ -270,7 +277,7 @@ class Session:
 
 def _translated(error: Exception, what: str) -> OnnxEcpError:
     """ONNX Runtime's exception as ours, cut to its first line."""
-    text = " ".join(str(error).split())[:300]
+    text = _PLACES.sub("", " ".join(str(error).split()))[:300]
     if any(word in text.lower() for word in _MEMORY_WORDS):
         return OutOfMemory(
             f"ONNX Runtime ran out of memory: {text}", hint="Use a smaller --batch-size."
@@ -280,8 +287,15 @@ def _translated(error: Exception, what: str) -> OnnxEcpError:
             f"the samples hold an index that the model does not know: {text}",
             hint="Look for ids beyond the vocabulary, or negative ones, in the data.",
         )
-    hint = ""
-    if "NOT_IMPLEMENTED" in text:
+    if _OWN_NAMES.search(text):
+        text = _OWN_NAMES.sub(lambda found: found["seed"] or found["raw"] or "made here", text)
+        return ProviderError(
+            f"ONNX Runtime {what} with the operators that compute its sensitivities: {text}",
+            hint="Use --gradients numeric, or a method without sensitivities, such as --method "
+            "magnitude.",
+        )
+    hint = "Run it in ONNX Runtime alone; where it fails too, export it again."
+    if "Could not find an implementation" in text:
         hint = (
             "It has no kernel for this operator in the element types of the model: convert the "
             "model to float32 first, or use a --provider that has one."

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from onnx_ecp.errors import Interrupted, OnnxEcpError, OutputError, ProviderError
+from onnx_ecp.errors import CalibrationError, Interrupted, OnnxEcpError, OutputError, ProviderError
 
 # Seconds that the child has to end by itself once it should.
 GRACE = 1.0
@@ -31,6 +31,8 @@ _CRASHES = tuple(
     if hasattr(signal, name)
 )
 _channel: int | None = None
+# Files of this process that stand in their places.
+written: list[str] = []
 
 
 def tell(what: str, value: str = "") -> None:
@@ -41,6 +43,8 @@ def tell(what: str, value: str = "") -> None:
             places, "committed" after it; "temporary" or "kept" with an absolute path; "ended".
         value: what belongs to it.
     """
+    if what == "kept":
+        written.append(value)
     if _channel is not None:
         with suppress(OSError):
             os.write(_channel, f"{what} {value}".encode("utf-8", "surrogateescape") + b"\0")
@@ -121,6 +125,7 @@ class _Watch:
         committing: whether files take their places, which must not be cut off.
         kept: files that stand in their places.
         temporary: files and folders to remove where it no longer can.
+        ended: whether the child came to its end, instead of being ended from inside.
     """
 
     child: int
@@ -131,6 +136,7 @@ class _Watch:
     committing: bool = False
     kept: list[str] = field(default_factory=list)
     temporary: set[str] = field(default_factory=set)
+    ended: bool = False
     rest: bytes = b""
 
     def until_the_end(self, unblocked: Any, explain: Callable[[OnnxEcpError], int]) -> int:
@@ -147,11 +153,11 @@ class _Watch:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         code = os.waitstatus_to_exitcode(status)
-        if code >= 0:
+        if code >= 0 and self.ended:
             return code
         for path in self.temporary:
             self._remove(path)
-        return explain(self._what_happened(-code, cut))
+        return explain(self._left(code) if code >= 0 else self._what_happened(-code, cut))
 
     def _listen(self) -> bool:
         """Until the child closes the pipe, which its end does; whether it had to be killed."""
@@ -183,6 +189,8 @@ class _Watch:
                     self.until = None if self.limit is None else end + self.limit
             elif what in ("committing", "committed"):
                 self.committing = what == "committing"
+            elif what == "ended":
+                self.ended = True
             elif what == "temporary":
                 self.temporary.add(value)
             elif what == "kept":
@@ -196,9 +204,19 @@ class _Watch:
         with suppress(ProcessLookupError):
             os.kill(self.child, number)
 
+    def _left(self, code: int) -> OnnxEcpError:
+        """Why the child is gone without having come to its end."""
+        return CalibrationError(
+            f"the process was left with code {code}: a calibration script, or a library, did that.",
+            hint=f"{self._written()} Look for os._exit in the script.",
+        )
+
+    def _written(self) -> str:
+        return f"Written: {', '.join(self.kept)}." if self.kept else "Nothing was written."
+
     def _what_happened(self, number: int, cut: bool) -> OnnxEcpError:
         """Why the child was ended by a signal."""
-        written = f"Written: {', '.join(self.kept)}." if self.kept else "Nothing was written."
+        written = self._written()
         if self.signalled:
             return Interrupted(self.signalled, written)
         if cut:

@@ -38,6 +38,19 @@ class Measured:
     weights: Mapping[str, np.ndarray] = field(default_factory=dict)
     curvature: tuple[Curvature, ...] = ()
 
+    def __add__(self, other: Measured) -> Measured:
+        """What both sets of samples tell; the samples of the first come first.
+
+        A curvature is that of all rows at once and does not add up.
+        """
+        assert not self.curvature, "no curvature is looked at in shards"
+        assert not other.curvature, "no curvature is looked at in shards"
+        both = {n: self.moments[n] + other.moments[n] for n in self.moments}
+        rows = {
+            n: np.concatenate([self.weights[n], other.weights[n]], axis=1) for n in self.weights
+        }
+        return Measured(both, rows)
+
 
 class SpilledMoments(Mapping[str, Moments]):
     """Moments whose large sums lie in a temporary file."""
@@ -221,6 +234,11 @@ def measure(
     own pass over the data, unless what one pass sees takes less space in a temporary file than the
     moments do: then the other groups look at that. The result is the same, bit by bit.
 
+    This is the one place through which batches are observed and their sensitivities come back
+    summed. All that goes in and comes out can be pickled, ``visit`` aside, and what shards of the
+    data give adds up: an executor may map ``functools.partial(measure, observer, state, size=n)``
+    over parts made by ``data.shard``.
+
     Args:
         observer: of the network.
         state: what is observed.
@@ -284,7 +302,8 @@ def _in_graph(observer: Observer, positions: str = "expand", visit: Visit | None
     if observer.statistics == "graph" and not able:
         raise UsageError(
             "--statistics graph does not go with finite differences, units, woodfisher, cbs, nor "
-            "positions that are reduced: they need every row.",
+            "positions that are reduced: they need every row; nor with samples that differ in "
+            "shape.",
             hint="Leave it out.",
         )
     return able and observer.sums_in_graph

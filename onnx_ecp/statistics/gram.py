@@ -14,7 +14,9 @@ BLOCK = 4096
 
 @dataclass(frozen=True)
 class Gram:
-    """Weighted sums over rows of one layer's inputs in two versions of the network; they add up.
+    """Weighted sums over rows of one layer's inputs in two versions of the network.
+
+    ``first + second`` are the sums over both sets of rows.
 
     Args:
         weight: (groups,), sum of s.
@@ -68,8 +70,8 @@ class Gram:
         return Gram(s.sum(axis=1), now, past, second[0], second[-1], c.astype(np.float64))
 
     def __add__(self, other: Gram) -> Gram:
-        """The sums over both sets of rows; both have the same centre."""
-        assert np.array_equal(self.centre, other.centre), "a walk has one centre per layer"
+        """The sums over both sets of rows, about the centre of the first."""
+        other = other.recentred(self.centre)
         return Gram(
             self.weight + other.weight,
             self.now + other.now,
@@ -77,6 +79,27 @@ class Gram:
             self.gram + other.gram,
             self.cross + other.cross,
             self.centre,
+        )
+
+    def recentred(self, centre: np.ndarray) -> Gram:
+        """The same sums about another constant (groups, in)."""
+        if np.array_equal(centre, self.centre):
+            return self
+        d = self.centre - centre  # a - centre = (a - self.centre) + d
+        moved = self.weight[:, None] * d
+        square = moved[:, :, None] * d[:, None, :]
+
+        def second(sums: np.ndarray, first: np.ndarray) -> np.ndarray:
+            products = first[:, :, None] * d[:, None, :] + d[:, :, None] * self.now[:, None, :]
+            return np.asarray(sums + products + square)
+
+        return Gram(
+            self.weight,
+            self.now + moved,
+            self.before + moved,
+            second(self.gram, self.now),
+            second(self.cross, self.before),
+            centre,
         )
 
     @property

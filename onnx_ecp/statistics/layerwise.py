@@ -28,7 +28,7 @@ class Network:
 
     Args:
         observer: of the layers.
-        original: the state before pruning.
+        original: the state before pruning; layers are fitted to what they make of it.
         train: calibration samples for importance and compensation.
         validation: other calibration samples, on which a refit must not be worse than a bias shift.
         size: batch size.
@@ -37,6 +37,7 @@ class Network:
             activations of a walk. What does not fit lies in temporary files.
         granted: bytes by which it is decided what is left out: what was asked for, or the same on
             every machine.
+        aim: the state whose outputs pruning should keep; None: the original.
     """
 
     observer: Observer
@@ -46,6 +47,7 @@ class Network:
     size: int
     memory: int | None = None
     granted: int = GRANTED
+    aim: State | None = None
 
     def share(self, part: int) -> int | None:
         """One of so many equal parts of the memory."""
@@ -59,7 +61,12 @@ class Network:
     @property
     def objective(self) -> Objective:
         """What pruning should leave as it was."""
-        return Objective(self.observer, self.original)
+        return Objective(self.observer, self.wanted)
+
+    @property
+    def wanted(self) -> State:
+        """The state whose outputs pruning should keep."""
+        return self.original if self.aim is None else self.aim
 
     @cached_property
     def uses(self) -> Counter[str]:

@@ -19,7 +19,7 @@ import onnx
 
 from onnx_ecp.data.calibration import Batch
 from onnx_ecp.errors import CalibrationError, ModelError, UsageError, did_you_mean
-from onnx_ecp.gradients.cotangents import SQUARED, plan
+from onnx_ecp.gradients.cotangents import SQUARED, SeedPlan, plan
 from onnx_ecp.gradients.links import LINKS, Link
 from onnx_ecp.gradients.numeric import numeric_adjoint, step_for
 from onnx_ecp.gradients.prepare import MINIMUM_OPSET, add_reverse, facts_of, opset_of, prepare
@@ -159,6 +159,8 @@ def original_state(model: Model, layers: Sequence[Layer]) -> State:
 class Observer:
     """Holds the sessions of the observation graph: built once, fed with one state after another.
 
+    It can be pickled: another process builds its sessions anew, from the model and these arguments.
+
     Args:
         model: its sparse initializers must be decoded.
         layers: the layers to observe; those in ``blocked`` have no sensitivity.
@@ -173,6 +175,7 @@ class Observer:
         statistics: where they are summed, a name in STATISTICS.
         proves: whether the observation graph must compute what the model computes. One that rounds
             activations to integers may round one of them the other way.
+        other: a batch of another shape, where not all samples have that of the first.
 
     Attributes:
         blocked: by layer name, why the layer has no sensitivity.
@@ -205,9 +208,22 @@ class Observer:
         reverse: bool = True,
         statistics: str = "auto",
         proves: bool = True,
+        other: Batch | None = None,
     ) -> None:
         if engine not in ENGINES:
             raise UsageError(f"unknown gradients {engine!r}.", hint=did_you_mean(engine, ENGINES))
+        self._built = (model, tuple(layers), first)
+        self._choices: dict[str, Any] = {
+            "engine": engine,
+            "metric": metric,
+            "probes": probes,
+            "seed": seed,
+            "provider": provider,
+            "threads": threads,
+            "reverse": reverse,
+            "statistics": statistics,
+            "other": other,
+        }
         state = original_state(model, layers)
         fed = {name: _widened(x) for name, x in first.feeds.items()}
         self._prepared = prepare(
@@ -271,6 +287,10 @@ class Observer:
         if reverse and first.samples > 1:
             half = first.halves()[0]
             _check_apart(y, first.samples, self.heads(state, half), half.samples)
+        self._even = other is None
+        varying = {} if other is None else _varying_axes(y, self.heads(state, other))
+        if any(varying.values()) and probes is None:
+            probes = 1  # a probe per element would be another number for every shape
         seeds = plan(y, first.samples, metric=metric, probes=probes, seed=seed)
         self._plan = replace(seeds, links=links)
         self._asked = probes is not None
@@ -285,11 +305,16 @@ class Observer:
         self.measure = Measure.of({})
         shapes = {name: self.facts[name].shape for name in self._heads}
         rows = {x.shape[0] for x in first.feeds.values() if x.ndim} | {first.samples}
-        self._axes = column_axes(model.proto, shapes, rows)
+        self._axes = column_axes(model.proto, shapes, rows, varying)
         self.statistics = statistics
         new_enough = opset_of(self.proto) >= MINIMUM_OPSET
-        self.summable = new_enough and (engine == "vjp" or not reverse)
+        self.summable = self._even and new_enough and (engine == "vjp" or not reverse)
         self._batched = all(v.ndim and v.shape[0] == first.samples for v in y.values())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What another process needs; that both graphs compute the same has been seen here."""
+        choices = {**self._choices, "statistics": self.statistics, "proves": False}
+        return _rebuilt, (*self._built, choices, replace(self._plan, links={}), self.measure)
 
     def observe(self, state: State, batch: Batch, *, common: bool = False) -> Observation:
         """Run one batch in one state; every layer that is not blocked is in the result.
@@ -562,12 +587,12 @@ class Observer:
 
     def _seeds(self, feeds: dict[str, Value], batch: Batch, common: bool) -> dict[str, np.ndarray]:
         """Seeds need the values of y; under l2 only its shape, which a batch axis tells."""
-        if self._batched and self._plan.metric in SQUARED:
+        if self._batched and self._even and self._plan.metric in SQUARED:
             facts = {name: self.facts[name] for name in self._seeded}
             y = {n: np.zeros((batch.samples, *f.shape[1:]), f.dtype) for n, f in facts.items()}
         else:
             y = self._forward.run(feeds, self._seeded)
-        return self._plan.seeds(y, batch.start, batch.samples, batch.labels, common=common)
+        return self._plan.seeds(y, batch.in_whole, batch.labels, common=common)
 
     def input_feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The model's own inputs in the dtypes of the observation graph."""
@@ -626,6 +651,21 @@ class Observer:
         wanted = [name for name in dict.fromkeys(tensors) if name not in fed]
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
         return self.session(proto)
+
+
+def _rebuilt(
+    model: Model,
+    layers: Sequence[Layer],
+    first: Batch,
+    choices: dict[str, Any],
+    plan: SeedPlan,
+    measure: Measure,
+) -> Observer:
+    """An observer as it was when it was pickled."""
+    observer = Observer(model, layers, first, **choices)
+    observer._plan = replace(plan, links=observer._plan.links)
+    observer.measure = measure
+    return observer
 
 
 def _seed_feeds(seeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -747,6 +787,16 @@ def _input_rows(layers: Mapping[str, Layer], values: Mapping[str, np.ndarray]) -
 def _energy(spread: Spread) -> float:
     """Mean over samples of the sum of squares of an output."""
     return float(spread.mean_square @ spread.positions)
+
+
+def _varying_axes(
+    a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]
+) -> dict[str, frozenset[int]]:
+    """By head, the axes behind the first that differ between batches of two shapes."""
+    return {
+        name: frozenset(i for i in range(1, y.ndim) if y.shape[i] != b[name].shape[i])
+        for name, y in a.items()
+    }
 
 
 def _size(fact: Fact) -> int:

@@ -183,6 +183,22 @@ def choose(
         saved = ranked_by.of_blocks(keep, group, units, prices)
         blocks += zip(_ranks([scores[b].sum() for b in units], saved), units, strict=True)
     blocks.sort(key=lambda block: block[0])
+    enough = _enough(keep, blocks, fits)
+    rest = _given_back(keep, blocks[:enough], groups, fits)
+    last = blocks[enough - 1][1] if enough else np.zeros(0, int)
+    if len(last) < 2:
+        return rest
+    # The block that made it fit may be large: perhaps smaller ones behind it cost less.
+    (own,) = (group.units for group in groups if last[0] in group.units)
+    before, behind = blocks[: enough - 1], blocks[enough:]
+    others = before + [block for block in behind if block[1][0] not in own]
+    spared = _given_back(keep, others[: _enough(keep, others, fits)], groups, fits)
+    cheaper = scores[keep & ~spared].sum() < scores[keep & ~rest].sum()
+    return spared if cheaper and fits(spared) else rest
+
+
+def _enough(keep: np.ndarray, blocks: Sequence[Block], fits: Callable[[np.ndarray], bool]) -> int:
+    """How many of the first blocks have to go, so that what stays fits; all where none do."""
     enough, most = 0, len(blocks)
     while enough < most:  # the cost falls with every block
         middle = (enough + most) // 2
@@ -190,7 +206,7 @@ def choose(
             most = middle
         else:
             enough = middle + 1
-    return _given_back(keep, blocks[:enough], groups, fits)
+    return enough
 
 
 def _given_back(

@@ -349,9 +349,11 @@ def _follow_columns(
     walk: Walk, node: gs.Node, layer: Layer, axis: Axis | None, place: int, columns: np.ndarray
 ) -> None:
     """Columns are the units that lie where a layer reads its inputs."""
-    if axis is not None and axis.index != place:
+    # Sizes that shape inference tells may contradict each other where a model does not run.
+    fits = axis is not None and axis.index == place and len(columns) % len(axis.marks) == 0
+    if axis is not None and not fits:
         walk.marks.pin(axis.marks, f"{node.op} {layer.name!r} reads another axis")
-    if axis is None or axis.index != place:
+    if axis is None or not fits:
         walk.marks.pin(columns, "they are not made by a layer that is pruned")
         return
     index, (_, along) = layer.weight_axes(node)

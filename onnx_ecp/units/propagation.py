@@ -193,9 +193,12 @@ class Walk:
     def integers(self, tensor: gs.Tensor) -> list[int] | None:
         """The values of a stored tensor of integers, where they are in the model itself."""
         stored = self.scope.stored(tensor)
-        if stored is None or not np.issubdtype(np.dtype(stored.dtype), np.integer):
+        # graphsurgeon gives a number in the place of types that NumPy does not have.
+        if stored is None or isinstance(stored.dtype, int):
             return None
-        return [int(value) for value in np.atleast_1d(stored.values)]
+        if not np.issubdtype(np.dtype(stored.dtype), np.integer):
+            return None
+        return [int(value) for value in np.ravel(stored.values)]
 
     def numbers(self, node: gs.Node, name: str, index: int) -> list[int] | None:
         """Integers that are an attribute in old opsets and input ``index`` in new ones."""

@@ -7,6 +7,7 @@ that share their fate, or raises ``NotFollowed``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise, takewhile
 from typing import TypeAlias
@@ -271,6 +272,10 @@ def transpose(walk: Walk, node: gs.Node) -> Outputs:
     return {node.outputs[0].name: Axis(perm.index(axis.index), axis.marks)}
 
 
+# Every element of a tensor gets a mark of eight bytes while a Reshape is followed.
+_MOST_MARKED = 2**27
+
+
 @rule("Flatten", "Squeeze", "Unsqueeze", "Reshape")
 def reshape(walk: Walk, node: gs.Node) -> Outputs:
     """Units repeat where their axis is merged, and are joined where it is split.
@@ -281,6 +286,10 @@ def reshape(walk: Walk, node: gs.Node) -> Outputs:
     """
     axis = _data(walk, node)
     old, new = walk.shape(node.inputs[0]), walk.shape(node.outputs[0])
+    if math.prod(old) != math.prod(new) or old[axis.index] != len(axis.marks):
+        raise NotFollowed(f"shapes {old} and {new} contradict each other")
+    if math.prod(old) > _MOST_MARKED:
+        raise NotFollowed("it is too large to tell what becomes of every element")
     along = [1] * len(old)
     along[axis.index] = len(axis.marks)
     marks = np.broadcast_to(axis.marks.reshape(along), old).reshape(new)
@@ -459,6 +468,8 @@ def _note_target(
 
 # An entry of a target: its value, or the tensor of this one entry, or None where nobody knows.
 _Entry: TypeAlias = int | gs.Tensor | None
+# A target has an entry for every axis; there are not more of them.
+_MOST_AXES = 64
 
 
 def _target(walk: Walk, tensor: gs.Tensor, rank: int) -> list[_Entry]:
@@ -468,13 +479,19 @@ def _target(walk: Walk, tensor: gs.Tensor, rank: int) -> list[_Entry]:
 
 
 def _entries(walk: Walk, tensor: gs.Tensor) -> list[_Entry]:
-    numbers = walk.integers(tensor)
-    if numbers is not None:
-        return list(numbers)
-    if tensor.inputs and tensor.inputs[0].op == "Concat":
-        return [entry for part in tensor.inputs[0].inputs for entry in _entries(walk, part)]
-    length = int(np.prod(walk.shape(tensor)))
-    return [tensor] if length == 1 else [None] * length
+    found: list[_Entry] = []
+    pending = [tensor]
+    while pending:
+        tensor = pending.pop()
+        numbers = walk.integers(tensor)
+        length = int(np.prod(walk.shape(tensor)))
+        if numbers is not None:
+            found += numbers
+        elif tensor.inputs and tensor.inputs[0].op == "Concat" and length <= _MOST_AXES:
+            pending += reversed(tensor.inputs[0].inputs)
+        else:
+            found += [tensor] if length == 1 else [None] * length
+    return found
 
 
 def _is_size(walk: Walk, entry: _Entry) -> bool:
@@ -680,18 +697,22 @@ def _is_steady(walk: Walk, tensor: gs.Tensor) -> bool:
 
     Between it and here may stand moves, and stored vectors and numbers that meet the units.
     """
-    node = tensor.inputs[0]
-    stored = [x for x in node.inputs if walk.scope.is_constant(x)]
-    domain, op = operator(node)
-    if not domain and (op in _MOVES or (op == "Gather" and len(stored) == 1)):
-        return _is_steady(walk, node.inputs[0])
-    if not domain and op in ("Add", "Sub", "Mul", "Div") and len(stored) == 1:
-        (data,) = (x for x in node.inputs if x is not stored[0])
-        shape, axis = walk.shape(stored[0]), walk.axis(data)
-        place = axis.index - len(walk.shape(data)) if axis is not None else 0
-        flat = all(size == 1 for i, size in enumerate(shape, -len(shape)) if i != place)
-        return flat and _is_steady(walk, data)
-    layer = layer_of(node, walk.scope)
-    if layer is None or isinstance(layer, Skip):
-        return False
-    return layer.output == tensor.name and layer.groups == 1
+    while tensor.inputs:
+        node = tensor.inputs[0]
+        stored = [x for x in node.inputs if walk.scope.is_constant(x)]
+        domain, op = operator(node)
+        if not domain and (op in _MOVES or (op == "Gather" and len(stored) == 1)):
+            tensor = node.inputs[0]
+        elif not domain and op in ("Add", "Sub", "Mul", "Div") and len(stored) == 1:
+            (data,) = (x for x in node.inputs if x is not stored[0])
+            shape, axis = walk.shape(stored[0]), walk.axis(data)
+            place = axis.index - len(walk.shape(data)) if axis is not None else 0
+            if not all(size == 1 for i, size in enumerate(shape, -len(shape)) if i != place):
+                return False
+            tensor = data
+        else:
+            layer = layer_of(node, walk.scope)
+            if layer is None or isinstance(layer, Skip):
+                return False
+            return layer.output == tensor.name and layer.groups == 1
+    return False

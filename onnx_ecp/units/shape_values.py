@@ -7,7 +7,7 @@ else it enters, the values of the model would change with the number of units, w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
@@ -49,30 +49,62 @@ def known_values(walk: Walk, tensor: gs.Tensor) -> list[int | None]:
 
     Sizes of the first axis are unknown: they count samples, of which a run has any number.
     """
+    done: dict[int, list[int | None]] = {}
+    pending = [tensor]
+    while pending:
+        current = pending[-1]
+        missing = [x for x in _sources(walk, current) if id(x) not in done]
+        if missing:
+            pending += missing
+        else:
+            done[id(current)] = _known(walk, pending.pop(), done)
+    return done[id(tensor)]
+
+
+_MOVED = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+
+
+def _sources(walk: Walk, tensor: gs.Tensor) -> list[gs.Tensor]:
+    """The tensors from whose values those of a tensor follow."""
+    if walk.integers(tensor) is not None or not tensor.inputs or tensor.inputs[0].domain:
+        return []
+    if int(np.prod(walk.shape(tensor))) > _MOST_ENTRIES:
+        return []
+    node = tensor.inputs[0]
+    if node.op in _MOVED or node.op == "Gather":
+        return [node.inputs[0]]
+    if node.op == "Concat" or (node.op in _ARITHMETIC and len(node.inputs) == 2):
+        return list(node.inputs)
+    return []
+
+
+def _known(walk: Walk, tensor: gs.Tensor, done: Mapping[int, list[int | None]]) -> list[int | None]:
+    """The integers of a tensor, given those of its sources by ``id``."""
     numbers = walk.integers(tensor)
     if numbers is not None:
         return list(numbers)
-    length = int(np.prod(walk.shape(tensor)))
-    unknown: list[int | None] = [None] * length
-    if not tensor.inputs or tensor.inputs[0].domain or length > _MOST_ENTRIES:
-        return unknown
-    node = tensor.inputs[0]
-    if node.op == "Shape":
+    unknown: list[int | None] = [None] * min(int(np.prod(walk.shape(tensor))), _MOST_ENTRIES + 1)
+    node = tensor.inputs[0] if tensor.inputs else None
+    if node is not None and node.op == "Shape" and not node.domain:
         shape: list[int | None] = [None, *walk.shape(node.inputs[0])[1:]]
         return shape[node.attrs.get("start", 0) : node.attrs.get("end", len(shape))]
-    if node.op in ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"):
-        return known_values(walk, node.inputs[0])
+    parts = [done[id(x)] for x in _sources(walk, tensor)]
+    if node is None or not parts or not all(parts):
+        return unknown
+    if node.op in _MOVED:
+        return parts[0]
     if node.op == "Concat":
-        return [x for part in node.inputs for x in known_values(walk, part)]
+        return [x for part in parts for x in part]
     if node.op == "Gather":
-        chosen, values = walk.integers(node.inputs[1]), known_values(walk, node.inputs[0])
-        return unknown if chosen is None else [values[i] for i in chosen]
-    if node.op in _ARITHMETIC and len(node.inputs) == 2:
-        a, b = (known_values(walk, x) for x in node.inputs)
-        size = max(len(a), len(b))
-        pairs = zip(a * (size // len(a)), b * (size // len(b)), strict=True)
-        return [None if None in pair else _ARITHMETIC[node.op](*pair) for pair in pairs]
-    return unknown
+        chosen, values = walk.integers(node.inputs[1]), parts[0]
+        there = chosen is not None and all(-len(values) <= i < len(values) for i in chosen)
+        return [values[i] for i in chosen] if chosen is not None and there else unknown
+    a, b = parts
+    size = max(len(a), len(b))
+    if size % len(a) or size % len(b):
+        return unknown
+    pairs = zip(a * (size // len(a)), b * (size // len(b)), strict=True)
+    return [None if None in pair else _ARITHMETIC[node.op](*pair) for pair in pairs]
 
 
 _MOST_ENTRIES = 16

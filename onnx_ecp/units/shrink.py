@@ -15,6 +15,7 @@ from onnx_ecp.errors import ModelError, ProviderError, TargetError
 from onnx_ecp.evaluation.work import Work, work
 from onnx_ecp.graph import Model
 from onnx_ecp.graph.shapes import shapes_of_a_run
+from onnx_ecp.layers import find_layers
 from onnx_ecp.pruning.selection import NM
 from onnx_ecp.runtime.lazy import LazyArrays
 from onnx_ecp.runtime.limits import check_deadline
@@ -55,15 +56,23 @@ class Smaller:
     after: Work | None = None
     warnings: tuple[str, ...] = ()
 
-    @property
-    def speed(self) -> str:
-        """What the result does for latency, one sentence; empty where nothing became smaller."""
+    def speed(self, verdict: str | None = None) -> str:
+        """What the result does for latency, one sentence; empty where nothing became smaller.
+
+        Args:
+            verdict: what a measurement says of the result, see ``Latency``; None where none was
+                taken.
+        """
         if self.before is None or self.after is None:
             return ""
-        ratio = self.after.flops / max(self.before.flops, 1)
+        need = f"The layers need {self.after.flops / max(self.before.flops, 1):.3f} of the"
+        if verdict in (None, "faster"):
+            return (
+                f"{need} multiplications: latency follows that wherever they take most of the time."
+            )
         return (
-            f"The layers need {ratio:.3f} of the multiplications: latency follows that wherever "
-            "they take most of the time."
+            f"{need} multiplications, but by the clock the result is {verdict} here: on this "
+            "machine they are not what takes the time."
         )
 
 
@@ -91,9 +100,11 @@ def units_of(
             break
         held = more | held
     if not structure.units:
-        reasons = "; ".join(
-            f"{modelling.printable(x.name)} ({x.op}): {x.reason}" for x in structure.refusals
-        )
+        layers = find_layers(dense.proto).layers  # those too that cannot be observed
+        refusals = find_structure(dense.proto, layers, shapes, held).refusals
+        known = {x.name for x in structure.refusals}
+        refusals = (*(x for x in refusals if x.name not in known), *structure.refusals)
+        reasons = "; ".join(f"{modelling.printable(x.name)} ({x.op}): {x.reason}" for x in refusals)
         raise TargetError(f"no unit can be removed: {reasons}.", hint="Use --granularity weight.")
     return structure
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 
@@ -28,9 +27,9 @@ from onnx_ecp.units.elimination import (
     scores_of_summed,
     steps_of,
 )
-from onnx_ecp.units.groups import STAYS, Structure
+from onnx_ecp.units.groups import STAYS, Group, Structure
 from onnx_ecp.units.importance import UnitObserver, met_by_unit, read_by_unit
-from onnx_ecp.units.latency import Watch, liked
+from onnx_ecp.units.latency import BLOCK, Watch, liked
 
 # A model is chosen to be faster than asked for by so much: two measurements differ.
 MARGIN = 0.98
@@ -44,16 +43,18 @@ class Goal:
         share: of the cost that goes.
         target: cost that the share is of, a name in COSTS.
         cost: what importance is divided by, a name in COSTS.
-        multiple: the number of units that stay in a group is a multiple of it; with 1, and a cost
-            in time, one that kernels like.
+        multiple: the number of units that stay in a group is a multiple of it; None: one that
+            kernels like.
+        block: with None, channels that a block of the machine's convolutions has.
         required: whether less is an error, or the share is only where a search ends at the latest.
     """
 
     share: float
     target: str = "params"
     cost: str = "params"
-    multiple: int = 1
+    multiple: int | None = 1
     required: bool = True
+    block: int = BLOCK
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class PrunedUnits(Pruned):
 class UnitStep:
     """One stage of removing units: the ``step`` of ``prune`` and ``seek``.
 
-    With latency as the target the first stage plans by the clock how many units of every group stay
-    in the end; all stages are on the way there.
+    Where the target is speed, the first stage plans how many units of every group stay in the end:
+    in steps that kernels like, or by the clock. All stages are on the way there.
 
     Args:
         network: what is pruned; its layers are those of the structure.
@@ -109,8 +110,7 @@ class UnitStep:
         self._watch, self._margin = watch, margin
         self._biases = biases or {}
         self.costs, self._ranked_by = counted(goal.target), counted(goal.cost)
-        by_clock = goal.cost == "latency" and goal.multiple == 1
-        self._stops = liked if by_clock else partial(multiples, of=goal.multiple)
+        self._convolutions = {x.name for x in network.layers if "Conv" in x.op}
         self._planned: list[int] = []  # how many units of every group stay in the end
 
     def __call__(
@@ -131,12 +131,12 @@ class UnitStep:
         measured, scores = _scores(
             network, plan, self.structure, self._biases, before.state, keep, going, progress
         )
-        if self.goal.target == "latency":
-            self._planned = self._planned or self._by_clock(plan, scores, keep)
+        steps = self.goal.multiple is None and self.goal.target == "flops"
+        if steps or self.goal.target == "latency":
+            self._planned = self._planned or self._sizes(plan, scores, keep)
             rest = self._on_the_way(scores, keep, share)
         else:
-            target, floor = left * self.costs.total(whole), plan.method.floor * left
-            rest = self._chosen(scores, keep, lambda x: self._left(x) <= target, floor)
+            rest = self._within(plan, scores, keep, left)
         state, notes = _without(
             network, plan, self.structure, self._biases, before.state, rest, measured, progress
         )
@@ -160,6 +160,19 @@ class UnitStep:
         left = masks(self.structure, network, keep)
         return float(sum(np.count_nonzero(left[x.weight.tensor]) for x in network.layers))
 
+    def _sizes(self, plan: Plan, scores: np.ndarray, keep: np.ndarray) -> list[int]:
+        """By group, how many units stay in the end."""
+        if self.goal.target == "latency":
+            return self._by_clock(plan, scores, keep)
+        rest = self._within(plan, scores, keep, 1 - self.goal.share)
+        return [int(rest[group.units].sum()) for group in self.structure.groups]
+
+    def _within(self, plan: Plan, scores: np.ndarray, keep: np.ndarray, left: float) -> np.ndarray:
+        """(units,) bool: what stays, where a share of the cost is left."""
+        target = left * self.costs.total(np.ones_like(keep))
+        floor = plan.method.floor * left
+        return self._chosen(scores, keep, lambda x: self._left(x) <= target, floor)
+
     def _chosen(
         self,
         scores: np.ndarray,
@@ -170,6 +183,13 @@ class UnitStep:
         """(units,) bool: what stays; see ``choose``."""
         groups = self.structure.groups
         return choose(scores, keep, groups, self._ranked_by, fits, floor=floor, stops=self._stops)
+
+    def _stops(self, group: Group) -> np.ndarray:
+        """(k,): numbers of units at which a group may stop."""
+        if self.goal.multiple is not None:
+            return multiples(group, self.goal.multiple)
+        of_convolutions = self._convolutions & {*group.producers, *group.consumers}
+        return liked(group, self.goal.block if of_convolutions else BLOCK)
 
     def _by_clock(self, plan: Plan, scores: np.ndarray, keep: np.ndarray) -> list[int]:
         """By group, how many units stay in a model that is fast enough, or as fast as can be.

@@ -21,7 +21,9 @@ import onnx
 
 from onnx_ecp.data import calibration
 from onnx_ecp.data.calibration import Calibration
+from onnx_ecp.data.ragged import Ragged, shape_of
 from onnx_ecp.errors import ModelError, UsageError, did_you_mean
+from onnx_ecp.evaluation.batching import as_taken
 from onnx_ecp.evaluation.bounds import planning, sampling
 from onnx_ecp.evaluation.bounds.pair import Pair, pair
 from onnx_ecp.evaluation.bounds.planning import Planning
@@ -169,6 +171,7 @@ def bound(
     samples, units = None, PLAIN
     if data is not None:
         samples = calibration.load(data, signature(first.proto))
+        samples = as_taken(first, samples, provider=provider, threads=threads)
         settings: Settings = {
             "provider": provider,
             "threads": threads,
@@ -323,9 +326,19 @@ def _per_sample(
 
 def _of_batch(both: Pair, batch: calibration.Batch, units: Units) -> np.ndarray:
     """(samples,): a sample of a fixed batch is several rows, which count together."""
-    points = {name: Reach.of(x, np.zeros_like(x)) for name, x in batch.feeds.items()}
+    points = {name: _input(name, x, np.zeros_like(x)) for name, x in batch.feeds.items()}
     found = telescope(both, points, units.factors)
     return np.asarray(np.sqrt(np.square(found).reshape(batch.samples, -1).sum(axis=1)))
+
+
+def _input(name: str, centre: np.ndarray, radius: np.ndarray) -> Reach:
+    """CannotFollow for a scalar, which is the same for all samples."""
+    if centre.ndim == 0:
+        raise CannotFollow(
+            f"the bound cannot follow input {name!r}: it has no axis that counts samples.",
+            hint="The other bounds hold for any model.",
+        )
+    return Reach.of(centre, radius)
 
 
 def _box(
@@ -335,7 +348,7 @@ def _box(
     for name in ranges:
         if name and name not in names:
             raise UsageError(f"--input-range: no input {name!r}.", hint=did_you_mean(name, names))
-    inputs = {}
+    ends = {}
     for spec in signature(a.proto):
         shape = _shape(spec.name, spec.shape, samples)
         if spec.name not in ranges and "" not in ranges:
@@ -345,11 +358,12 @@ def _box(
             raise UsageError(f"--input-range {low},{high}: the first is larger.")
         dtype = spec.dtype or np.dtype(np.float32)
         middle, half = (np.full(shape, x, dtype) for x in ((low + high) / 2, (high - low) / 2))
-        inputs[spec.name] = Reach.of(middle, half)
+        ends[spec.name] = middle, half
     what = ", ".join(
         f"{name or 'every input'} in [{lo:g}, {hi:g}]" for name, (lo, hi) in ranges.items()
     )
     try:
+        inputs = {name: _input(name, *both) for name, both in ends.items()}
         found = telescope(pair(a, b), inputs, units.factors)
     except (CannotFollow, ModelError) as error:
         return Deterministic(what, None, refused=error.message)
@@ -362,7 +376,12 @@ def _shape(
     """Of one sample; free axes behind the first one are as in the data."""
     if samples is not None:
         array = samples.arrays[name]
-        return (1, *array.shape[1:]) if samples.stacked else array.shape[1:]
+        if isinstance(array, Ragged):
+            raise UsageError(
+                f"--input-range: the samples of input {name!r} differ in shape.",
+                hint="Bound the inputs of one shape at a time: give samples of that shape.",
+            )
+        return (1, *shape_of(array)) if samples.stacked else shape_of(array)
     if shape is None or any(not isinstance(size, int) for size in shape[1:]):
         raise UsageError(
             f"--input-range: the shape of input {name!r} is not known.",

@@ -199,7 +199,7 @@ def _only(step: LayerStep, inputs: Inputs, place: int | None = 0) -> Reach:
 
 
 def _weighted(step: LayerStep, inputs: Inputs) -> Reach:
-    """Gemm, MatMul and Conv: W a + b with other W and b in the pruned model."""
+    """Operators in ``WEIGHTED``: W a + b with other W and b in the pruned model."""
     x = _only(step, inputs, None if step.node.op_type == "MatMul" else 0)
     (at,) = inputs
     place = 1 - at if step.node.op_type == "MatMul" else 1
@@ -224,8 +224,9 @@ def _weighted(step: LayerStep, inputs: Inputs) -> Reach:
     centre = run(x.centre, w, bias_a)
     shift = run(x.centre, v - w, _difference(bias_b, bias_a)) + run(x.shift, v)
     zero = np.zeros_like(centre)
-    columns, axis = _by_column(step, at, v)
-    stretch = Stretch(x.error, columns, axis, lambda m: _norm(step, m, x.centre.shape))
+    of = WEIGHTED[step.node.op_type]
+    columns, axis = of.columns(step, at, v)
+    stretch = Stretch(x.error, columns, axis, lambda m: of.norm(step, m, x.centre.shape))
     return Reach(
         centre,
         zero if radius is None else radius,
@@ -236,10 +237,22 @@ def _weighted(step: LayerStep, inputs: Inputs) -> Reach:
     )
 
 
-def _by_column(step: LayerStep, at: int, w: np.ndarray) -> tuple[np.ndarray, int]:
-    """A weight with the columns of the operator's output first, and their axis, from the end."""
-    if step.node.op_type == "Conv":
-        return w, -(w.ndim - 1)
+def _of_conv(step: LayerStep, at: int, w: np.ndarray) -> tuple[np.ndarray, int]:
+    return w, -(w.ndim - 1)
+
+
+def _of_transposed(step: LayerStep, at: int, w: np.ndarray) -> tuple[np.ndarray, int]:
+    """(in, out per group, *kernel) as (out, in per group, *kernel)."""
+    return _exchanged(w, int(step.attributes.get("group", 1))), -(w.ndim - 1)
+
+
+def _exchanged(w: np.ndarray, groups: int) -> np.ndarray:
+    """The first two axes of the kernel of a convolution exchanged, group by group."""
+    by_group = w.reshape(groups, len(w) // groups, *w.shape[1:]).swapaxes(1, 2)
+    return by_group.reshape(-1, *by_group.shape[2:])
+
+
+def _of_matrix(step: LayerStep, at: int, w: np.ndarray) -> tuple[np.ndarray, int]:
     if w.ndim != 2:
         raise _refused(step, "its weight is not a matrix")
     if step.node.op_type == "MatMul" and at == 1:
@@ -253,12 +266,20 @@ def _difference(b: np.ndarray | None, a: np.ndarray | None) -> np.ndarray | None
     return np.asarray(b - a)
 
 
-def _norm(step: LayerStep, w: np.ndarray, shape: tuple[int, ...]) -> float:
-    return NORMS[step.node.op_type](step, w, shape)
-
-
 def _convolution_norm(step: LayerStep, w: np.ndarray, shape: tuple[int, ...]) -> float:
     return convolution_norm(w, Kernel.of(step.attributes, w.shape[2:]), shape[2:])
+
+
+def _transposed_norm(step: LayerStep, w: np.ndarray, shape: tuple[int, ...]) -> float:
+    """That of its adjoint: a Conv with the same kernel, which reads what is covered."""
+    kernel = Kernel.of(step.attributes, w.shape[2:])
+    covered = [
+        (size - 1) * stride + (taps - 1) * dilation + 1
+        for size, stride, taps, dilation in zip(
+            shape[2:], kernel.strides, kernel.size, kernel.dilations, strict=True
+        )
+    ]
+    return convolution_norm(_exchanged(w, kernel.groups), kernel, covered)
 
 
 def _matrix_norm(step: LayerStep, w: np.ndarray, shape: tuple[int, ...]) -> float:
@@ -452,12 +473,26 @@ def _check_axis(step: LayerStep, shape: tuple[int, ...]) -> int:
     return axis
 
 
-# By operator with weights, the factor by which W may lengthen a vector, given W as the operator
-# sees it and the shape of its input.
-NORMS: dict[str, Callable[[LayerStep, np.ndarray, tuple[int, ...]], float]] = {
-    "Conv": _convolution_norm,
-    "Gemm": _matrix_norm,
-    "MatMul": _matrix_norm,
+@dataclass(frozen=True)
+class Weighted:
+    """What is known of a linear operator with weights; one row for each.
+
+    Args:
+        columns: from a step, the place of the computed input and W as the operator sees it, W with
+            the columns of the operator's output first, and their axis in the output, from the end.
+        norm: from a step, W in that layout and the shape of the input, the factor by which W may
+            lengthen a vector.
+    """
+
+    columns: Callable[[LayerStep, int, np.ndarray], tuple[np.ndarray, int]]
+    norm: Callable[[LayerStep, np.ndarray, tuple[int, ...]], float]
+
+
+WEIGHTED: dict[str, Weighted] = {
+    "Conv": Weighted(_of_conv, _convolution_norm),
+    "ConvTranspose": Weighted(_of_transposed, _transposed_norm),
+    "Gemm": Weighted(_of_matrix, _matrix_norm),
+    "MatMul": Weighted(_of_matrix, _matrix_norm),
 }
 # Functions of one input, entry by entry.
 _FUNCTIONS = tuple(
@@ -466,7 +501,7 @@ _FUNCTIONS = tuple(
     if not domain and row.elementwise == 1 and row.moves is None and not row.flat
 )
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(NORMS, _weighted),
+    **dict.fromkeys(WEIGHTED, _weighted),
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _elementwise),
     **dict.fromkeys(moving(Moves.IN_ORDER) - {"CastLike"} | {"Transpose"}, _moved),
     **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean"), _averaged),

@@ -69,6 +69,7 @@ class Target:
         evidence: where that is from, one sentence.
         next_step: what to run next, ``{model}`` in the place of the file.
         after_int8: the same for a file in int8; empty where it is no other.
+        refuses_int8: why it does not take what ``--quantize int8`` makes; empty where it does.
         refusals: of layers that gain nothing whatever their zeros.
         granularity: what is removed unless told otherwise: "weight" or "unit".
         sparsity: how much unless told otherwise: a share such as "0.8", or N:M.
@@ -103,6 +104,7 @@ class Target:
     opset: int | None = None
     standard: bool = True
     after_int8: str = ""
+    refuses_int8: str = ""
 
     def refused(self, proto: onnx.ModelProto, layers: Sequence[Layer]) -> dict[str, str]:
         """By name, why a layer gains nothing whatever its zeros; empty where it may gain."""

@@ -66,6 +66,8 @@ TENSORRT = Target(
     "4694); no engine was built here",
     next_step="polygraphy inspect sparsity {model} && "
     "trtexec --onnx={model} --fp16 --sparsity=enable",
+    refuses_int8="it takes no activations with a zero point, and zeros only without Q/DQ nodes: "
+    "let it calibrate the pruned model itself",
     refusals=each(refusal),
     sparsity="2:4",
     pattern=pattern,

@@ -48,13 +48,13 @@ def optional_input(node: gs.Node, index: int) -> gs.Tensor | None:
 
 def constant(tensor: gs.Tensor | None) -> np.ndarray | None:
     """The value of a tensor that is stored in the model; None where it is computed or omitted."""
+    while tensor is not None and tensor.inputs and tensor.inputs[0].op == "Identity":
+        tensor = tensor.inputs[0].inputs[0]
     if isinstance(tensor, gs.Constant):
         return np.asarray(tensor.values)
     if tensor is None or not tensor.inputs:
         return None
     source = tensor.inputs[0]
-    if source.op == "Identity":
-        return constant(source.inputs[0])
     if source.op != "Constant":
         return None
     value: Any = next(iter(source.attrs.values()))

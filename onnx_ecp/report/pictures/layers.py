@@ -65,6 +65,8 @@ def _note(report: Report) -> str:
         f"{evidence.samples:,} held-out samples. Refits of several layers make good for each "
         "other, so the error of the whole may be smaller than one of these."
     ]
+    if report.int8 is not None:
+        words.append("They are of the pruned layers in floats, before int8.")
     if evidence.unmeasured:
         words.append(f"Some were not measured: {evidence.unmeasured}.")
     return f"<p>{shown(' '.join(words), 600)}</p>"

@@ -17,7 +17,8 @@ def outputs(report: Report) -> str:
     if not parts:
         return ""
     title = f"Outputs on {report.evidence.samples:,} held-out samples"
-    return f"<h2>{title}</h2>\n" + "\n".join(parts)
+    floats = "<p>Of the pruned model in floats, before int8.</p>\n" if report.int8 else ""
+    return f"<h2>{title}</h2>\n{floats}" + "\n".join(parts)
 
 
 def _output(found: OutputEvidence) -> str:
