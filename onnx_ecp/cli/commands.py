@@ -295,7 +295,7 @@ OPTIONS = (
     click.option(
         "--unit-multiple", type=int, metavar="N",
         help="Keep units in multiples of N, such as 8 or 16.  [default: 1; with --speedup or "
-        "--cost latency what kernels like: multiples of 8 rows and columns, below that 4, 2, 1]",
+        "--cost latency what kernels like: multiples of 8 rows and columns, or of 16 channels]",
     ),
     click.option(
         "--units-and-zeros", is_flag=True,
@@ -545,7 +545,7 @@ def main() -> None:
     """  # noqa: D301 - the \b is for click
 
 
-@main.command(cls=Grouped)
+@main.command(cls=Grouped, short_help="Prune MODEL, repair what stays, write OUTPUT, compare both.")
 @click.argument("model")
 @click.argument("output", required=False)
 @_with(*OPTIONS, *PRESENTATION)
