@@ -1691,6 +1691,20 @@ def test_a_model_without_units_is_an_error_with_reasons(rng):
         onnx_ecp.optimize(model.proto, inputs(model, rng, 40), granularity="unit")
 
 
+def test_layers_that_cannot_be_observed_have_their_reasons_too(rng):
+    """What an If reads has no sensitivity; that is why its units stay, and it is said."""
+    body = """h = MatMul(x, W)
+        two = Constant<value_float = 2.0>()
+        m = ReduceMax<keepdims = 0>(x)
+        c = Less(m, two)
+        t = If (c) <then_branch = g1 () => (float[N, 6] p) { p = Tanh(h) },
+            else_branch = g2 () => (float[N, 6] q) { q = Relu(h) }>
+        y = MatMul(t, V)"""
+    model = build(("float[N, 5] x", body, {"W": (5, 6), "V": (6, 3)}, []), rng)
+    with pytest.raises(TargetError, match="h .*they are read inside If"):
+        onnx_ecp.optimize(model.proto, inputs(model, rng, 40), granularity="unit")
+
+
 @pytest.mark.parametrize(
     "choices",
     [
