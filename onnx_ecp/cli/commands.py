@@ -473,9 +473,20 @@ def _failed(error: Exception, with_traceback: bool) -> int:
 
             click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
         click.echo(f"error: {_one_line(message)}", err=True)
-        if hint:
+        if hint := hint or _ADVICE.get(code, ""):
             click.echo(f"hint: {_one_line(hint)}", err=True)
     return code
+
+
+# By exit code, what helps where an error has no hint of its own.
+_ADVICE = {
+    2: "See --help of the command.",
+    3: "Export or download the model again, and try `onnx-ecp inspect` on it.",
+    4: "See what --calibration takes: `onnx-ecp optimize --help`, or docs/calibration.md.",
+    5: "`onnx-ecp inspect MODEL` lists every candidate with its reason.",
+    6: "`onnx-ecp doctor` checks the installation.",
+    8: "Choose another output.",
+}
 
 
 def _explained(error: Exception) -> tuple[str, str, int]:
