@@ -6,9 +6,13 @@ kinds, made here and in ``hostile.py``, are tested everywhere.
 
 from __future__ import annotations
 
+import io
 import os
+import resource
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -255,3 +259,75 @@ def test_a_script_that_leaves_the_process_is_told_by_its_parent(folder):
     assert done.returncode == 4
     assert "error: the process was left with code 7" in done.stderr
     assert sorted(path.name for path in folder.iterdir()) == ["data.py", "net.onnx"]
+
+
+# Memory before proof.
+
+
+def npz(path: Path, shape: tuple[int, ...], dtype: str = "<f4", payload: int = 2**28) -> None:
+    """An .npz file of some kilobytes whose array unpacks to ``payload`` zeros."""
+    header = io.BytesIO()
+    described = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, described)
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("x.npy", "w", force_zip64=True) as stream,
+    ):
+        stream.write(header.getvalue())
+        for _ in range(payload // 2**20):
+            stream.write(bytes(2**20))
+
+
+SIZES = {
+    "one sample declared": ((1, 4), "<f4", "takes 16 bytes, but 268435456 are there"),
+    "wrong dtype": ((2**23, 4), "<f8", "float64"),
+    "wrong shape": ((2**13, 2**13), "<f4", "(8192, 8192)"),
+    "wrong rank": ((2**26,), "<f4", "(67108864)"),
+}
+
+
+@pytest.mark.parametrize(("shape", "dtype", "words"), SIZES.values(), ids=SIZES)
+def test_arrays_that_do_not_fit_are_refused_before_they_are_unpacked(
+    shape, dtype, words, folder, monkeypatch
+):
+    npz(folder / "data.npz", shape, dtype)
+    monkeypatch.setattr("onnx_ecp.data.calibration.read_npz", None)  # nothing may be unpacked
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    error = optimized(folder / "net.onnx", folder, "-c", str(folder / "data.npz"))
+    assert words in error
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert grown < 2**27
+
+
+def test_a_header_that_claims_to_be_long_is_not_read(folder):
+    size = (2**28).to_bytes(4, "little")
+    with zipfile.ZipFile(folder / "data.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\x02\x00" + size + b" " * 2**28)
+    tracemalloc.start()
+    error = optimized(folder / "net.onnx", folder, "-c", str(folder / "data.npz"))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "cannot be read" in error
+    assert most < 2**26
+
+
+@pytest.mark.parametrize("kind", ["fifo", "a link to /dev/zero", "a folder"])
+@pytest.mark.parametrize("name", ["data.npy", "data.npz", "data.json", "set/input_0.pb", "m.onnx"])
+def test_only_regular_files_are_read(name, kind, folder):
+    """A pipe would be waited for and a device read for ever."""
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "a folder":
+            path.mkdir()
+        case _:
+            path.symlink_to("/dev/zero")
+    if name == "m.onnx":
+        assert "not a regular file" in optimized(path, folder)
+        return
+    source = path.parent if name.endswith(".pb") else path
+    assert str(source) in optimized(folder / "net.onnx", folder, "-c", str(source))
+    if name.endswith((".npy", ".npz")):
+        optimized(folder / "net.onnx", folder, "--labels", str(path))

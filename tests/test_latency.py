@@ -19,6 +19,7 @@ from onnx_ecp.runtime.session import Session
 from onnx_ecp.units import cut, latency, shapes_of_a_run
 from onnx_ecp.units.choice import Budget, choose
 from onnx_ecp.units.groups import Group
+from onnx_ecp.units.kernels import block_by, block_of_convolutions
 from onnx_ecp.units.latency import Times, Watch, liked
 
 CHAIN = (
@@ -100,6 +101,27 @@ def test_between_timed_sizes_time_is_interpolated_and_nothing_smaller_takes_long
 def test_units_stop_where_kernels_like_it(number, entries, inside, sizes):
     group = Group((), (), np.arange(number), entries, entries, inside)
     assert liked(group).tolist() == sizes
+
+
+def test_units_stop_at_whole_blocks_of_any_size():
+    group = Group((), (), np.arange(40), 1)
+    assert liked(group, 16).tolist() == [1, 2, 4, 8, 16, 32, 40]
+    assert liked(dataclasses.replace(group, entries=4), 16).tolist() == [1, 2, *range(4, 41, 4)]
+
+
+@pytest.mark.parametrize("block", [8, 16])
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_the_block_of_convolutions_is_told_by_the_least_of_many_runs(block, noise, rng):
+    """Other work makes runs longer, now and then, and none shorter."""
+
+    def clock(channels):
+        return -(-channels // block) * block * (1 + noise * (rng.random() > 0.3))
+
+    assert block_by(clock) == block
+
+
+def test_the_block_of_this_machine_is_one_of_the_two():
+    assert block_of_convolutions() in (8, 16)
 
 
 def test_units_go_where_time_is_saved_and_whole_steps_at_a_time(rng):

@@ -373,13 +373,18 @@ REFUSED = {
     ),
     "a fixed axis": ({"ids": [np.ones((3, 2), int), np.ones((4, 2, 1), int)]}, "shape"),
     "another type": ({"ids": [np.ones(3), np.ones(4)]}, "float64"),
+    "lists of numbers beside": (
+        {"ids": [np.ones(3, int), np.ones(4, int)], "mask": [[1], [1, 2]]},
+        "'mask' is no array",
+    ),
+    "a scalar": ([{"ids": np.int64(1), "mask": np.ones((1, 3), int)}], r"shape \(\)"),
     "an empty one": ({"ids": [np.ones(3, int), np.ones(0, int)]}, "empty"),
 }
 
 
 @pytest.mark.parametrize(("source", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_does_not_fit_is_refused_with_the_sample(source, message):
-    specs = [IDS, MASK] if "mask" in source else [IDS]
+    specs = [IDS, MASK] if "mask" in str(source) else [IDS]
     with pytest.raises(CalibrationError, match=message):
         load(source, specs)
 

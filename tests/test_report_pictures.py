@@ -117,6 +117,54 @@ def test_a_page_is_written_with_everything_in_it(made):
     assert Report.from_dict(json.loads((folder / "r.json").read_text())) == result.report
 
 
+WHOLE = "g (float[n, 6] x) => (float[n, 3] y) { h = MatMul(x, U) r = Relu(h) y = MatMul(r, V) }"
+KINDS = {
+    "samples of several lengths": (
+        "g (float[n, l, 6] x) => (float[n, l, 3] y) "
+        "{ h = MatMul(x, U) r = Relu(h) y = MatMul(r, V) }",
+        [(1 + k % 4, 6) for k in range(40)],
+        1,
+        {},
+    ),
+    "a fixed batch": (WHOLE.replace("n,", "4,"), [(4, 6)] * 40, 1, {}),
+    "outputs that are classes": (
+        "g (float[n, 6] x) => (int64[n] k) "
+        "{ h = MatMul(x, U) r = Relu(h) y = MatMul(r, V) k = ArgMax<axis = 1, keepdims = 0>(y) }",
+        [(6,)] * 40,
+        0,
+        {},
+    ),
+    "one sample": (WHOLE, [(6,)], 1, {}),
+    "nothing left": (WHOLE, [(6,)] * 40, 1, {"sparsity": 1.0}),
+    "units": (WHOLE, [(6,)] * 40, 1, {"speedup": 2.0}),
+    "finite differences": (WHOLE, [(6,)] * 40, 1, {"gradients": "numeric"}),
+}
+
+
+@pytest.mark.parametrize(("text", "shapes", "outputs", "choices"), KINDS.values(), ids=KINDS)
+def test_every_kind_of_run_has_a_page(text, shapes, outputs, choices, rng, tmp_path):
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {text}')
+    for name, shape in {"U": (6, 12), "V": (12, 3)}.items():
+        values = rng.standard_normal(shape).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    samples = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    alike = len(set(shapes)) == 1
+    data = {"x": np.stack(samples) if alike else samples}
+    paths = [tmp_path / "r.html", tmp_path / "r.json"]
+    found = onnx_ecp.optimize(
+        proto, data, report=paths, measure=False, effort="fast", **choices
+    ).report
+    evidence = found.evidence
+    assert len(evidence.outputs) == outputs
+    assert bool(evidence.unmeasured) == (outputs == 0)
+    assert all((x.error is None) == (outputs == 0) for x in evidence.layers)
+    assert (evidence.layers[0].histogram is None) == (len(shapes) == 1 or "speedup" in choices)
+    page = paths[0].read_text()
+    assert page.count("data:image/png") == 2
+    assert page.count('class="scatter"') == outputs
+    assert Report.from_dict(json.loads(paths[1].read_text())) == found
+
+
 def test_pictures_are_measured_for_pages_alone(made):
     _, folder = made
     bare = onnx_ecp.optimize(
@@ -296,3 +344,18 @@ def test_there_is_no_command_for_what_was_in_memory(rng):
     assert command_line(onnx.ModelProto(), None, None, Options()) == ""
     assert command_line("m.onnx", "d.npz", None, Options.of(labels=np.arange(4))) == ""
     assert "--dry-run" in command_line("m.onnx", "d.npz", None, Options())
+
+
+def test_long_names_of_layers_are_told_apart_on_a_page_and_whole_behind_it():
+    names = [f"/encoder/layer.{k}/{'attention/' * 9}query/MatMul" for k in range(40)]
+    rows = tuple(layer(name, tensor=name) for name in names)
+    evidence = dataclasses.replace(
+        EVIDENCE, layers=tuple(LayerEvidence(name, ("f",), 0.1) for name in names)
+    )
+    page = html.page(report(layers=rows, evidence=evidence))
+    drawn = re.findall(r'<span class="what" title="([^"]*)">([^<]*)</span>', page)
+    assert [whole for whole, _ in drawn] == names
+    assert len({shown for _, shown in drawn}) == len(names)
+    assert max(len(shown) for _, shown in drawn) <= 34
+    cards = re.findall(r'<h3 title="[^"]*">([^<]*)</h3>', page)
+    assert len(set(cards)) == len(cards) == 24

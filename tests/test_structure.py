@@ -1109,6 +1109,26 @@ def test_directions_that_heads_do_not_use_leave_without_a_trace(method, rng):
     )
 
 
+@pytest.mark.parametrize("method", ["ecp-refit", "ecp", "magnitude"])
+def test_directions_that_heads_in_one_tensor_do_not_use_leave_without_a_trace(method, rng):
+    """Queries and keys have a basis of their own there, and so have values."""
+    model = build(NETWORKS["queries, keys and values in one tensor, unbound"], rng)
+    parts = [rng.standard_normal((6, 1)) @ rng.standard_normal((1, 2)) for _ in range(9)]
+    for tensor in model.proto.graph.initializer:
+        if tensor.name == "W":
+            values = np.concatenate(parts, axis=1).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    data = inputs(model, rng, 200)
+    made = onnx_ecp.optimize(
+        model.proto, data, granularity="unit", sparsity=0.45, method=method, stages=2
+    )
+    assert [(row.before, row.after) for row in made.report.units] == [(3, 3), (2, 1)]
+    wanted = run(model.proto, data)
+    np.testing.assert_allclose(
+        run(made.model, data), wanted, rtol=0, atol=1e-2 * np.abs(wanted).max()
+    )
+
+
 @pytest.mark.parametrize("method", ["ecp-refit", "ecp"])
 def test_the_importance_of_heads_that_went_is_reported(method, rng, tmp_path):
     """Beside that of their dimensions, whose layers are the same."""
@@ -1688,6 +1708,20 @@ def test_what_cannot_be_reached_is_an_error_with_the_most_that_can_be(rng):
 def test_a_model_without_units_is_an_error_with_reasons(rng):
     model = build(("float[N, 5] x", "y = MatMul(x, W)", {"W": (5, 3)}, []), rng)
     with pytest.raises(TargetError, match="the model's output 'y'"):
+        onnx_ecp.optimize(model.proto, inputs(model, rng, 40), granularity="unit")
+
+
+def test_layers_that_cannot_be_observed_have_their_reasons_too(rng):
+    """What an If reads has no sensitivity; that is why its units stay, and it is said."""
+    body = """h = MatMul(x, W)
+        two = Constant<value_float = 2.0>()
+        m = ReduceMax<keepdims = 0>(x)
+        c = Less(m, two)
+        t = If (c) <then_branch = g1 () => (float[N, 6] p) { p = Tanh(h) },
+            else_branch = g2 () => (float[N, 6] q) { q = Relu(h) }>
+        y = MatMul(t, V)"""
+    model = build(("float[N, 5] x", body, {"W": (5, 6), "V": (6, 3)}, []), rng)
+    with pytest.raises(TargetError, match=r"h .*they are read inside If"):
         onnx_ecp.optimize(model.proto, inputs(model, rng, 40), granularity="unit")
 
 

@@ -298,7 +298,8 @@ def learnt_warning(learnt: float | None, gap: Gap) -> Iterator[str]:
         yield (
             f"on the samples that the result was computed from the error is {learnt:.3g}, on those "
             f"held out it is {gap.relative_error:.3g}: samples that matter are rare, and those held"
-            " out have too few of them. Expect the larger error, and give more samples."
+            " out have too few of them. Expect the larger error, and give more samples, best such "
+            "that the model was not trained on."
         )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import add
 
 import numpy as np
 
-from onnx_ecp.data.calibration import Calibration
+from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.evaluation.compare import deviation_sums
 from onnx_ecp.layers import Layer
 from onnx_ecp.pruning.levels import LEVELS, Levels
@@ -16,6 +18,7 @@ from onnx_ecp.pruning.loop import Pruned
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.pruning.search import Judge
 from onnx_ecp.report.evidence import Evidence, Histogram, LayerEvidence, OutputEvidence
+from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.statistics.layerwise import Network
 from onnx_ecp.statistics.observer import State
@@ -78,6 +81,7 @@ def errors_alone(
     found: dict[str, float] = {}
     ends = time.monotonic() + SECONDS + SHARE * seconds
     for k, layer in enumerate(network.layers):
+        check_deadline()
         if time.monotonic() > ends:
             return found, "they would have taken more than a fifth of the time"
         found[layer.name] = judge.point(with_one(network.original, state, layer)).error
@@ -166,15 +170,19 @@ def small_shape(rows: int, columns: int, cells: int) -> tuple[int, int]:
 
 
 def outputs_of(network: Network, state: State, samples: Calibration) -> Iterator[OutputEvidence]:
-    """Outputs of the original and of the result on the same samples."""
+    """Outputs of the original and of the result on the same samples, whatever their shapes are."""
     observer = network.observer
+    if not observer.outputs:
+        return
     batches = list(samples.batches(network.size))
     a, b = ([observer.predict(s, x) for x in batches] for s in (network.original, state))
     for name in observer.outputs[:OUTPUTS]:
-        x, y = (np.concatenate([np.atleast_1d(part[name]) for part in parts]) for parts in (a, b))
-        columns, width = _by_column(network, name, x, y)
+        both = zip(a, b, strict=True)
+        pairs = [(np.atleast_1d(x[name]), np.atleast_1d(y[name])) for x, y in both]
+        columns, width = _by_column(network, name, batches, pairs)
+        x, y = (np.concatenate([part[k].reshape(-1) for part in pairs]) for k in (0, 1))
         points = np.linspace(0, x.size - 1, min(POINTS, x.size)).astype(int)
-        original, result = (tuple(map(_short, v.reshape(-1)[points])) for v in (x, y))
+        original, result = (tuple(map(_short, values[points])) for values in (x, y))
         yield OutputEvidence(name, original, result, columns, width)
 
 
@@ -184,13 +192,18 @@ def _short(value: float) -> float:
 
 
 def _by_column(
-    network: Network, name: str, x: np.ndarray, y: np.ndarray
+    network: Network,
+    name: str,
+    batches: Sequence[Batch],
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> tuple[tuple[float | None, ...], int]:
     """Relative errors by column, and how many columns share one."""
     measure = network.observer.measure
     if name not in measure.spreads:
         return (), 1
-    sums = deviation_sums(x, y, 0, len(x), measure.spreads[name].axis)
+    axis = measure.spreads[name].axis
+    both = zip(batches, pairs, strict=True)
+    sums = reduce(add, (deviation_sums(x, y, 0, batch.samples, axis) for batch, (x, y) in both))
     squares = sums.mean_squares
     if len(squares) < 2 or len(squares) != len(measure.spreads[name].count):
         return (), 1

@@ -37,6 +37,7 @@ from onnx_ecp.statistics.collection import batch_size
 from onnx_ecp.statistics.layerwise import GRANTED, Network
 from onnx_ecp.statistics.observer import Observer, original_state
 from onnx_ecp.units import Structure
+from onnx_ecp.units.kernels import block_of_convolutions
 from onnx_ecp.units.latency import Watch
 from onnx_ecp.units.shrink import biases_of, units_of, with_order, with_turned_heads
 from onnx_ecp.units.stages import Goal, UnitStep
@@ -610,6 +611,8 @@ def unit_step(
     kernels = options.speedup is not None or options.cost == "latency"
     multiple = options.unit_multiple or (None if kernels else 1)
     goal = Goal(share, target, options.cost, multiple, not options.searches)
+    if multiple is None and target == "flops" and options.provider == "cpu":
+        goal = replace(goal, block=block_of_convolutions())
     watch = None
     if options.cost == "latency":
         watch = Watch(

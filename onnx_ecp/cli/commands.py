@@ -295,7 +295,7 @@ OPTIONS = (
     click.option(
         "--unit-multiple", type=int, metavar="N",
         help="Keep units in multiples of N, such as 8 or 16.  [default: 1; with --speedup or "
-        "--cost latency what kernels like: multiples of 8 rows and columns, below that 4, 2, 1]",
+        "--cost latency what kernels like: multiples of 8 rows and columns, or of 16 channels]",
     ),
     click.option(
         "--units-and-zeros", is_flag=True,
@@ -473,9 +473,20 @@ def _failed(error: Exception, with_traceback: bool) -> int:
 
             click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
         click.echo(f"error: {_one_line(message)}", err=True)
-        if hint:
+        if hint := hint or _ADVICE.get(code, ""):
             click.echo(f"hint: {_one_line(hint)}", err=True)
     return code
+
+
+# By exit code, what helps where an error has no hint of its own.
+_ADVICE = {
+    2: "See --help of the command.",
+    3: "Export or download the model again, and try `onnx-ecp inspect` on it.",
+    4: "See what --calibration takes: `onnx-ecp optimize --help`, or docs/calibration.md.",
+    5: "`onnx-ecp inspect MODEL` lists every candidate with its reason.",
+    6: "`onnx-ecp doctor` checks the installation.",
+    8: "Choose another output.",
+}
 
 
 def _explained(error: Exception) -> tuple[str, str, int]:
@@ -545,7 +556,7 @@ def main() -> None:
     """  # noqa: D301 - the \b is for click
 
 
-@main.command(cls=Grouped)
+@main.command(cls=Grouped, short_help="Prune MODEL, repair what stays, write OUTPUT, compare both.")
 @click.argument("model")
 @click.argument("output", required=False)
 @_with(*OPTIONS, *PRESENTATION)

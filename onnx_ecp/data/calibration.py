@@ -29,6 +29,7 @@ from onnx_ecp.data.ragged import Ragged, Samples, shape_of
 from onnx_ecp.data.synthetic import draw, is_fixed
 from onnx_ecp.data.untrusted import (
     memory_budget,
+    npz_headers,
     npz_names,
     read_npy,
     read_npz,
@@ -426,7 +427,8 @@ def _labels_array(source: str | Path | np.ndarray) -> np.ndarray:
         return source
     path = Path(source)
     if not path.is_file():
-        raise CalibrationError(f"{path}: no such file.")
+        what = "not a regular file" if os.path.lexists(path) else "no such file"
+        raise CalibrationError(f"{path}: {what}.", hint="Give the path of a file.")
     if path.suffix == ".npy":
         return read_npy(path)
     if path.suffix != ".npz":
@@ -504,7 +506,10 @@ def _fit_lists(
     def of_one(name: Any, i: int) -> Any:
         if name in lists:
             return lists[name][i]
-        array = np.asarray(arrays[name])
+        array = arrays[name]
+        if not isinstance(array, np.ndarray | np.generic):
+            return array
+        array = np.asarray(array)
         every = array.ndim > 0 and len(array) == samples and not _is_shared(array, shapes.get(name))
         return array[i] if every else array
 
@@ -543,7 +548,7 @@ def _fit_feed(feed: Any, inputs: Inputs, origin: str) -> Calibration:
 
 def _counts_apart(given: Mapping[str, np.ndarray], inputs: Inputs) -> bool:
     """Whether first axes count different things, such as the nodes and edges of one graph."""
-    sizes = {len(given[spec.name]) for spec in inputs}
+    sizes = {given[spec.name].shape[:1] for spec in inputs}
     return len(sizes) > 1 and _names_apart(inputs)
 
 
@@ -756,10 +761,48 @@ def _from_npz(source: Any, inputs: Inputs) -> Iterator[Calibration]:
         if spec.name not in found and (names := _numbered_arrays(found, spec.name))
     }
     parts = {name for names in lists.values() for name in names}
-    # Only what the model takes is unpacked; None stands for names that _fit will object to.
-    arrays = read_npz(path, [*(spec.name for spec in inputs if spec.name in found), *parts])
+    # Only what the model takes is unpacked, and not before it fits by what its headers declare.
+    wanted = [*(spec.name for spec in inputs if spec.name in found), *parts]
+    for arrays in (_stand_ins(path, wanted, inputs), None):
+        fitted = _npz_fitted(path, arrays or read_npz(path, wanted), lists, found - parts, inputs)
+        if arrays is None:
+            yield from fitted
+        else:
+            for _ in fitted:
+                pass
+
+
+def _stand_ins(path: Path, names: Sequence[str], inputs: Inputs) -> dict[str, np.ndarray]:
+    """Arrays of one number that look like those of an .npz file, as its headers declare them."""
+    wanted = {spec.name: spec.dtype for spec in inputs}
+    found = {}
+    for name, (shape, dtype) in npz_headers(path, names).items():
+        to = wanted.get(name.rpartition("/")[0] if name not in wanted else name)
+        if to is not None and dtype.kind in "iu" and np.can_cast(dtype, to, "safe"):
+            dtype = to  # what would be widened would take memory
+        found[name] = np.broadcast_to(np.zeros((), dtype), shape)
+    return found
+
+
+def _npz_fitted(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    lists: Mapping[str, Sequence[str]],
+    names: Collection[str],
+    inputs: Inputs,
+) -> Iterator[Calibration]:
+    """The arrays of an .npz file as samples.
+
+    Args:
+        path: of the file.
+        arrays: by name in the file, those that the model takes.
+        lists: by input, the names of the arrays of its samples.
+        names: of all other arrays in the file.
+        inputs: of the model.
+    """
+    arrays = dict(arrays)
     listed = {name: [arrays.pop(part) for part in names] for name, names in lists.items()}
-    whole = dict.fromkeys(sorted(found - parts)) | arrays
+    whole = dict.fromkeys(sorted(names)) | arrays  # None: names that are objected to
     if listed:
         _check_known(whole, inputs, str(path))
         whole = {name: x for name, x in whole.items() if x is not None}
@@ -804,8 +847,10 @@ def _from_folder(source: Any, inputs: Inputs) -> Iterator[Calibration]:
             yield from _from_npz(path, inputs)
         else:
             found = npz_names(path)
-            arrays = read_npz(path, [spec.name for spec in inputs if spec.name in found])
-            yield _fit_feed(dict.fromkeys(found) | arrays, inputs, str(path))
+            wanted = [spec.name for spec in inputs if spec.name in found]
+            given: dict[str, Any] = dict.fromkeys(found)
+            _fit_feed(given | _stand_ins(path, wanted, inputs), inputs, str(path))
+            yield _fit_feed(given | read_npz(path, wanted), inputs, str(path))
 
 
 def _numbered_inputs(path: Path, inputs: Inputs) -> bool:
@@ -846,7 +891,8 @@ def _from_script(source: Any, inputs: Inputs) -> Iterator[Calibration]:
     assert match is not None, "the table matched it"
     path, name = Path(match["path"]), match["function"] or "load_data"
     if not path.is_file():
-        raise CalibrationError(f"{path}: no such file.")
+        what = "not a regular file" if os.path.lexists(path) else "no such file"
+        raise CalibrationError(f"{path}: {what}.", hint="Give the path of a file.")
     with _importing(path):
         with _own_code(source, name):
             module = _module(path)

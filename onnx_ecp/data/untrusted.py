@@ -13,6 +13,7 @@ import lzma
 import math
 import os
 import re
+import stat
 import zipfile
 import zlib
 from collections.abc import Collection
@@ -56,9 +57,8 @@ def memory_budget() -> int:
 def read_npy(path: Path) -> np.ndarray:
     """The array of a .npy file, mapped into memory read-only."""
     try:
-        with path.open("rb") as stream:
-            shape, fortran, dtype = _header(stream, str(path))
-            offset = stream.tell()
+        with _opened(path) as stream:
+            shape, fortran, dtype, offset = _header(stream, str(path))
             _check_size(shape, dtype, os.fstat(stream.fileno()).st_size - offset, str(path))
         order: Any = "F" if fortran else "C"
         return np.memmap(path, dtype, mode="r", offset=offset, shape=shape, order=order)
@@ -69,8 +69,21 @@ def read_npy(path: Path) -> np.ndarray:
 def npz_names(path: Path) -> list[str]:
     """Names of the arrays of an .npz file; nothing but its directory is read."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _opened(path) as file, zipfile.ZipFile(file) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
+    except _ZIP_ERRORS as error:
+        _unreadable(path, error)
+
+
+def npz_headers(path: Path, names: Collection[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of the arrays called ``names`` of an .npz file, which are not unpacked."""
+    try:
+        with _opened(path) as file, zipfile.ZipFile(file) as archive:
+            found = {}
+            for name, info in _members(archive, names).items():
+                shape, _, dtype, _ = _declared(archive, info, path)
+                found[name] = shape, dtype
+            return found
     except _ZIP_ERRORS as error:
         _unreadable(path, error)
 
@@ -78,26 +91,63 @@ def npz_names(path: Path) -> list[str]:
 def read_npz(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
     """The arrays called ``names`` of an .npz file; CalibrationError beyond ``memory_budget()``."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            wanted = {name: members[name] for name in names}
+        with _opened(path) as file, zipfile.ZipFile(file) as archive:
+            wanted = _members(archive, names)
             _check_budget(sum(info.file_size for info in wanted.values()), str(path))
             return {name: _member(archive, info, path) for name, info in wanted.items()}
     except _ZIP_ERRORS as error:
         _unreadable(path, error)
 
 
-def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.ndarray:
+def _members(archive: zipfile.ZipFile, names: Collection[str]) -> dict[str, zipfile.ZipInfo]:
+    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    return {name: members[name] for name in names}
+
+
+def _declared(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path
+) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """As ``_header``, and what the archive says of the size agrees with it."""
     origin = f"{path}: {info.filename}"
     with archive.open(info) as stream:
-        header = _header(stream, origin)
-        return _array(*header, stream.read(), origin)
+        shape, fortran, dtype, offset = _header(stream, origin)
+    _check_size(shape, dtype, info.file_size - offset, origin)
+    return shape, fortran, dtype, offset
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.ndarray:
+    shape, fortran, dtype, offset = _declared(archive, info, path)
+    with archive.open(info) as stream:
+        stream.read(offset)
+        # A byte more would be one too many; the archive does not unpack more than it declares.
+        data = stream.read(math.prod(shape) * dtype.itemsize + 1)
+    return _array(shape, fortran, dtype, data, f"{path}: {info.filename}")
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """A regular file, open for reading: a pipe or a device may never end, and is never waited for.
+
+    Raises:
+        OSError: it is none, or cannot be opened.
+    """
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError("it is not a regular file")
+    return os.fdopen(number, "rb")
+
+
+def _whole(path: Path) -> bytes:
+    """All of a regular file; CalibrationError beyond ``memory_budget()``."""
+    with _opened(path) as file:
+        _check_budget(os.fstat(file.fileno()).st_size, str(path))
+        return file.read()
 
 
 def read_tensor(path: Path) -> tuple[str, np.ndarray]:
     """Name (may be empty) and values of a TensorProto file such as ``input_0.pb``."""
     try:
-        tensor = TensorProto.FromString(path.read_bytes())
+        tensor = TensorProto.FromString(_whole(path))
         if tensor.data_location == TensorProto.EXTERNAL:
             raise CalibrationError(
                 f"{path}: the values are in another file, which is not read.",
@@ -111,7 +161,7 @@ def read_tensor(path: Path) -> tuple[str, np.ndarray]:
 def read_polygraphy(path: Path) -> list[dict[str, np.ndarray]]:
     """The feeds of a file written by ``polygraphy run --save-inputs``."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(_whole(path))
     except (OSError, ValueError, RecursionError) as error:
         _unreadable(path, error)
     if not isinstance(content, list) or not all(isinstance(feed, dict) for feed in content):
@@ -136,20 +186,29 @@ def _polygraphy_array(value: Any, origin: str) -> np.ndarray:
         )
     try:
         stream = io.BytesIO(base64.b64decode(value["array"], validate=True))
-        header = _header(stream, origin)
-        return _array(*header, stream.read(), origin)
+        shape, fortran, dtype, offset = _header(stream, origin)
+        stream.seek(offset)
+        return _array(shape, fortran, dtype, stream.read(), origin)
     except ValueError as error:
         raise CalibrationError(f"{origin}: cannot be read: {error}.") from error
 
 
-def _header(stream: IO[bytes], origin: str) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and dtype that the header of a .npy stream declares, checked."""
+# No header of a plain array is longer; what follows is not read to find that out.
+_LONGEST_HEADER = 2**14
+
+
+def _header(stream: IO[bytes], origin: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """What the header of a .npy stream declares, checked: shape, Fortran order, dtype, its size.
+
+    A header may claim to be gigabytes long, so a bounded part of the stream is read.
+    """
+    head = io.BytesIO(stream.read(_LONGEST_HEADER))
     read = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }
     try:
-        shape, fortran, dtype = read[np.lib.format.read_magic(stream)](stream)
+        shape, fortran, dtype = read[np.lib.format.read_magic(head)](head)
     except _ZIP_ERRORS:
         raise
     except Exception as error:
@@ -172,7 +231,7 @@ def _header(stream: IO[bytes], origin: str) -> tuple[tuple[int, ...], bool, np.d
         raise ValueError(f"negative size in shape {shape}")
     if len(shape) > MOST_AXES:
         raise ValueError(f"{len(shape)} axes; at most {MOST_AXES} are supported")
-    return shape, fortran, dtype
+    return shape, fortran, dtype, head.tell()
 
 
 def _array(
@@ -207,9 +266,9 @@ def _check_budget(declared: int, origin: str) -> None:
 def _unreadable(path: Path, error: Exception) -> NoReturn:
     hint = "Write the file again; it is damaged or of another format."
     try:
-        with path.open("rb") as stream:
+        with _opened(path) as stream:
             if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 hint = "It is a git-lfs pointer: run `git lfs pull`."
     except OSError:
-        hint = "Check the path and its permissions."
+        hint = "Give the path of a regular file that may be read."
     raise CalibrationError(f"{path}: cannot be read: {error}.", hint=hint) from error

@@ -48,7 +48,7 @@ from onnx_ecp.statistics.uncertainty import FEW, Certainty, certainty
 # So many of the worst columns of an output are told, with a warning from this error on.
 WORST, HURT = 8, 0.5
 # Errors up to this are rounding: what carries them tells nothing.
-ROUNDED = 1e-5
+ROUNDED = 5e-7
 # What the inputs of a batch may take together, unless the user chooses the batch size.
 BATCH_BYTES = 16 * 2**20
 
@@ -179,7 +179,7 @@ class Gap:
             )
         yield (
             f"the error {self.relative_error:.3g} rests on few samples: {why}. Others may tell "
-            "another one: give more samples."
+            "another one: give more samples, best such that the model was not trained on."
         )
 
     def _with(self, *fields: str) -> list[Deviation]:

@@ -47,15 +47,15 @@ RUNS, SECONDS = 7, 0.005
 TURNS, PATIENCE = 30, 0.5
 
 
-def liked(group: Group) -> np.ndarray:
-    """(k,): numbers of units that kernels like: multiples of BLOCK entries, below it 1, 2 and 4.
+def liked(group: Group, block: int = BLOCK) -> np.ndarray:
+    """(k,): numbers of units that kernels like: whole blocks of entries, below that 1, 2, 4, ...
 
     Of dimensions of heads, of which every layer has many, all numbers.
     """
-    number, step = len(group.units), BLOCK // math.gcd(BLOCK, group.entries)
+    number, step = len(group.units), block // math.gcd(block, group.entries)
     if group.inside:
         return np.arange(1, number + 1)
-    found = [*(n for n in (1, 2, 4) if n < step), *range(step, number, step), number]
+    found = [*(n for n in (1, 2, 4, 8) if n < step), *range(step, number, step), number]
     return np.unique([size for size in found if size <= number])
 
 

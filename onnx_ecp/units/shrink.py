@@ -15,6 +15,7 @@ from onnx_ecp.errors import ModelError, ProviderError, TargetError
 from onnx_ecp.evaluation.work import Work, work
 from onnx_ecp.graph import Model
 from onnx_ecp.graph.shapes import shapes_of_a_run
+from onnx_ecp.layers import find_layers
 from onnx_ecp.pruning.selection import NM
 from onnx_ecp.runtime.lazy import LazyArrays
 from onnx_ecp.runtime.limits import check_deadline
@@ -99,9 +100,11 @@ def units_of(
             break
         held = more | held
     if not structure.units:
-        reasons = "; ".join(
-            f"{modelling.printable(x.name)} ({x.op}): {x.reason}" for x in structure.refusals
-        )
+        layers = find_layers(dense.proto).layers  # those too that cannot be observed
+        refusals = find_structure(dense.proto, layers, shapes, held).refusals
+        known = {x.name for x in structure.refusals}
+        refusals = (*(x for x in refusals if x.name not in known), *structure.refusals)
+        reasons = "; ".join(f"{modelling.printable(x.name)} ({x.op}): {x.reason}" for x in refusals)
         raise TargetError(f"no unit can be removed: {reasons}.", hint="Use --granularity weight.")
     return structure
 

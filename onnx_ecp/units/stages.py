@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 
@@ -28,9 +27,9 @@ from onnx_ecp.units.elimination import (
     scores_of_summed,
     steps_of,
 )
-from onnx_ecp.units.groups import STAYS, Structure
+from onnx_ecp.units.groups import STAYS, Group, Structure
 from onnx_ecp.units.importance import UnitObserver, met_by_unit, read_by_unit
-from onnx_ecp.units.latency import Watch, liked
+from onnx_ecp.units.latency import BLOCK, Watch, liked
 
 # A model is chosen to be faster than asked for by so much: two measurements differ.
 MARGIN = 0.98
@@ -46,6 +45,7 @@ class Goal:
         cost: what importance is divided by, a name in COSTS.
         multiple: the number of units that stay in a group is a multiple of it; None: one that
             kernels like.
+        block: with None, channels that a block of the machine's convolutions has.
         required: whether less is an error, or the share is only where a search ends at the latest.
     """
 
@@ -54,6 +54,7 @@ class Goal:
     cost: str = "params"
     multiple: int | None = 1
     required: bool = True
+    block: int = BLOCK
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class UnitStep:
         self._watch, self._margin = watch, margin
         self._biases = biases or {}
         self.costs, self._ranked_by = counted(goal.target), counted(goal.cost)
-        self._stops = liked if goal.multiple is None else partial(multiples, of=goal.multiple)
+        self._convolutions = {x.name for x in network.layers if "Conv" in x.op}
         self._planned: list[int] = []  # how many units of every group stay in the end
 
     def __call__(
@@ -182,6 +183,13 @@ class UnitStep:
         """(units,) bool: what stays; see ``choose``."""
         groups = self.structure.groups
         return choose(scores, keep, groups, self._ranked_by, fits, floor=floor, stops=self._stops)
+
+    def _stops(self, group: Group) -> np.ndarray:
+        """(k,): numbers of units at which a group may stop."""
+        if self.goal.multiple is not None:
+            return multiples(group, self.goal.multiple)
+        of_convolutions = self._convolutions & {*group.producers, *group.consumers}
+        return liked(group, self.goal.block if of_convolutions else BLOCK)
 
     def _by_clock(self, plan: Plan, scores: np.ndarray, keep: np.ndarray) -> list[int]:
         """By group, how many units stay in a model that is fast enough, or as fast as can be.
