@@ -1701,7 +1701,7 @@ def test_layers_that_cannot_be_observed_have_their_reasons_too(rng):
             else_branch = g2 () => (float[N, 6] q) { q = Relu(h) }>
         y = MatMul(t, V)"""
     model = build(("float[N, 5] x", body, {"W": (5, 6), "V": (6, 3)}, []), rng)
-    with pytest.raises(TargetError, match="h .*they are read inside If"):
+    with pytest.raises(TargetError, match=r"h .*they are read inside If"):
         onnx_ecp.optimize(model.proto, inputs(model, rng, 40), granularity="unit")
 
 
