@@ -85,7 +85,7 @@ def efficientnet() -> Network:
     shape = [d.dim_value or 1 for d in model.graph.input[0].type.tensor_type.shape.dim]
     inputs = np.random.default_rng(0).random((16, *shape[1:]), dtype=np.float32)
     choices = {"method": "magnitude", "exclude": ("depthwise", "stem")}
-    return Network(model, inputs, choices, (1,))
+    return Network(model, inputs, choices, (1, 16))
 
 
 NETWORKS = {"LeNet-300": lenet300, "MLP 6 x 1024": mlp, "EfficientNet-Lite0": efficientnet}
@@ -134,7 +134,8 @@ def timed(
         "ms dense": 1e3 * (latency.median_a or 0.0),
         "ms pruned": 1e3 * (latency.median_b or 0.0),
         "latency": latency.median_ratio,
-        "spread": latency.relative_spread,
+        "from": (latency.spread or (np.nan,))[0],
+        "to": (latency.spread or (np.nan,))[-1],
         "pruned is": latency.verdict,
         "difference": max(there.difference_a, there.difference_b),
     }
@@ -148,7 +149,7 @@ def claims(found: list[dict[str, Any]]) -> Iterator[Claim]:
         if not row["runtime"].startswith("deepsparse"):
             yield Claim(text, row["latency"] > GAIN or row["pruned is"] == "no faster")
         elif row["batch"] == 64 and row["sparsity"] >= 0.9:
-            yield Claim(text, row["latency"] < GAIN and row["pruned is"] == "faster")
+            yield Claim(text, row["latency"] < GAIN)
 
 
 def main() -> int:

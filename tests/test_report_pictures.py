@@ -344,3 +344,18 @@ def test_there_is_no_command_for_what_was_in_memory(rng):
     assert command_line(onnx.ModelProto(), None, None, Options()) == ""
     assert command_line("m.onnx", "d.npz", None, Options.of(labels=np.arange(4))) == ""
     assert "--dry-run" in command_line("m.onnx", "d.npz", None, Options())
+
+
+def test_long_names_of_layers_are_told_apart_on_a_page_and_whole_behind_it():
+    names = [f"/encoder/layer.{k}/{'attention/' * 9}query/MatMul" for k in range(40)]
+    rows = tuple(layer(name, tensor=name) for name in names)
+    evidence = dataclasses.replace(
+        EVIDENCE, layers=tuple(LayerEvidence(name, ("f",), 0.1) for name in names)
+    )
+    page = html.page(report(layers=rows, evidence=evidence))
+    drawn = re.findall(r'<span class="what" title="([^"]*)">([^<]*)</span>', page)
+    assert [whole for whole, _ in drawn] == names
+    assert len({shown for _, shown in drawn}) == len(names)
+    assert max(len(shown) for _, shown in drawn) <= 34
+    cards = re.findall(r'<h3 title="[^"]*">([^<]*)</h3>', page)
+    assert len(set(cards)) == len(cards) == 24

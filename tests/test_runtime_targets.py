@@ -122,6 +122,7 @@ def test_inspect_foresees_what_may_gain(name, model):
     assert found.name == name
     assert any(not row.refused for row in found.layers)
     assert "OUTPUT" in found.next_step
+    assert found.evidence == TARGETS[name].evidence
 
 
 @each_target
@@ -187,6 +188,11 @@ DEFAULTS = {
     "deepsparse": ({}, "0.8", "weight"),
     "a limit says how far": ({"target": "deepsparse", "max_error": 0.1}, "None", "weight"),
     "units after all": ({"target": "deepsparse", "speedup": 2.0}, "None", "unit"),
+    "zeros in what stays": (
+        {"target": "deepsparse", "speedup": 2.0, "units_and_zeros": True},
+        "0.8",
+        "unit",
+    ),
     "onnxruntime": ({}, "None", "unit"),
     "a pattern after all": ({"target": "onnxruntime", "sparsity": "2:4"}, "2:4", "weight"),
     "weights after all": ({"target": "onnxruntime", "granularity": "weight"}, "None", "weight"),

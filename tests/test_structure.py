@@ -1109,6 +1109,26 @@ def test_directions_that_heads_do_not_use_leave_without_a_trace(method, rng):
     )
 
 
+@pytest.mark.parametrize("method", ["ecp-refit", "ecp", "magnitude"])
+def test_directions_that_heads_in_one_tensor_do_not_use_leave_without_a_trace(method, rng):
+    """Queries and keys have a basis of their own there, and so have values."""
+    model = build(NETWORKS["queries, keys and values in one tensor, unbound"], rng)
+    parts = [rng.standard_normal((6, 1)) @ rng.standard_normal((1, 2)) for _ in range(9)]
+    for tensor in model.proto.graph.initializer:
+        if tensor.name == "W":
+            values = np.concatenate(parts, axis=1).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    data = inputs(model, rng, 200)
+    made = onnx_ecp.optimize(
+        model.proto, data, granularity="unit", sparsity=0.45, method=method, stages=2
+    )
+    assert [(row.before, row.after) for row in made.report.units] == [(3, 3), (2, 1)]
+    wanted = run(model.proto, data)
+    np.testing.assert_allclose(
+        run(made.model, data), wanted, rtol=0, atol=1e-2 * np.abs(wanted).max()
+    )
+
+
 @pytest.mark.parametrize("method", ["ecp-refit", "ecp"])
 def test_the_importance_of_heads_that_went_is_reported(method, rng, tmp_path):
     """Beside that of their dimensions, whose layers are the same."""
@@ -1701,7 +1721,7 @@ def test_layers_that_cannot_be_observed_have_their_reasons_too(rng):
             else_branch = g2 () => (float[N, 6] q) { q = Relu(h) }>
         y = MatMul(t, V)"""
     model = build(("float[N, 5] x", body, {"W": (5, 6), "V": (6, 3)}, []), rng)
-    with pytest.raises(TargetError, match="h .*they are read inside If"):
+    with pytest.raises(TargetError, match=r"h .*they are read inside If"):
         onnx_ecp.optimize(model.proto, inputs(model, rng, 40), granularity="unit")
 
 

@@ -577,20 +577,20 @@ def with_defaults_of_target(choices: dict[str, Any]) -> dict[str, Any]:
         return any(choices.get(name) not in (None, "", {}) for name in names)
 
     limits = ("max_error", "max_accuracy_drop")
-    other = said("speedup", "apply_masks") or choices.get("granularity") == "unit"
+    units = said("speedup") or choices.get("granularity") == "unit"
+    other = said("apply_masks") or (units and not choices.get("units_and_zeros"))
     if row.granularity == "unit":
         kept = isinstance(choices.get("sparsity"), NM) or choices.get("scope") == "layer"
         if not kept and not said("granularity", "apply_masks", "layer_sparsity"):
             return choices | {"granularity": "unit"}
     if row.sparsity is None or other:
         return choices
-    if row.scope is not None and not said("scope"):
+    if row.scope is not None and not units and not said("scope"):
         choices = choices | {"scope": row.scope}
-    if said("sparsity"):
-        return choices
     wanted = parse_sparsity(row.sparsity)
-    if said(*limits) and not isinstance(wanted, NM):
-        return choices  # the limit says how far to go
+    pattern = isinstance(wanted, NM)
+    if said("sparsity") or (pattern and units) or (said(*limits) and not pattern):
+        return choices  # a limit says how far to go, but not in which pattern
     return choices | {"sparsity": wanted}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from onnx_ecp.api.options import Options
 from onnx_ecp.evaluation.targets import TARGETS, Eligible, Target, eligible
+from onnx_ecp.evaluation.targets.onnxruntime import ONNXRUNTIME
 from onnx_ecp.evaluation.worker import RUNTIMES
 from onnx_ecp.graph import Model
 from onnx_ecp.layers import Skip
@@ -47,7 +48,8 @@ def for_target(
         return None
     target = TARGETS[name]
     layers = eligible(floats, target)
-    if options.by_units:
+    only_units = options.by_units and not options.units_and_zeros
+    if only_units or (options.by_units and target.granularity == "unit"):
         lost = {x for row in made.rows if row.after < row.before for x in _layers_of(row)}
         layers = tuple(_by_units(layers, lost, skips, "none of its units went"))
     before, after = given.proto.ir_version, made.model.proto.ir_version
@@ -55,10 +57,10 @@ def for_target(
     if before != after:
         changes = f"IR version {after} instead of {before}, so that {target.title} takes the file."
     found = _for(name, layers, output, changes, int8=options.quantize is not None)
-    if not options.by_units:
+    if not only_units:
         return found
     step = _command(UNITS_NEXT.get(name, target.next_step), output)
-    return replace(found, gains=UNITS_GAIN, next_step=step)
+    return replace(found, gains=UNITS_GAIN, evidence=ONNXRUNTIME.evidence, next_step=step)
 
 
 def foreseen(model: Model, name: str, structure: Structure) -> ForTarget:
@@ -81,7 +83,15 @@ def _for(
 ) -> ForTarget:
     target: Target = TARGETS[name]
     step = target.after_int8 if int8 and target.after_int8 else target.next_step
-    return ForTarget(name, target.title, target.gains, layers, _command(step, output), changes)
+    return ForTarget(
+        name,
+        target.title,
+        target.gains,
+        target.evidence,
+        layers,
+        _command(step, output),
+        changes,
+    )
 
 
 def _command(step: str, output: str | Path | None) -> str:

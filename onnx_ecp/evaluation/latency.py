@@ -18,7 +18,7 @@ from onnx_ecp.runtime.session import Session
 # A difference below this share is none: two copies of one model differ as much.
 TRIFLE = 0.03
 # So many runs of each at least, before two models are told apart.
-TURNS = 5
+TURNS = 8
 # Of the seconds that all took so far, the share that a measurement nobody asked for takes, within
 # these bounds; where TURNS take longer, it may go on for LONGEST, or for its share.
 SHARE, LEAST, ENOUGH, LONGEST = 0.05, 0.05, 0.5, 0.25
@@ -39,8 +39,8 @@ class Latency:
         batch: samples a run.
         median_a: median of the seconds of model a.
         median_b: median of those of model b.
-        spread_a: between which seconds most runs of model a lie, see ``spread``.
-        spread_b: the same of model b.
+        spread: between which ratios of neighbouring runs, b over a, most lie: (low, high), see
+            ``spread_of``; None for too few runs.
     """
 
     seconds_a: float
@@ -50,24 +50,21 @@ class Latency:
     batch: int
     median_a: float | None = None
     median_b: float | None = None
-    spread_a: tuple[float, ...] | None = None
-    spread_b: tuple[float, ...] | None = None
+    spread: tuple[float, ...] | None = None
 
     @property
     def verdict(self) -> str:
         """Whether model b is "faster", "slower", or "no faster": apart by no more than the spread.
 
-        Both spreads must lie apart, and so must the medians and the least of all runs, by more
-        than a trifle: what holds of one of them alone is no difference.
+        Most ratios of neighbouring runs must be on one side, and so must those of the medians and
+        of the least of all runs, by more than a trifle: what holds of one alone is no difference.
         """
-        if self.spread_a is None or self.spread_b is None:
+        if self.spread is None:
             return "no faster"
-        shares = (self.ratio, self.median_ratio)
-        if self.spread_b[1] < self.spread_a[0] and max(shares) < 1 - TRIFLE:
+        ratios = (*self.spread, self.ratio, self.median_ratio)
+        if max(ratios) < 1 - TRIFLE:
             return "faster"
-        if self.spread_b[0] > self.spread_a[1] and min(shares) > 1 + TRIFLE:
-            return "slower"
-        return "no faster"
+        return "slower" if min(ratios) > 1 + TRIFLE else "no faster"
 
     @property
     def median_ratio(self) -> float:
@@ -75,12 +72,6 @@ class Latency:
         if self.median_a is None or self.median_b is None:
             return self.ratio
         return self.median_b / self.median_a
-
-    @property
-    def relative_spread(self) -> float:
-        """Half of the wider spread, as a share of the median of the same model."""
-        pairs = ((self.spread_a, self.median_a), (self.spread_b, self.median_b))
-        return max(((s[1] - s[0]) / (2 * m) for s, m in pairs if s and m), default=0.0)
 
     @property
     def conditions(self) -> str:
@@ -163,7 +154,7 @@ def latency_of(times: Sequence[Sequence[float]], threads: int, batch: int) -> La
         batch: samples a run.
     """
     least, medians = [min(x) for x in times], [statistics.median(x) for x in times]
-    spreads = [spread(x) for x in times]
+    ratios = [y / x for x, y in zip(*times, strict=True)]
     return Latency(
         seconds_a=least[0],
         seconds_b=least[1],
@@ -172,22 +163,21 @@ def latency_of(times: Sequence[Sequence[float]], threads: int, batch: int) -> La
         batch=batch,
         median_a=medians[0],
         median_b=medians[1],
-        spread_a=spreads[0],
-        spread_b=spreads[1],
+        spread=spread_of(ratios),
     )
 
 
-def spread(seconds: Sequence[float]) -> tuple[float, ...] | None:
-    """Between which seconds most of the runs lie: (low, high); None for fewer than TURNS.
+def spread_of(ratios: Sequence[float]) -> tuple[float, ...] | None:
+    """Between which most of the ratios lie: (low, high); None for fewer than TURNS.
 
-    Of many runs it is the middle half. Of fewer it is wider, all of five: otherwise two models
+    Of many it is the middle half. Of fewer it is wider, all of the fewest: otherwise two models
     that take the same would too often seem apart.
 
-    >>> spread([5.0, 1.0, 2.0, 4.0, 3.0]), spread(list(range(24)))
-    ((1.0, 5.0), (5, 18))
+    >>> spread_of([7.0, 1.0, 2.0, 8.0, 6.0, 3.0, 5.0, 4.0]), spread_of(list(range(28)))
+    ((1.0, 8.0), (5, 22))
     """
-    if len(seconds) < TURNS:
+    if len(ratios) < TURNS:
         return None
-    left_out = (len(seconds) - TURNS + 1) // 4
-    ordered = sorted(seconds)
+    left_out = (len(ratios) - TURNS) // 4
+    ordered = sorted(ratios)
     return ordered[left_out], ordered[-1 - left_out]

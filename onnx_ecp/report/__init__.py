@@ -137,6 +137,7 @@ class ForTarget:
         name: of the target, its row.
         title: its name for people.
         gains: what turns zeros into speed there.
+        evidence: where that is from.
         layers: which of them gain, and why not the others.
         next_step: what to run next.
         changes: what else was changed so that the runtime takes the file; else empty.
@@ -145,6 +146,7 @@ class ForTarget:
     name: str
     title: str
     gains: str
+    evidence: str
     layers: tuple[Eligible, ...]
     next_step: str
     changes: str = ""
@@ -153,6 +155,12 @@ class ForTarget:
     def heading(self) -> str:
         """Title of the list of layers."""
         return f"What {self.title} gains from"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What stands below the list: what it is about, what was changed, what to run next."""
+        told = (f"{self.title}: {self.gains} ({self.evidence}).", self.changes)
+        return (*filter(None, told), f"next: {self.next_step}")
 
 
 @dataclass(frozen=True)

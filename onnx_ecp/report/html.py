@@ -258,8 +258,7 @@ def _target(target: ForTarget | None) -> str:
         ]
         for x in target.layers
     ]
-    words = [f"{target.title}: {target.gains}.", target.changes, f"next: {target.next_step}"]
-    notes = "\n".join(f"<p>{shown(sentence, 500)}</p>" for sentence in words if sentence)
+    notes = "\n".join(f"<p>{shown(sentence, 500)}</p>" for sentence in target.words)
     columns = ["layer", "op", "zeros>", "gains", "why"]
     return f"{table(target.heading, columns, rows)}\n{notes}"
 

@@ -6,7 +6,7 @@ So all names of a column are cut at one place: in the middle, or where it leaves
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 from rich.cells import cell_len
@@ -110,4 +110,22 @@ def best_cut(names: Sequence[str], width: int) -> Cut:
     if width > 3 * len(_GAP):
         starts = range(1, longest - width + len(_GAP))
         cuts += [partial(window, width=width, start=start) for start in starts]
-    return max(cuts, key=lambda made: len({made(name) for name in names}))
+    best, most = cuts[0] if cuts else partial(cut, width=width), 0
+    for made in cuts:
+        apart = len({made(name) for name in names})
+        if apart > most:
+            best, most = made, apart
+        if most == len(set(names)):
+            break
+    return best
+
+
+def told_apart(names: Iterable[object], width: int) -> list[str]:
+    """The names, those longer than ``width`` all cut at the place that leaves most apart.
+
+    >>> told_apart(["fc", "/encoder/layer.0/query/MatMul", "/encoder/layer.1/query/MatMul"], 20)
+    ['fc', '/en...0/query/MatMul', '/en...1/query/MatMul']
+    """
+    shown = [printable(name, MOST) for name in names]
+    made = best_cut([name for name in dict.fromkeys(shown) if len(name) > width], width)
+    return [made(name) if len(name) > width else name for name in shown]

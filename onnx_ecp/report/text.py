@@ -476,10 +476,8 @@ def target_tables(target: ForTarget, *, verbose: bool = False) -> Group:
             why = printable(row.refused or row.advice, _SENTENCE)
             gains, zeros = "no" if row.refused else "yes", f"{100 * row.zeros:.0f} %"
             table.add_row(name(row.name), row.op, zeros, gains, why)
-    words = [f"{target.title}: {target.gains}."]
-    words += [target.changes] if target.changes else []
-    words += [f"next: {printable(target.next_step, _SENTENCE)}", ""]
-    return Group(table, Text("\n".join(words)))
+    words = (printable(sentence, _SENTENCE) for sentence in target.words)
+    return Group(table, Text("\n".join([*words, ""])))
 
 
 def _skip_table(skips: Sequence[Skip], verbose: bool, title: str = "Not pruned") -> Table:

@@ -65,17 +65,18 @@ def _heads(structure: Structure, group: Group) -> Iterator[Heads]:
     def at(name: str, among: np.ndarray) -> np.ndarray:
         return _by_head(np.where(among, structure.dimensions(name), -1), group.units)
 
-    if not group.consumers:
-        keys = [(n, at(n, structure.keys[n])) for n in group.producers]
-        queries = [(n, at(n, structure.queries[n])) for n in group.producers]
-        keys, queries = ([x for x in side if x[1].size] for side in (keys, queries))
-        if len(keys) == len(queries) == 1:
-            yield Heads(*keys[0], *queries[0], meet=True)
-    elif len(group.producers) == len(group.consumers) == 1:
-        (maker,), (reader,) = group.producers, group.consumers
-        columns = structure.units_at(structure.columns[reader])[-1]
-        rows = at(maker, np.ones(len(structure.rows[maker]), np.bool_))
-        yield Heads(maker, rows, reader, _by_head(columns, group.units), meet=False)
+    keys = [(n, at(n, structure.keys[n])) for n in group.producers]
+    queries = [(n, at(n, structure.queries[n])) for n in group.producers]
+    keys, queries = ([x for x in side if x[1].size] for side in (keys, queries))
+    if len(keys) == len(queries) == 1:
+        yield Heads(*keys[0], *queries[0], meet=True)
+    if len(group.consumers) == 1:
+        (reader,) = group.consumers
+        others = [(n, at(n, ~(structure.keys[n] | structure.queries[n]))) for n in group.producers]
+        values = [x for x in others if x[1].size]
+        if len(values) == 1:
+            columns = structure.units_at(structure.columns[reader])[-1]
+            yield Heads(*values[0], reader, _by_head(columns, group.units), meet=False)
 
 
 def _by_head(units: np.ndarray, group: np.ndarray) -> np.ndarray:

@@ -25,8 +25,9 @@ SMALL = 16
 
 DEEPSPARSE = Target(
     title="DeepSparse",
-    gains="scattered zeros, about 80 % and more of a layer, stored densely; most for batches",
-    evidence="measured with 1.8.0: docs/targets.md",
+    gains="scattered zeros, about 80 % and more of a layer, stored densely; for batches: single "
+    "samples may be slower",
+    evidence="measured with 1.8.0: docs/benchmarks/targets.md",
     next_step="onnx-ecp compare MODEL {model} -d DATA --runtime deepsparse",
     refusals=each(refusal),
     sparsity="0.8",

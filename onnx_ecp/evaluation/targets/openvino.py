@@ -25,7 +25,7 @@ OPENVINO = Target(
     gains="zeros of int8 MatMul weights on CPUs with AMX, packed where their share is "
     "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE or more; elsewhere whole units (--speedup)",
     evidence="its documentation of the CPU device; floats measured without a gain: "
-    "docs/targets.md; no CPU with AMX was at hand",
+    "docs/benchmarks/targets.md; no CPU with AMX was at hand",
     next_step="the same with --quantize int8, or quantize {model} by nncf.quantize; compile that "
     "with CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE=0.75, and time it with benchmark_app",
     after_int8="compile {model} with CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE=0.75, and time it with "

@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 
 from onnx_ecp.report import LayerRow, Report
 from onnx_ecp.report.evidence import LayerEvidence
+from onnx_ecp.report.names import told_apart
 from onnx_ecp.report.pictures.text import percent, short, shown
 
 # Layers at either end that are drawn.
 ENDS = 30
+# Characters of a name that a row has room for.
+NAME = 34
 
 
 def layers(report: Report) -> str:
@@ -21,10 +24,14 @@ def layers(report: Report) -> str:
     errors = [x.error for x in known.values() if x.error is not None and math.isfinite(x.error)]
     most = max(errors, default=0.0) or 1.0
     what = "zeros" if report.gone == "zeros" else "removed"
-    rows = [_row(row, known, most, what) for row in report.layers]
-    if len(rows) > 2 * ENDS:
-        gap = f'<p class="omitted">... {len(rows) - 2 * ENDS:,} more, all in the JSON report</p>'
-        rows = [*rows[:ENDS], gap, *rows[-ENDS:]]
+    drawn = report.layers
+    if len(drawn) > 2 * ENDS:
+        drawn = (*drawn[:ENDS], *drawn[-ENDS:])
+    named = zip(drawn, told_apart((row.name for row in drawn), NAME), strict=True)
+    rows = [_row(row, name, known, most, what) for row, name in named]
+    if len(drawn) < len(report.layers):
+        left = len(report.layers) - len(drawn)
+        rows.insert(ENDS, f'<p class="omitted">... {left:,} more, all in the JSON report</p>')
     head = (
         '<div class="layer head"><span class="what">layer</span>'
         f"<span>{what}, before and after</span><span>error of this layer alone</span></div>"
@@ -33,7 +40,9 @@ def layers(report: Report) -> str:
     return f'<h2>Layer by layer</h2>\n<div class="layers">\n{body}\n</div>\n{_note(report)}'
 
 
-def _row(row: LayerRow, known: Mapping[str, LayerEvidence], most: float, what: str) -> str:
+def _row(
+    row: LayerRow, name: str, known: Mapping[str, LayerEvidence], most: float, what: str
+) -> str:
     before = row.zeros_before / row.weights if row.weights else 0.0
     zeros = (
         f'<small>{what}</small><span class="track"><i class="after" '
@@ -44,7 +53,7 @@ def _row(row: LayerRow, known: Mapping[str, LayerEvidence], most: float, what: s
     error = known[row.name].error if row.name in known else None
     bar = "" if error is None else _error(error, error / most)
     return (
-        f'<div class="layer"><span class="what" title="{shown(row.name, 200)}">{shown(row.name)}'
+        f'<div class="layer"><span class="what" title="{shown(row.name, 200)}">{shown(name)}'
         f"</span><span>{zeros}</span><span>{bar}</span></div>"
     )
 
