@@ -55,6 +55,7 @@ class Case:
         labels: of these.
         choices: of ``optimize``.
         batch: samples a run that is timed.
+        prunes_once: whether int8 follows in a command of its own, to prune once only.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Case:
     labels: np.ndarray
     choices: Mapping[str, Any]
     batch: int
+    prunes_once: bool = False
 
 
 def digits(network: Network, sparsity: float) -> Case:
@@ -83,11 +85,11 @@ def photos() -> Case:
     path = SHARED / "models" / "efficientnet_lite0.onnx"
     name = onnx.load(path).graph.input[0].name
     choices = {"sparsity": 0.4, "effort": "fast", "cleanup": False}
-    return Case(path, {name: x[:PHOTOS]}, {name: x[256:]}, labels[256:], choices, 1)
+    return Case(path, {name: x[:PHOTOS]}, {name: x[256:]}, labels[256:], choices, 1, True)
 
 
 # Photographs to calibrate on.
-PHOTOS = 32
+PHOTOS = 24
 CASES: dict[str, Callable[[], Case]] = {
     "mlpnet": partial(digits, NETWORKS["mlpnet"], 0.9),
     "lenet300": partial(digits, NETWORKS["lenet300"], 0.9),
@@ -139,13 +141,16 @@ def measured(name: str, case: Case) -> list[dict[str, Any]]:
 def made(case: Case, folder: Path) -> dict[str, Path]:
     """Path by name of file; the dense one first."""
     files = {DENSE: case.path}
-    for what, choices in (
-        (PRUNED, case.choices),
-        (OURS, {"method": "magnitude", "sparsity": 0.0, "quantize": "int8"}),
-        (BOTH, {**case.choices, "quantize": "int8"}),
+    nothing = {"method": "magnitude", "sparsity": 0.0, "cleanup": False, "quantize": "int8"}
+    for what, of, choices in (
+        (PRUNED, DENSE, case.choices),
+        (OURS, DENSE, nothing),
+        (BOTH, PRUNED, nothing)
+        if case.prunes_once
+        else (BOTH, DENSE, {**case.choices, "quantize": "int8"}),
     ):
         files[what] = folder / f"{len(files)}.onnx"
-        onnx_ecp.optimize(case.path, case.train, output=files[what], measure=False, **choices)
+        onnx_ecp.optimize(files[of], case.train, output=files[what], measure=False, **choices)
     for what, of in ((STATIC, DENSE), (BOTH_STATIC, PRUNED)):
         path = folder / f"{len(files)}.onnx"
         static(files[of], path, case.train)
