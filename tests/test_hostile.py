@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_ecp.cli.commands import main
+from onnx_ecp.errors import CalibrationError
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("ONNX_ECP_SHARED", ROOT.parent / "shared")) / "cases" / "hostile"
@@ -331,3 +332,35 @@ def test_only_regular_files_are_read(name, kind, folder):
     assert str(source) in optimized(folder / "net.onnx", folder, "-c", str(source))
     if name.endswith((".npy", ".npz")):
         optimized(folder / "net.onnx", folder, "--labels", str(path))
+
+
+# The page of the docs.
+
+PAGE = (ROOT / "docs" / "what-can-go-wrong.md").read_text(encoding="utf-8")
+X = np.zeros((8, 4), np.float32)
+BROKEN = X.copy()
+BROKEN[3, 1] = np.nan
+SHOWN = {
+    "nan.npz": {"x": BROKEN},
+    "f64.npz": {"x": X.astype(np.float64)},
+    "shape.npz": {"x": np.zeros((8, 5), np.float32)},
+    "name.npz": {"xs": X},
+    "obj.npz": {"x": np.array([{}, None])},
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_page_on_errors_has_the_message_that_is_printed(name, folder):
+    np.savez(folder / name, **SHOWN[name])
+    error = optimized(folder / "net.onnx", folder, "-c", str(folder / name))
+    message = error.splitlines()[0].removeprefix("error: ").replace(f"{folder}/", "")
+    assert f"`{message}`" in PAGE
+    assert str(CalibrationError.exit_code) in PAGE
+
+
+@pytest.mark.parametrize("path", files("*.onnx"), ids=lambda path: path.name)
+def test_the_page_on_errors_has_the_messages_of_damaged_models(path, tmp_path):
+    if path.name not in {"const_two.onnx", "conv_pad_odd.onnx", "fn_too_many_args.onnx"}:
+        pytest.skip("its message is not on the page word for word")
+    error = optimized(path, tmp_path).splitlines()[0]
+    assert f"`{error.removeprefix(f'error: {path}: ')}`" in PAGE

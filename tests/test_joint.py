@@ -16,7 +16,7 @@ from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.layers import find_layers
 from onnx_ecp.methods import COMPENSATIONS, METHODS
 from onnx_ecp.pruning import joint_refit as joint
-from onnx_ecp.statistics.objective import Objective, Parameters
+from onnx_ecp.statistics.objective import Objective, Parameters, Wanted
 from onnx_ecp.statistics.observer import Observer, original_state
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17]> g '
@@ -48,7 +48,7 @@ def observed(model, rng, metric, count):
     samples = Calibration({"x": x}, True, "", False, 0)
     layers = find_layers(model).layers
     loaded = modelling.load(model)
-    observer = Observer(loaded, layers, next(samples.batches(2)), metric=metric)
+    observer = Observer(loaded, layers, next(samples.batches(2)), metric=metric, probes=0)
     original = original_state(loaded, layers)
     keep = {n: rng.random(k.shape) < 0.6 for n, k in original.keep.items()}
     views = {x.weight.tensor: x.weight for x in layers}
@@ -112,8 +112,8 @@ def test_on_a_linear_network_the_steps_end_at_the_ridge_regression(rng):
     theta = Parameters(objective.observer.layers, state.keep)
     damping = 0.05
     centred, diagonal = joint._coordinates(objective, state, samples, 50, None, theta)
-    batches = list(samples.batches(20))
-    system = joint._System(objective, state, batches, theta, centred, diagonal, damping, None)
+    wanted = Wanted(objective, samples, 20, None)
+    system = joint._System(objective, state, wanted, theta, centred, diagonal, damping, None)
     *_, found = islice(system.steps(), theta.of(state).size)
     x = samples.arrays["x"]
     kept = np.argwhere(objective.observer.layers[0].weight.layout(state.keep["W"]))
@@ -205,6 +205,17 @@ def test_it_lowers_the_loss_that_it_was_not_shown_and_leaves_the_mask(rng, metri
         assert removed.any()
         assert np.all(found.state.weights[tensor][removed] == 0)
     assert found.state.keep is state.keep
+
+
+@pytest.mark.parametrize("metric", ["l2", "kl"])
+@pytest.mark.parametrize("memory", [None, 1])
+def test_what_is_wanted_is_computed_once(rng, monkeypatch, metric, memory):
+    """And is the same from a temporary file; the loss over it is that of the samples."""
+    _, samples, objective, state = network(MLP, rng, metric)
+    loss = objective.loss(state, samples, 16)
+    wanted = Wanted(objective, samples, 16, memory)
+    monkeypatch.setattr(Objective, "targets", lambda *_: pytest.fail("computed again"))
+    assert objective.loss_over(state, wanted) == objective.loss_over(state, wanted) == loss
 
 
 def test_nothing_is_moved_where_nothing_is_wrong(rng):

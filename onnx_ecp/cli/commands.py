@@ -485,6 +485,7 @@ _ADVICE = {
     4: "See what --calibration takes: `onnx-ecp optimize --help`, or docs/calibration.md.",
     5: "`onnx-ecp inspect MODEL` lists every candidate with its reason.",
     6: "`onnx-ecp doctor` checks the installation.",
+    7: "Ask for less with --sparsity, or allow more.",
     8: "Choose another output.",
 }
 

@@ -1069,7 +1069,14 @@ def _origin(source: Any) -> str:
 
 def _unknown(source: Any) -> CalibrationError:
     if _is_path(source) and not os.path.exists(source):
-        return CalibrationError(f"{source}: no such file or folder.")
+        return CalibrationError(
+            f"{source}: no such file or folder.", hint="Check the path that is given."
+        )
+    if _is_path(source) and not (os.path.isfile(source) or os.path.isdir(source)):
+        return CalibrationError(
+            f"{source}: not a regular file.",
+            hint="Write the samples into a file: pipes may not end.",
+        )
     return CalibrationError(
         f"{_origin(source)}: not a kind of calibration data.",
         hint=f"Known: {', '.join(SOURCES)}.",

@@ -13,7 +13,7 @@ import onnx
 
 from onnx_ecp.errors import ModelError
 from onnx_ecp.graph.printable import printable
-from onnx_ecp.graph.proto import Body, constants, nested
+from onnx_ecp.graph.proto import Body, bodies, constants, known_type, nested
 from onnx_ecp.graph.tensors import check_rank
 
 _DAMAGED = "The model is damaged: export or download it again."
@@ -44,15 +44,15 @@ def check_agreement(proto: onnx.ModelProto) -> None:
     Raises:
         ModelError: with the node and the attribute.
     """
+    for body in nested(proto.graph):
+        for node in body.node:
+            _check_references(node)
+    _check_declared(proto)
     functions = {_key(f.domain, f.name, f.overload): f for f in proto.functions}
     ranks = {name: len(tensor.dims) for name, tensor in constants(proto).items()}
-    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
-        check_rank(value.name, len(value.type.tensor_type.shape.dim))
     for root in (proto.graph, *proto.functions):
         inside = isinstance(root, onnx.FunctionProto)
         for node in _nodes(root):
-            if not inside:
-                _check_references(node)
             if _key(node.domain, node.op_type, "")[:2] == ("", "Constant"):
                 _check_constant(node)
             function = functions.get(_key(node.domain, node.op_type, node.overload))
@@ -60,6 +60,22 @@ def check_agreement(proto: onnx.ModelProto) -> None:
                 _check_call(node, function)
             elif node.op_type in _WINDOWED:
                 _check_window(node, {} if inside else ranks)
+
+
+def _check_declared(proto: onnx.ModelProto) -> None:
+    """Element types are known, where they are given, and arrays can have as many axes."""
+    for body in bodies(proto):
+        if isinstance(body, onnx.FunctionProto):
+            continue
+        for value in (*body.input, *body.output, *body.value_info):
+            kind = value.type.tensor_type
+            check_rank(value.name, len(kind.shape.dim))
+            if kind.elem_type and not known_type(kind.elem_type):
+                raise ModelError(
+                    f"tensor '{printable(value.name)}' has the unknown element type "
+                    f"{kind.elem_type}.",
+                    hint=_DAMAGED,
+                )
 
 
 def _key(domain: str, name: str, overload: str) -> _Key:

@@ -33,6 +33,8 @@ def match(node: gs.Node, scope: Scope) -> Affine | Skip | None:
         return scope.skip(node, seen)
     if scope.is_of_shapes(a):
         return scope.skip(node, "its input is the same for all samples: only their shape matters")
+    if not seen.seen_shape:
+        return scope.skip(node, "its weight is a single number, not a matrix")
     shape = _without_leading_ones(seen.seen_shape)
     reason = _refusal(node, side, shape, scope.rank(a))
     if reason:

@@ -28,7 +28,7 @@ from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.statistics.collection import measure
 from onnx_ecp.statistics.layerwise import matrix
-from onnx_ecp.statistics.objective import Centred, Objective, Parameters
+from onnx_ecp.statistics.objective import Centred, Objective, Parameters, Wanted
 from onnx_ecp.statistics.observer import State
 
 # The network is linearised so many times at most, with so many steps of conjugate gradients each.
@@ -37,7 +37,7 @@ STEPS = 16
 # A round ends after so many steps without a better state; the last round is one that lowers the
 # loss by less than this share of it.
 PATIENCE = 4
-LEAST_GAIN = 0.01
+LEAST_GAIN = 0.05
 # The loss on held-out samples is looked at every so many steps.
 CHECK = 2
 # The ridge in units of that of one layer's refit. On training digits held out, over six networks, 1
@@ -103,23 +103,24 @@ def refit_jointly(
     layers = objective.observer.layers
     theta = Parameters(layers, state.keep, precision(layers, state))
     centred, diagonal = _coordinates(objective, state, fit, size, memory, theta)
-    best, best_loss = state, objective.loss(state, guard, size)
-    before, fit_loss = best_loss, objective.loss(state, fit, size)
+    quarter = None if memory is None else memory // 4
+    learnt, others = (Wanted(objective, data, size, quarter) for data in (fit, guard))
+    best, best_loss = state, objective.loss_over(state, others)
+    before, fit_loss = best_loss, objective.loss_over(state, learnt)
     for turn in range(rounds):
         system, around = None, best_loss  # one linearisation is in memory at a time
-        batches = list(fit.batches(size))
-        ridge = RIDGE * damping
-        system = _System(objective, best, batches, theta, centred, diagonal, ridge, memory)
+        ridge, half = RIDGE * damping, None if memory is None else memory // 2
+        system = _System(objective, best, learnt, theta, centred, diagonal, ridge, half)
         found = 0
         for step, d in enumerate(system.steps(), 1):
             progress("joint refit", turn * STEPS + step, rounds * STEPS)
             if step % CHECK:
                 continue
             tried = theta.state(system.state, system.point + centred.moved(d))
-            loss = objective.loss(tried, guard, size)
+            loss = objective.loss_over(tried, others)
             # A step may go so far that the network is no longer what it was linearised to: a few
             # of the samples to learn from tell, where those on guard are not among the few.
-            if loss < best_loss and (fitted := objective.loss(tried, fit, size)) < fit_loss:
+            if loss < best_loss and (fitted := objective.loss_over(tried, learnt)) < fit_loss:
                 best, best_loss, fit_loss, found = tried, loss, fitted, step
             if step == STEPS or step - found >= PATIENCE:
                 break
@@ -142,7 +143,7 @@ def _coordinates(
     The diagonal is in the metric, and summed over the outputs.
     """
     observer = objective.observer
-    measured = measure(observer, state, fit, size=size, memory=memory)
+    measured = measure(observer.rough, state, fit, size=size, memory=memory)
     weights: dict[str, np.ndarray] = {}
     shifts = {}
     for layer in observer.layers:
@@ -181,7 +182,7 @@ class _System:
     Args:
         objective: whose loss it is.
         state: the point.
-        batches: all samples.
+        samples: all of them.
         theta: what may move.
         centred: the coordinates of d.
         diagonal: of E[J^T H J], about.
@@ -193,7 +194,7 @@ class _System:
         self,
         objective: Objective,
         state: State,
-        batches: list[Batch],
+        samples: Wanted,
         theta: Parameters,
         centred: Centred,
         diagonal: np.ndarray,
@@ -201,15 +202,15 @@ class _System:
         memory: int | None,
     ) -> None:
         self.state, self.point = state, theta.of(state)
-        self._objective, self._theta, self._batches = objective, theta, batches
-        self._count = sum(batch.samples for batch in batches)
+        self._objective, self._theta, self._samples = objective, theta, samples
+        self._count = sum(batch.samples for batch in samples.batches)
         self._centred, self._diagonal = centred, diagonal
         self._ridge = _ridge(objective, theta, centred, diagonal)
         self._ridge *= damping
         (points, _), (parts, _) = theta.named(self.point), theta.named(diagonal)
         self._whole = float(np.sqrt(sum(dot(x, x, parts[name]) for name, x in points.items())))
         self._outputs = Spill(memory)
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(samples.batches):
             for name, y in objective.observer.heads(state, batch).items():
                 self._outputs[number, name] = y
 
@@ -246,8 +247,8 @@ class _System:
     def _slope(self) -> np.ndarray:
         """E[J^T slope]."""
         total = np.zeros(self.point.shape)
-        for batch, y in self._seen():
-            slopes = self._objective.slopes(y, self._objective.targets(batch))
+        for (batch, y), (_, targets) in zip(self._seen(), self._samples, strict=True):
+            slopes = self._objective.slopes(y, targets)
             total += self._objective.gradient(self.state, batch, slopes, self._theta)
         return self._centred.pulled(total / self._count)
 
@@ -274,5 +275,5 @@ class _System:
     def _seen(self) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
         """Every batch with the outputs that the state makes of it."""
         heads = self._objective.observer.scales
-        for number, batch in enumerate(self._batches):
+        for number, batch in enumerate(self._samples.batches):
             yield batch, {name: self._outputs[number, name] for name in heads}

@@ -13,7 +13,7 @@ part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from onnx_ecp.data.calibration import Batch, Calibration
 from onnx_ecp.gradients.cotangents import SQUARED, one_hot
 from onnx_ecp.layers import Layer
-from onnx_ecp.runtime.lazy import LazyArrays
+from onnx_ecp.runtime.lazy import LazyArrays, Spill
 from onnx_ecp.statistics.observer import Observer, State
 
 BATCH = 128
@@ -41,9 +41,15 @@ class Objective:
 
     def loss(self, state: State, data: Calibration, size: int = BATCH) -> float:
         """Mean loss per sample, computed ``size`` samples at a time."""
+        return self.loss_over(state, ((x, self.targets(x)) for x in data.batches(size)))
+
+    def loss_over(
+        self, state: State, samples: Iterable[tuple[Batch, Mapping[str, np.ndarray]]]
+    ) -> float:
+        """The same, over batches with what is wanted of them; such as ``Wanted``."""
         total, count = 0.0, 0
-        for batch in data.batches(size):
-            target, y = self.targets(batch), self.observer.heads(state, batch)
+        for batch, target in samples:
+            y = self.observer.heads(state, batch)
             total += sum(self._loss(name, y[name], target[name]) for name in y)
             count += batch.samples
         return total / count
@@ -108,6 +114,32 @@ class Objective:
             return self.observer.link(name).divergence(target, self._probabilities(name, y))
         difference = (y.astype(np.float64) - target) * self.observer.scales[name]
         return float(np.square(difference).sum() / 2)
+
+
+class Wanted:
+    """Batches of samples with what is wanted of them, which is computed once.
+
+    Args:
+        objective: whose targets they are.
+        data: the samples.
+        size: of a batch.
+        memory: bytes that the targets may take; beyond, they lie in a temporary file.
+    """
+
+    def __init__(
+        self, objective: Objective, data: Calibration, size: int, memory: int | None
+    ) -> None:
+        self.batches = list(data.batches(size))
+        self._targets = Spill(memory)
+        for number, batch in enumerate(self.batches):
+            for name, target in objective.targets(batch).items():
+                self._targets[number, name] = target
+        self._names = objective.observer.scales
+
+    def __iter__(self) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+        """Every batch with its targets by head."""
+        for number, batch in enumerate(self.batches):
+            yield batch, {name: self._targets[number, name] for name in self._names}
 
 
 class Parameters:
