@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -215,7 +215,7 @@ class Shared:
         networks: by what is measured (see ``methods.NEEDS``): mostly one for all.
         grid: the options of every point, with their metric settled.
         plans: one per point.
-        measured: of the original network, by what is measured.
+        measured: of the original network, by what ``first_look`` says.
     """
 
     source: Model
@@ -225,7 +225,7 @@ class Shared:
     networks: Mapping[str, Network]
     grid: tuple[Options, ...]
     plans: tuple[Plan, ...]
-    measured: Mapping[str, Measured]
+    measured: Mapping[tuple[str, bool], Measured]
 
 
 def prepare(
@@ -244,16 +244,27 @@ def prepare(
     judge = judge_of(source, data, evaluation, labels)
     networks = networks_of(source, layers, data, grid)
     plans = tuple(make_plan(networks[o.recipe.measures].layers, o) for o in grid)
-    one_each = {plan.method.measures: plan for plan in plans}
-    if "sensitivities" in one_each:
-        one_each.pop("means", None)  # which are among them
+    one_each = {first_look(plan, networks): plan for plan in plans}
+    for last in (False, True):
+        if ("sensitivities", last) in one_each:
+            one_each.pop(("means", last), None)  # which are among them
     measured = {
-        needs: observe(networks[needs], plan, networks[needs].original, progress)
-        for needs, plan in one_each.items()
+        (needs, last): observe(
+            networks[needs], replace(plan, last=last), networks[needs].original, progress
+        )
+        for (needs, last), plan in one_each.items()
     }
-    if "sensitivities" in measured:
-        measured["means"] = measured["sensitivities"]
+    for last in (False, True):
+        if ("sensitivities", last) in measured:
+            measured["means", last] = measured["sensitivities", last]
     return Shared(source, model_facts(source), data, judge, networks, tuple(grid), plans, measured)
+
+
+def first_look(plan: Plan, networks: Mapping[str, Network]) -> tuple[str, bool]:
+    """What is measured of the original, and whether as of a last stage: the first may be rough."""
+    needs = plan.method.measures
+    observer = networks[needs].observer
+    return needs, plan.method.stages == 1 or observer.rough is observer
 
 
 def layers_of(source: Model, grid: Sequence[Options]) -> list[Layer]:
@@ -333,9 +344,9 @@ class PointRun:
 def run(shared: Shared, options: Options, plan: Plan, progress: Progress = silent) -> PointRun:
     """Prune to one point and judge it."""
     began = time.monotonic()
-    needs = plan.method.measures
-    network = shared.networks[needs]
-    pruned = prune(network, plan, progress, measured=shared.measured[needs])
+    look = first_look(plan, shared.networks)
+    network = shared.networks[look[0]]
+    pruned = prune(network, plan, progress, measured=shared.measured[look])
     if options.is_controlled:
         pruned = not_behind_magnitude(network, plan, pruned, progress)
     seconds = time.monotonic() - began

@@ -47,7 +47,7 @@ def for_target(
     if name is None:
         return None
     target = TARGETS[name]
-    layers = eligible(floats, target)
+    layers = eligible(made.model if options.quantize is None else floats, target)
     only_units = options.by_units and not options.units_and_zeros
     if only_units or (options.by_units and target.granularity == "unit"):
         lost = {x for row in made.rows if row.after < row.before for x in _layers_of(row)}

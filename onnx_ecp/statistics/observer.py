@@ -311,6 +311,12 @@ class Observer:
         self.summable = self._even and new_enough and (engine == "vjp" or not reverse)
         self._batched = all(v.ndim and v.shape[0] == first.samples for v in y.values())
 
+    def __copy__(self) -> Observer:
+        """One with the same sessions: a copy is of this process, what is pickled is for others."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
     def __reduce__(self) -> tuple[Any, ...]:
         """What another process needs; that both graphs compute the same has been seen here."""
         choices = {**self._choices, "statistics": self.statistics, "proves": False}
