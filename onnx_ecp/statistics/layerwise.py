@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from onnx_ecp.data.calibration import Calibration
+from onnx_ecp.gradients.cotangents import SQUARED
 from onnx_ecp.layers import Layer
 from onnx_ecp.statistics.forward import ForwardPass, Segment, segments
 from onnx_ecp.statistics.gram import BLOCK, Gram, outputs, squared_errors
@@ -93,6 +94,8 @@ class LayerwiseForward:
     def __init__(self, network: Network, data: Calibration, *, with_original: bool = True) -> None:
         batches = list(data.batches(network.size))
         self._original, self._segments = network.original, network.segments
+        # Under a metric of probabilities, samples whose classes are sure weigh nothing as a whole.
+        self._samples, self._skips = len(data), network.observer.metric in SQUARED
         limit = network.share(8)
         self._before = ForwardPass(network.observer, batches, limit) if with_original else None
         self._now = ForwardPass(network.observer, batches, limit)
@@ -182,7 +185,8 @@ class LayerwiseForward:
         """Rows of both versions and their weights, in blocks that products are fast with."""
         first, s = 0, None
         if weights is not None:
-            s = (1 - shrink) * weights + shrink * weights.mean(axis=1, keepdims=True)
+            padded = self._skips and weights.shape[1] > self._samples
+            s = shrunk(weights, shrink, skip_unread=padded)
         for before, now in _blocks(self._rows(segment, state)):
             end = first + now.shape[1]
             yield before, now, np.ones(now.shape[:2]) if s is None else s[:, first:end]
@@ -220,6 +224,21 @@ def _together(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarra
     if all(before is now for before, now in pairs):
         return now, now
     return np.concatenate([before for before, _ in pairs], axis=1), now
+
+
+def shrunk(weights: np.ndarray, share: float, *, skip_unread: bool) -> np.ndarray:
+    """Weights of rows (groups, rows), of which a share is replaced by their mean.
+
+    Args:
+        weights: >= 0.
+        share: of the mean weight that every row gets.
+        skip_unread: whether rows of weight zero keep it, and count in no mean: positions that no
+            output depends on, such as padding under an attention mask.
+    """
+    read = weights > 0 if skip_unread else np.ones(weights.shape, np.bool_)
+    number = np.maximum(np.count_nonzero(read, axis=1, keepdims=True), 1)
+    mean = weights.sum(axis=1, keepdims=True) / number
+    return np.where(read, (1 - share) * weights + share * mean, 0.0)
 
 
 def plain_grams(network: Network, names: Collection[str]) -> dict[str, Gram]:
