@@ -15,6 +15,7 @@ import argparse
 import io
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -222,7 +223,7 @@ def escaped(code: int, stderr: str, wrote: bool) -> str:
         return "a traceback"
     if code and [line.split(": ")[0] for line in stderr.splitlines()[-2:]] != ["error", "hint"]:
         return f"no error and hint: {stderr[-200:]!r}"
-    if code and "ecp/" in stderr:
+    if code and re.search(r"(?<!onnx_)ecp/", stderr):
         return f"a name of our own: {stderr!r}"
     return "an output beside an error" if code and wrote else ""
 

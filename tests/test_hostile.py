@@ -364,3 +364,18 @@ def test_the_page_on_errors_has_the_messages_of_damaged_models(path, tmp_path):
         pytest.skip("its message is not on the page word for word")
     error = optimized(path, tmp_path).splitlines()[0]
     assert f"`{error.removeprefix(f'error: {path}: ')}`" in PAGE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", files("fold_*.onnx", "int_*.onnx", "trap_*.onnx"), ids=lambda p: p.name
+)
+@pytest.mark.parametrize("command", ["optimize", "inspect"])
+def test_crashes_and_endless_work_are_survived_in_a_child_process(path, command, tmp_path):
+    words = [command, str(path), "--timeout", "5"]
+    words += [str(tmp_path / "out.onnx")] if command == "optimize" else []
+    done = process(tmp_path, *words, capture_output=True)
+    assert done.returncode == 6 or (command, done.returncode) == ("inspect", 0)
+    if done.returncode:
+        assert [line.split(": ")[0] for line in done.stderr.splitlines()] == ["error", "hint"]
+    assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TypeVar
@@ -395,6 +396,9 @@ class Program(click.Group):
         _open_streams()
         own = args is None  # the process is the command's, not that of a program that calls it
         args = list(sys.argv[1:] if args is None else args) or ["--help"]
+        if own and "--traceback" not in args:
+            # Of numbers that overflow the report or the error tells; NumPy names lines of code.
+            warnings.simplefilter("ignore", RuntimeWarning)
         keywords["standalone_mode"] = False
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # not every terminal can show every name

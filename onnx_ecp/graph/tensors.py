@@ -203,9 +203,13 @@ def _rounded(tensor: TensorProto, array: np.ndarray) -> np.ndarray:
         return array
     rounded = _round_once(array, dtype)
     if not np.isfinite(rounded[np.isfinite(array)].astype(np.float64)).all():
+        name, bias = tensor.name.removesuffix("/ecp_bias"), "/ecp_bias" in tensor.name
+        wider = "Convert the model to float32 first, or u" if dtype.itemsize < 4 else "U"
         raise ModelError(
-            f"new values of '{printable(tensor.name)}' are beyond the range of {dtype}.",
-            hint="Convert the model to float32 first.",
+            f"new values of {'a bias of ' if bias else ''}'{printable(name)}' are beyond the "
+            f"range of {dtype}.",
+            hint=f"{wider}se a method that keeps the weights that stay, such as --method ecp "
+            "--compensation none.",
         )
     return rounded
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -343,7 +342,8 @@ class Observer:
             return self
         if self._reverse_proto is not None:
             _ = self._reverse  # made here, it is shared
-        other = copy(self)
+        other = Observer.__new__(Observer)  # a copy would be built anew, as one for a process is
+        other.__dict__.update(self.__dict__)
         other._plan = replace(self._plan, probes=ROUGH)
         return other
 
