@@ -18,10 +18,9 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from onnx_ecp.graph.external import is_external
+from onnx_ecp.graph.inference import MOST_NODES, Key, expanded, inferred
 from onnx_ecp.graph.proto import UNSHIFTED, constant_value, nested, subgraphs
 
-# Functions that would become more nodes than these stay functions.
-_MOST_NODES = 200_000
 # Conditions are computed from few numbers, such as the sizes of a tensor.
 _MOST_NUMBERS = 64
 # Their first input may be known in part, the others must be known.
@@ -33,8 +32,7 @@ _FOLDED = (
 )
 
 _Body = onnx.GraphProto | onnx.FunctionProto
-_Key = tuple[str, str, str]
-_Functions = Mapping[_Key, onnx.FunctionProto]
+_Functions = Mapping[Key, onnx.FunctionProto]
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,7 @@ def _inline_functions(model: onnx.ModelProto) -> dict[str, Place]:
         if all(versions.get(_domain(o.domain), o.version) == o.version for o in f.opset_import)
     }
     places: dict[str, Place] = {}
-    if not functions or _expanded(model.graph, functions, {}) > _MOST_NODES:
+    if not functions or expanded(model.graph, functions) > MOST_NODES:
         return places
     _inline_calls(model.graph, functions, _Names(model), places, None)
     for imported in [o for f in functions.values() for o in f.opset_import]:
@@ -190,18 +188,6 @@ def _inline_functions(model: onnx.ModelProto) -> dict[str, Place]:
 
 def _domain(name: str) -> str:
     return "" if name == "ai.onnx" else name
-
-
-def _expanded(body: _Body, functions: _Functions, sizes: dict[_Key, float]) -> float:
-    """How many nodes a body becomes; infinite where functions call each other in a circle."""
-    total = 0.0
-    for node in (n for graph in nested(body) for n in graph.node):
-        key = (node.domain, node.op_type, node.overload)
-        if key in functions and key not in sizes:
-            sizes[key] = np.inf  # as long as it is looked at
-            sizes[key] = _expanded(functions[key], functions, sizes)
-        total += sizes.get(key, 1)
-    return total
 
 
 def _inline_calls(
@@ -407,8 +393,7 @@ def _sizes(model: onnx.ModelProto) -> dict[str, list[int | None]]:
             graph.initializer.append(t)
         elif t.name not in listed:
             graph.input.append(onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims))
-    with suppress(Exception):  # contradictory, or too large to be serialized: less is known
-        graph = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
+    graph = inferred(skeleton, data_prop=True) or graph
     return {
         x.name: [int(d.dim_value) if d.HasField("dim_value") else None for d in kind.shape.dim]
         for x in (*graph.input, *graph.output, *graph.value_info)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
-from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from onnx_ecp.graph import Model
+from onnx_ecp.graph.inference import inferred
 from onnx_ecp.runtime.session import Session
 
 Shapes = dict[str, tuple[int, ...]]
@@ -70,10 +70,9 @@ def inferred_shapes(proto: onnx.ModelProto) -> Shapes:
     del fixed.graph.value_info[:]
     for value in fixed.graph.output:
         value.type.tensor_type.ClearField("shape")
-    try:
-        graph = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
-    except (onnx.shape_inference.InferenceError, EncodeError, ValueError):
-        return _stored(proto)  # contradictory, or too large to be serialized
+    graph = inferred(fixed, data_prop=True)
+    if graph is None:
+        return _stored(proto)
     infos = [*graph.input, *graph.value_info, *graph.output]
     known = {
         info.name: tuple(int(dim.dim_value) for dim in info.type.tensor_type.shape.dim)

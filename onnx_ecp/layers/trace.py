@@ -15,9 +15,9 @@ from functools import cached_property
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from onnx_ecp.errors import ModelError
+from onnx_ecp.graph.inference import inferred
 from onnx_ecp.graph.printable import printable
 from onnx_ecp.graph.proto import UNSHIFTED
 from onnx_ecp.graph.surgery import import_graph
@@ -209,13 +209,10 @@ class Scope:
 
     @cached_property
     def _inferred_ranks(self) -> dict[str, int]:
-        try:
-            graph = onnx.shape_inference.infer_shapes(self.proto).graph
-        except (onnx.shape_inference.InferenceError, EncodeError, ValueError):
-            return {}  # contradictory, or too large to be serialized: ranks stay unknown
+        graph = inferred(self.proto)
         return {
             info.name: len(info.type.tensor_type.shape.dim)
-            for info in graph.value_info
+            for info in (graph.value_info if graph is not None else ())
             if info.type.tensor_type.HasField("shape")
         }
 
