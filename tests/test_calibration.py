@@ -485,7 +485,7 @@ def test_a_hostile_file_is_refused_before_it_takes_memory(
 @pytest.mark.parametrize("name", ["in.npy", "in.npz", "in.json"])
 def test_a_pipe_is_not_waited_for(name, tmp_path):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(CalibrationError, match="not a kind"):
+    with pytest.raises(CalibrationError, match="not a regular file"):
         load(tmp_path / name, [X])
 
 

@@ -44,6 +44,8 @@ CHECK = 2
 # to 10 leave the same error on average; with 1 no step is short enough to be taken on a narrow
 # network of seven layers with 2:4.
 RIDGE = 10.0
+# Norms of rows of W below this share of the largest count as this much.
+LEAST_NORM = 1e-12
 # Size of the disturbance that J d is measured with, as a share of the weights, both in units of the
 # outputs: float32 outputs have seven digits, of which a difference this small keeps four.
 DISTURBANCE = 3e-3
@@ -167,8 +169,10 @@ def _ridge(
     norms = {}
     for layer in objective.observer.layers:
         tensor = layer.weight.tensor
-        norm = np.linalg.norm(matrix(layer, objective.original), axis=1)
-        norms[tensor] = np.where(norm > 0, norm, norm.mean() or 1.0)
+        norm = np.linalg.norm(matrix(layer, objective.original).astype(np.float64), axis=1)
+        norm = np.where(norm > 0, norm, norm.mean() or 1.0)
+        # Only their ratios count; the square of the least must be a number in single precision.
+        norms[tensor] = np.maximum(norm / norm.max(), LEAST_NORM)
     squares = np.square(centred.by_row(norms))
     for ridge, own in zip(theta.parts(squares), theta.parts(diagonal), strict=True):
         if ridge.size:
