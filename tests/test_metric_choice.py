@@ -64,8 +64,8 @@ def test_sure_probabilities_survive(end, rng):
     """Saturated outputs say nothing of most samples; their logits do."""
     model, x = classifier(ENDS[end], rng, gain=40.0), inputs(rng)
     report = onnx_ecp.optimize(model, x, sparsity=0.5).report
-    if end == "Softmax":
-        assert report.recipe.metric == "kl"
+    if end == "Softmax":  # magnitude keeps six in ten
+        assert report.gap.outputs[0].agreement >= 95
     control = onnx_ecp.optimize(model, x, sparsity=0.5, method="magnitude").report
     assert report.gap.relative_error < control.gap.relative_error
 

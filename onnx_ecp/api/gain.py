@@ -19,6 +19,7 @@ from onnx_ecp.evaluation.work import Work, samples_of, work
 from onnx_ecp.graph import Model
 from onnx_ecp.graph.shapes import shapes_of_a_run
 from onnx_ecp.layers import find_layers
+from onnx_ecp.runtime.session import OutOfMemory
 from onnx_ecp.units import find_structure
 from onnx_ecp.units.estimate import half_of_the_units
 from onnx_ecp.units.shrink import Smaller
@@ -81,15 +82,25 @@ def _latency(
 ) -> Latency | None:
     """Of both models: as long as needed where it was asked for, else briefly.
 
-    Two more copies of very large weights in memory are for those who ask for them.
+    Two more copies of very large weights in memory are for those who ask for them. Where memory
+    does not suffice for a batch, half of it is tried; what nobody asked for ends no run.
     """
-    if options.measure:
-        return measure_latency(given, result, timed_batch(data, options), **options.session)
     large = modelling.stored_size(given.proto) > modelling.LARGEST_FILE
-    if options.measure is False or large:
+    if options.measure is False or (large and not options.measure):
         return None
-    batch, so_far = timed_batch(data, options), time.monotonic() - began
-    return brief_latency(given, result, batch, so_far=so_far, **options.session)
+    so_far, batch = time.monotonic() - began, timed_batch(data, options)
+    while True:
+        try:
+            if options.measure:
+                return measure_latency(given, result, batch, **options.session)
+            return brief_latency(given, result, batch, so_far=so_far, **options.session)
+        except (OutOfMemory, MemoryError):
+            if batch.samples > 1:
+                batch = next(data.test.batches(batch.samples // 2))
+            elif options.measure:
+                raise
+            else:
+                return None
 
 
 def _advice(given: Model, feeds: Mapping[str, np.ndarray], options: Options) -> str:
