@@ -4,9 +4,11 @@
 
 Claims: lenet300 keeps 95.3 % with 0.23 and 94.8 % with 0.15 of its weights; lenet5 loses at most
 half a point with half of its multiplications; a transformer encoder (transformer.py) at most one
-point with half of the weights of its blocks, heads and feed-forward units alike. Every method gets
-the same calibration digits, none sees labels. onnxsim removes channels by a share of its own, which
-is searched so that as much is left; it has none to remove in the transformer's attention.
+point with half of the weights of its blocks, heads and feed-forward units alike; one hidden layer
+of 100 sigmoids (scikit-learn) at most one point with half of its weights and 512 digits. Every
+method gets the same calibration digits, none sees labels. onnxsim removes channels by a share of
+its own, which is searched so that as much is left; it has none to remove in the transformer's
+attention.
 
 These networks are small: latency is that of starting operators as much as of arithmetic. latency.py
 is about what happens where arithmetic takes the time.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +28,7 @@ import onnx
 import onnxruntime
 import transformer
 from contest import Feeds, onnxsim_pruning
-from networks import NETWORKS, accuracy, outputs
+from networks import NETWORKS, accuracy, fully_connected, load_digits, outputs, plain
 from outcome import RESULTS, Claim, above, finish, publish, table
 from timing import ratio_in_turns
 
@@ -38,8 +41,10 @@ LEFT = {
     "lenet300": (0.4, 0.23, 0.15, 0.07),
     "lenet5": (0.75, 0.5, 0.25),
     "transformer": (0.75, 0.5, 0.35),
+    "sigmoids": (0.75, 0.5, 0.25),
 }
-TARGET = {"lenet300": "weights", "lenet5": "flops", "transformer": "weights"}
+TARGET = {"lenet300": "weights", "lenet5": "flops", "transformer": "weights", "sigmoids": "weights"}
+SIGMOIDS, FEW = 100, 512
 OURS = ("ecp-refit", "ecp", "flap", "wanda", "magnitude")
 BATCH, THREADS = 64, 1
 REPEATS, WARM_UP = 300, 20
@@ -123,6 +128,8 @@ class Contest:
 
 def contest(name: str) -> Contest | None:
     """What is pruned; None where it cannot be had."""
+    if name == "sigmoids":
+        return sigmoids()
     if name != "transformer":
         network = NETWORKS[name]
         feeds, _ = network.digits("train", network.samples)
@@ -135,6 +142,22 @@ def contest(name: str) -> Contest | None:
         if x.name.startswith("block") and x.name.endswith("weight")
     )  # fmt: skip
     return Contest(model, *transformer.digits(), blocks)
+
+
+def sigmoids() -> Contest | None:
+    """One hidden layer of sigmoids, trained on the training digits, and few of these."""
+    try:
+        from sklearn.neural_network import MLPClassifier
+    except ImportError:
+        print("no sigmoids: scikit-learn is not installed.", file=sys.stderr)
+        return None
+    (x, y), (test, labels) = (load_digits(part) for part in ("train", "test"))
+    found = MLPClassifier((SIGMOIDS,), activation="logistic", max_iter=60, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it would like more than 60 epochs
+        found.fit(plain(x), y)
+    model = fully_connected([w.T for w in found.coefs_], found.intercepts_, "Sigmoid")
+    return Contest(model, {"x": plain(x[:FEW])}, {"x": plain(test)}, labels)
 
 
 def rows(name: str, given: Contest) -> Iterator[dict[str, Any]]:
@@ -209,6 +232,9 @@ def claims(found: Sequence[dict[str, Any]]) -> Iterator[Claim]:
     if row:
         what = "transformer, half of the weights of its blocks"
         yield above(what, row["accuracy"], row["dense"] - 1)
+    row = by.get(("sigmoids", 0.5, "ecp-refit"))
+    if row:
+        yield above("sigmoids, half of the weights", row["accuracy"], row["dense"] - 1)
     for (name, left, method), row in by.items():
         if method == "ecp-refit":
             yield Claim(f"{name}, {left} left: full_check passes", row["full_check"])

@@ -211,6 +211,7 @@ def test_json_schema_is_this_one():
         "speedup": None,
         "target": None,
         "latency": None,
+        "operators": None,
         "advice": None,
         "learnt_error": None,
         "evidence": None,

@@ -18,6 +18,8 @@ from onnx_ecp.api.command import command_line
 from onnx_ecp.api.evidence import CELLS, MOST, SIDE, small_mask, small_shape
 from onnx_ecp.api.options import Options
 from onnx_ecp.cli import commands
+from onnx_ecp.evaluation.latency import Latency
+from onnx_ecp.evaluation.operator_times import OperatorTime
 from onnx_ecp.pruning.levels import LEVELS, SPAN, levels_of
 from onnx_ecp.pruning.search import Point
 from onnx_ecp.report import Report, html
@@ -25,6 +27,7 @@ from onnx_ecp.report.as_json import dumps
 from onnx_ecp.report.evidence import Evidence, Histogram, LayerEvidence, OutputEvidence
 from onnx_ecp.report.pictures.answer import answer, facts
 from onnx_ecp.report.pictures.histogram import histogram
+from onnx_ecp.report.pictures.operators import operators
 from onnx_ecp.report.pictures.png import png
 from onnx_ecp.report.pictures.scatter import scatter
 from onnx_ecp.report.pictures.search import search
@@ -359,3 +362,34 @@ def test_long_names_of_layers_are_told_apart_on_a_page_and_whole_behind_it():
     assert max(len(shown) for _, shown in drawn) <= 34
     cards = re.findall(r'<h3 title="[^"]*">([^<]*)</h3>', page)
     assert len(set(cards)) == len(cards) == 24
+
+
+# Latency by operator.
+
+
+def test_the_time_of_operators_is_told_for_both_models(made):
+    result, folder = made
+    rows = {row.op: row for row in result.report.operators}
+    assert set(rows) == {"MatMul", "Relu"}
+    for row in rows.values():
+        assert row.seconds_a > 0
+        assert row.seconds_b > 0
+    assert "Latency by operator" in (folder / "r.html").read_text()
+
+
+def test_of_many_types_of_operators_the_last_are_added_up():
+    rows = tuple(OperatorTime(f"Op{k}", 1e-3 * (20 - k), 1e-3) for k in range(12))
+    latency = Latency(1e-3, 4.8e-4, 0.48, 2, 64)
+    page = operators(dataclasses.replace(report(), operators=rows, latency=latency))
+    assert page.count('class="layer two"') == 9
+    assert "4 other types" in page
+    assert "42 → 4 ms" in page
+
+
+def test_without_a_measured_latency_there_is_no_time_of_operators(made):
+    _, folder = made
+    found = onnx_ecp.optimize(
+        folder / "in.onnx", method="magnitude", report=folder / "n.html", measure=False
+    )
+    assert found.report.operators == ()
+    assert "Latency by operator" not in (folder / "n.html").read_text()

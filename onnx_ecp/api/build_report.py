@@ -141,6 +141,7 @@ def build_report(
         speedup=speedup,
         target=for_target(made, floats, given, (*skips, *ready.skips), output, options),
         latency=worth.latency,
+        operators=worth.operators,
         advice=worth.advice,
         evidence=evidence,
         command=command,

@@ -13,6 +13,7 @@ from onnx_ecp.api.options import Options
 from onnx_ecp.api.preparation import Data, timed_batch
 from onnx_ecp.errors import ProviderError
 from onnx_ecp.evaluation.latency import Latency, brief_latency, measure_latency
+from onnx_ecp.evaluation.operator_times import OperatorTime, operator_times
 from onnx_ecp.evaluation.targets import TARGETS
 from onnx_ecp.evaluation.targets.onnxruntime import ONNXRUNTIME
 from onnx_ecp.evaluation.work import Work, samples_of, work
@@ -33,12 +34,14 @@ class Gain:
         before: what the layers of the given model take; None where it cannot be told.
         after: what those of the result take.
         latency: of both, where it was measured.
+        operators: seconds by type of operator, where they are to be drawn.
         advice: what would be faster, where the result is not; else empty.
     """
 
     before: Work | None
     after: Work | None
     latency: Latency | None
+    operators: tuple[OperatorTime, ...]
     advice: str
 
 
@@ -49,6 +52,7 @@ def gain(
     options: Options,
     *,
     measured: Latency | None,
+    drawn: bool,
     began: float,
 ) -> Gain:
     """Count, and time both models, unless ``--no-measure`` was said.
@@ -59,6 +63,7 @@ def gain(
         data: the samples.
         options: what was asked for.
         measured: what is known already, where latency was the target.
+        drawn: whether pictures are made of it.
         began: when all began, by ``time.monotonic``.
     """
     feeds = next(data.train.batches(2)).feeds
@@ -66,7 +71,12 @@ def gain(
     latency = measured or _latency(given, made.model, data, options, began)
     late = latency is not None and latency.verdict != "faster"
     advice = _advice(given, feeds, options) if late else ""
-    return Gain(before, made.after or before, latency, advice)  # cut shapes are counted in ``made``
+    operators: tuple[OperatorTime, ...] = ()
+    if drawn and latency is not None:
+        batch = next(data.test.batches(latency.batch))
+        operators = operator_times(given, made.model, batch, **options.session)
+    after = made.after or before  # cut shapes are counted in ``made``
+    return Gain(before, after, latency, operators, advice)
 
 
 def _work(model: Model, feeds: Mapping[str, np.ndarray], options: Options) -> Work | None:

@@ -182,7 +182,7 @@ def optimize(
         pruned = replace(pruned, state=replace(pruned.state, weights=network.original.weights))
         comparison = compare(given, result, data, options, original, measure)
         known = None if speedup is None else speedup.measured
-        worth = gain(given, made, data, options, measured=known, began=began)
+        worth = gain(given, made, data, options, measured=known, drawn=drawn, began=began)
         place = None if final is None else str(final)
         comparison = replace(comparison, b=replace(comparison.b, path=place))
         learnt = learnt_error(given, result, data, options, measure)

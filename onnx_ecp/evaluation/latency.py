@@ -59,12 +59,23 @@ class Latency:
         Most ratios of neighbouring runs must be on one side, and so must those of the medians and
         of the least of all runs, by more than a trifle: what holds of one alone is no difference.
         """
-        if self.spread is None:
+        if self.range is None:
             return "no faster"
-        ratios = (*self.spread, self.ratio, self.median_ratio)
-        if max(ratios) < 1 - TRIFLE:
+        low, high = self.range
+        if high < 1 - TRIFLE:
             return "faster"
-        return "slower" if min(ratios) > 1 + TRIFLE else "no faster"
+        return "slower" if low > 1 + TRIFLE else "no faster"
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """Between which ratios the truth lies: of neighbouring runs, of medians, of the least.
+
+        On a machine with other work they differ. None for too few runs.
+        """
+        if self.spread is None:
+            return None
+        ratios = (*self.spread, self.ratio, self.median_ratio)
+        return min(ratios), max(ratios)
 
     @property
     def median_ratio(self) -> float:

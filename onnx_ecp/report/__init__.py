@@ -12,6 +12,7 @@ from onnx_ecp.evaluation.bounds import Bounds
 from onnx_ecp.evaluation.compare import ColumnError, Deviation, Gap
 from onnx_ecp.evaluation.facts import ModelFacts
 from onnx_ecp.evaluation.latency import Latency
+from onnx_ecp.evaluation.operator_times import OperatorTime
 from onnx_ecp.evaluation.targets.target import Eligible
 from onnx_ecp.evaluation.work import Work
 from onnx_ecp.graph import check_output, write_whole
@@ -253,6 +254,7 @@ class Report:
         bounds: on the gap, from the held-out samples; None where none were asked for.
         speedup: what was asked for and what was measured, where latency was the target.
         latency: of both models, where it was measured.
+        operators: seconds by type of operator in both models, where a page is made of it.
         advice: what would be faster, where the result was measured and is not; else empty.
         int8: what int8 took away and gave; None where all layers stayed in floats.
         target: what the runtime that was named makes of it; with N:M, where none was, TensorRT.
@@ -283,6 +285,7 @@ class Report:
     int8: Int8 | None = None
     target: ForTarget | None = None
     latency: Latency | None = None
+    operators: tuple[OperatorTime, ...] = ()
     advice: str = ""
     learnt_error: float | None = None
     evidence: Evidence | None = None

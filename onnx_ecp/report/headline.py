@@ -26,14 +26,14 @@ def headline(report: Report) -> str:
 
 
 def _latency(latency: Latency) -> str:
-    """Medians, the range of most ratios of neighbouring runs, and whether that is a difference."""
+    """Medians, the range of their ratio, and whether that is a difference."""
     before, after = latency.median_a, latency.median_b
     if before is None or after is None:
         before, after = latency.seconds_a, latency.seconds_b
     times = f"latency {1e3 * before:.3g} -> {1e3 * after:.3g} ms"
-    if latency.spread is None:
+    if latency.range is None:
         return f"{times}, {latency.verdict}: too few runs to tell"
-    low, high = latency.spread
+    low, high = latency.range
     return f"{times} (x{low:.2f} to x{high:.2f}), {latency.verdict}"
 
 

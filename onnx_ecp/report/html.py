@@ -34,6 +34,7 @@ from onnx_ecp.report.headline import ADVICE
 from onnx_ecp.report.pictures.answer import answer
 from onnx_ecp.report.pictures.cards import cards
 from onnx_ecp.report.pictures.layers import layers
+from onnx_ecp.report.pictures.operators import operators
 from onnx_ecp.report.pictures.outputs import outputs
 from onnx_ecp.report.pictures.search import search
 from onnx_ecp.report.pictures.text import shown
@@ -51,6 +52,7 @@ def page(report: Report) -> str:
         _headline(report),
         layers(report),
         units(report),
+        operators(report),
         cards(report),
         outputs(report),
         _outputs(report),

@@ -110,6 +110,7 @@ class Session:
         base: directory of the external data of a proto or bytes.
         packed: whether constant weights may be copied into the order that kernels like best; None:
             not those of external data, which else are mapped and take no memory of their own.
+        profile: a folder for a profile of what runs; see ``end_profiling``.
 
     Raises:
         ProviderError: ONNX Runtime refuses the model, or does not use the provider.
@@ -123,10 +124,14 @@ class Session:
         threads: int | None = None,
         base: Path | None = None,
         packed: bool | None = None,
+        profile: Path | None = None,
     ) -> None:
         ort = onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 4
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile / "profile")
         if threads is not None:
             options.intra_op_num_threads = threads
         # Sessions live side by side with NumPy: a spinning pool would steal its cores.
@@ -231,6 +236,10 @@ class Session:
             return time.perf_counter() - began
 
         return self._watched(timed)
+
+    def end_profiling(self) -> Path:
+        """Write the profile that was asked for, and say where it is: a JSON list of events."""
+        return Path(self._session.end_profiling())
 
     def run_bound(
         self, feeds: Mapping[str, Value], outputs: Sequence[str], stay: Collection[str] = ()

@@ -26,12 +26,12 @@ def cards(report: Report) -> str:
     if not drawn:
         return ""
     few = f"<p>The {CARDS} layers with most weights.</p>\n" if len(rows) > CARDS else ""
-    return f'<h2>What stayed</h2>\n{few}<div class="cards">\n{drawn}\n</div>'
+    return f'<h2>Weights kept in each layer</h2>\n{few}<div class="cards">\n{drawn}\n</div>'
 
 
 def _card(row: LayerRow, name: str, found: LayerEvidence) -> str:
     return (
         f'<section class="card"><h3 title="{shown(row.name, 200)}">{shown(name)}</h3>'
-        f"<p>{shown(row.op, 30)}, {100 * row.sparsity:.1f} % of {row.weights:,} weights went</p>"
+        f"<p>{shown(row.op, 30)}, {100 * row.sparsity:.1f} % of {row.weights:,} weights removed</p>"
         f"{mask(row, found)}{histogram(found.histogram)}</section>"
     )

@@ -1,4 +1,4 @@
-"""Importances of a layer's weights: those that went, those that stayed, and the cut."""
+"""Importances of a layer's weights: removed, kept, and the threshold."""
 
 from __future__ import annotations
 
@@ -74,9 +74,13 @@ def _cut(found: Histogram, first: int, last: int) -> str:
 
 
 def _caption(found: Histogram) -> str:
-    cut = "" if found.cut is None else ' <i class="cut"></i> as many lie below as went'
+    cut = (
+        ""
+        if found.cut is None
+        else ' <i class="cut"></i> threshold: as many weights lie below it as were removed'
+    )
     nothing = f"; {found.nothing:,} have importance 0" if found.nothing else ""
     return (
-        f'<figcaption class="key"><i class="gone"></i> went <i class="kept"></i> stayed{cut}'
+        f'<figcaption class="key"><i class="gone"></i> removed <i class="kept"></i> kept{cut}'
         f"{nothing}</figcaption>"
     )

@@ -20,5 +20,5 @@ def mask(row: LayerRow, found: LayerEvidence) -> str:
     return (
         f'<figure class="mask"><img alt="{words}" width="{width}" height="{height}" '
         f'src="{data_uri(png(found.mask, COLOUR))}">'
-        f"<figcaption>weights that stay, {out:,} outputs x {inputs:,} inputs</figcaption></figure>"
+        f"<figcaption>weights kept, {out:,} outputs x {inputs:,} inputs</figcaption></figure>"
     )

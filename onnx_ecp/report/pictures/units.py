@@ -25,4 +25,4 @@ def units(report: Report) -> str:
         gap = f'<p class="omitted">... {len(drawn) - 2 * ENDS:,} more</p>'
         drawn = [*drawn[:ENDS], gap, *drawn[-ENDS:]]
     body = "\n".join(drawn)
-    return f'<h2>Neurons, channels, heads that stay</h2>\n<div class="layers">\n{body}\n</div>'
+    return f'<h2>Neurons, channels and heads kept</h2>\n<div class="layers">\n{body}\n</div>'
