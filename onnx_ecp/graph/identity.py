@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import onnx
-
 from onnx_ecp.graph.external import is_external
 from onnx_ecp.graph.proto import Model, tensors
 from onnx_ecp.graph.tensors import read_tensor
@@ -13,6 +11,7 @@ from onnx_ecp.runtime.digest import digest
 def identity(model: Model) -> str:
     """A digest of a model with what it reads from other files; paths do not count.
 
+    >>> import onnx
     >>> first, second = (Model(onnx.ModelProto(ir_version=8), None, None) for _ in range(2))
     >>> identity(first) == identity(second)
     True
