@@ -27,7 +27,7 @@ from outcome import Claim, finish, publish, table
 
 # Of what the first run took, what the second may take.
 SHARE = 0.1
-PHOTOS = 400
+PHOTOS = 500
 # Runs one job in a process of its own: argv[1] has the choices, argv[2] a stage to be killed after.
 PROGRAM = """
 import json, os, signal, sys, time

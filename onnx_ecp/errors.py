@@ -90,6 +90,11 @@ class Interrupted(OnnxEcpError):
         self.exit_code = 128 + signal_number
 
 
+def is_from_command_line() -> bool:
+    """Whether errors name options as the command line has them."""
+    return _FROM_COMMAND_LINE.get()
+
+
 @contextmanager
 def named_as_options() -> Iterator[None]:
     """Let errors name options as the command line has them."""

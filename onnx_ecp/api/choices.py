@@ -46,6 +46,8 @@ class CommonChoices(TypedDict, total=False):
         max_memory: bytes, or a text such as "8G", for statistics and activations.
         cache: folder in which statistics and stages are kept for later runs.
         cache_limit: bytes, or a text such as "8G", that it may take; the oldest go first.
+        workers: processes here that look at parts of the data.
+        dask: address of a Dask scheduler whose workers do that.
         statistics: "auto", "graph" or "host", where statistics are summed.
         seed: of everything random, >= 0.
         provider: execution provider, by a part of its name.
@@ -75,6 +77,8 @@ class CommonChoices(TypedDict, total=False):
     max_memory: int | str | None
     cache: str | Path | None
     cache_limit: int | str | None
+    workers: int | None
+    dask: str | None
     statistics: str
     seed: int
     provider: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,6 +61,7 @@ from onnx_ecp.report import Report, is_drawn, rendered
 from onnx_ecp.runtime.cache import caching
 from onnx_ecp.runtime.limits import deadline, threads_of
 from onnx_ecp.runtime.progress import Progress, silent
+from onnx_ecp.runtime.workers import working
 from onnx_ecp.statistics.columns import Measure
 from onnx_ecp.statistics.layerwise import Network
 from onnx_ecp.units.rows import Speedup
@@ -99,6 +101,7 @@ def optimize(
     output: str | Path | None = None,
     report: str | Path | Sequence[str | Path] = (),
     progress: Progress = silent,
+    executor: Executor | Sequence[Executor] | None = None,
     **choices: Unpack[Choices],
 ) -> Result:
     """Prune a model, let what stays make good for what went, verify, and write the result.
@@ -110,6 +113,8 @@ def optimize(
         output: where to write; None writes nothing.
         report: where to write the report, .json or .html; one path or several.
         progress: called with (what, done, of) as work goes on.
+        executor: looks at parts of the data; one of ``concurrent.futures``, or better several with
+            one worker each.
         choices: see ``Choices``, such as ``method="ecp", sparsity=0.8``.
 
     Raises:
@@ -121,6 +126,7 @@ def optimize(
     with ExitStack() as running:
         running.enter_context(deadline(options.timeout))
         running.enter_context(threads_of(options.threads))
+        running.enter_context(working(options.workers, options.dask, executor, options.threads))
         running.enter_context(caching(options.cache, options.cache_limit))
         given = load(model)
         check_outputs(given, calibration, output, reports, options)
@@ -243,6 +249,7 @@ def importance(
     with (
         deadline(options.timeout),
         threads_of(options.threads),
+        working(options.workers, options.dask, threads=options.threads),
         caching(options.cache, options.cache_limit),
     ):
         source = load(model)

@@ -90,6 +90,8 @@ class Options:
     max_memory: int | None = None
     cache: str | Path | None = None
     cache_limit: int | None = None
+    workers: int | None = None
+    dask: str | None = None
     statistics: str = "auto"
     seed: int = 0
     provider: str = "cpu"
@@ -155,7 +157,7 @@ class Options:
         one_of("format", self.format, ENCODINGS)
         self._check_target()
         self._check_int8()
-        for name in ("samples", "batch_size", "threads", "stages", "probes", "unit_multiple"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
@@ -533,6 +535,8 @@ def _shapes(value: Any) -> dict[str, tuple[int, ...]]:
     return {_text(k): tuple(_integer(size) for size in v) for k, v in dict(value).items()}
 
 
+# Numbers that must be 1 or more.
+_COUNTS = ("samples", "batch_size", "threads", "stages", "probes", "unit_multiple", "workers")
 _MAY_BE_LEFT_OUT = ("sparsity", "time_budget", "max_memory", "cache_limit", "labels")
 Convert = tuple[Callable[[Any], Any], str]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from onnx_ecp.runtime.cache import recalled
 from onnx_ecp.runtime.limits import free_memory, workers
 from onnx_ecp.runtime.progress import Progress
 from onnx_ecp.statistics.collection import batch_size
+from onnx_ecp.statistics.collection import spreads as spreads_of
 from onnx_ecp.statistics.columns import Spread
 from onnx_ecp.statistics.layerwise import GRANTED, Network
 from onnx_ecp.statistics.observer import Observer, State, original_state
@@ -78,11 +79,10 @@ class Data:
     validation: Calibration
     test: Calibration
 
-    def seen(self, size: int) -> Iterator[Batch]:
-        """Batches of all samples but those held out."""
-        yield from self.train.batches(size)
-        if self.validation is not self.train:
-            yield from self.validation.batches(size)
+    @property
+    def seen(self) -> tuple[Calibration, ...]:
+        """All samples but those held out."""
+        return (self.train,) if self.validation is self.train else (self.train, self.validation)
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -449,7 +449,7 @@ def observe_network(
     size = size_of_batches(observer, original, data, options)
     spreads = recalled(
         ("the spread of the outputs", lambda: (observer.identity, original, *data.identity, size)),
-        lambda: observer.spreads(original, data.seen(size)),
+        lambda: spreads_of(observer, original, data.seen, size),
         (Spread,),
     )
     observer.normalise_by(spreads, options.output_weights)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -51,6 +52,7 @@ from onnx_ecp.runtime.cache import cache_warnings, caching
 from onnx_ecp.runtime.limits import deadline, threads_of
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.runtime.versions import versions
+from onnx_ecp.runtime.workers import working
 from onnx_ecp.statistics.collection import Measured
 from onnx_ecp.statistics.layerwise import Network
 
@@ -70,6 +72,7 @@ def sweep(
     labels: str | Path | np.ndarray | None = None,
     calibration_labels: str | Path | np.ndarray | None = None,
     progress: Progress = silent,
+    executor: Executor | Sequence[Executor] | None = None,
     **choices: Unpack[CommonChoices],
 ) -> Sweep:
     """Prune a model with several methods to several sparsities and compare what comes out.
@@ -86,6 +89,7 @@ def sweep(
         calibration_labels: the same of the calibration samples, for methods that look
             at the loss; without ``evaluation``, ``labels`` are these.
         progress: called with (what, done, of) as work goes on.
+        executor: see ``optimize``.
         choices: see ``CommonChoices``; they hold for all points.
 
     Raises:
@@ -101,6 +105,7 @@ def sweep(
     with (
         deadline(first.timeout),
         threads_of(first.threads),
+        working(first.workers, first.dask, executor, first.threads),
         caching(first.cache, first.cache_limit),
     ):
         shared = prepare(model, calibration, grid, evaluation, labels, progress)

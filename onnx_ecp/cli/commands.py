@@ -245,6 +245,16 @@ RUNNING = (
         help="What DIR may take, such as 8G; the oldest entries go first.  [default: 10G]",
     ),
     click.option(
+        "--workers", type=int, metavar="N",
+        help="Look at parts of the data in N processes, each on --threads threads (one unless "
+        "said); the same bytes for any N.",
+    ),
+    click.option(
+        "--dask", metavar="ADDRESS",
+        help="Let the workers of this Dask scheduler do that, such as tcp://host:8786; needs "
+        "onnx-ecp[distributed].",
+    ),
+    click.option(
         "--seed", type=int, metavar="N", default=0, show_default=True,
         help="Seed of everything random.",
     ),

@@ -22,9 +22,10 @@ from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.statistics.collection import Measured, row_sensitivities
 from onnx_ecp.statistics.forward import Segment
 from onnx_ecp.statistics.gram import Gram, mean_shift
-from onnx_ecp.statistics.layerwise import LayerwiseForward, Network, grams_of, matrix
+from onnx_ecp.statistics.layerwise import Network, matrix
 from onnx_ecp.statistics.moments import Moments
 from onnx_ecp.statistics.observer import State
+from onnx_ecp.statistics.sharding import grams_of, walk
 
 # Why a solution is not kept.
 RAISED = "it raised the error on the validation samples"
@@ -112,7 +113,7 @@ def solve_layers(
     """
     repair = plan.method.repair
     state, notes = solve_shared(network, plan, before, state, measured, may_reselect)
-    fit = LayerwiseForward(network, network.train, with_original=repair.weighted)
+    fit = walk(network, network.train, with_original=repair.weighted)
     guard = _Guard(network, plan, state, measured) if repair.guarded else None
     for done, segment in enumerate(network.segments, 1):
         check_deadline()
@@ -229,7 +230,7 @@ def _worse(
     weights = row_sensitivities(
         network.observer, state, network.validation, size=network.size, memory=network.share(8)
     )
-    run, shrink = LayerwiseForward(network, network.validation), plan.method.repair.shrinkage
+    run, shrink = walk(network, network.validation), plan.method.repair.shrinkage
     for segment in run.stops(state, shared):
         layer = segment.layer
         tensor, name = layer.weight.tensor, layer.name
@@ -296,7 +297,7 @@ class _Guard:
 
     def __init__(self, network: Network, plan: Plan, state: State, measured: Measured) -> None:
         self._shrink, self._measured = plan.method.repair.shrinkage, measured
-        self._run = LayerwiseForward(network, network.validation)
+        self._run = walk(network, network.validation)
         self._weights = row_sensitivities(
             network.observer, state, network.validation, size=network.size, memory=network.share(8)
         )

@@ -36,10 +36,11 @@ from onnx_ecp.statistics.collection import (
 )
 from onnx_ecp.statistics.curvature import Curvature, CurvatureObserver, Full, Outer
 from onnx_ecp.statistics.gram import Gram
-from onnx_ecp.statistics.layerwise import GRANTED, Network, grams_of, matrix
+from onnx_ecp.statistics.layerwise import GRANTED, Network, matrix
 from onnx_ecp.statistics.moments import Moments
 from onnx_ecp.statistics.objective import BATCH
 from onnx_ecp.statistics.observer import State
+from onnx_ecp.statistics.sharding import grams_of
 
 
 @dataclass(frozen=True)

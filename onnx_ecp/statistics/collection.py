@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,19 @@ from onnx_ecp.errors import UsageError, did_you_mean
 from onnx_ecp.runtime.lazy import LazyArrays, Spill
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.runtime.session import OutOfMemory
+from onnx_ecp.runtime.workers import crew
+from onnx_ecp.statistics.columns import Spread
 from onnx_ecp.statistics.curvature import Curvature
-from onnx_ecp.statistics.moments import POSITIONS, Moments, expand, reduce_positions, sensitivities
+from onnx_ecp.statistics.moments import (
+    POSITIONS,
+    Moments,
+    expand,
+    reduce_positions,
+    sensitivities,
+    total,
+)
 from onnx_ecp.statistics.observer import GraphSums, Observation, Observer, State
+from onnx_ecp.statistics.parts import over_parts
 
 Visit = Callable[[Observation, Mapping[str, Moments]], None]
 
@@ -243,10 +255,7 @@ def measure(
     own pass over the data, unless what one pass sees takes less space in a temporary file than the
     moments do: then the other groups look at that. The result is the same, bit by bit.
 
-    This is the one place through which batches are observed and their sensitivities come back
-    summed. All that goes in and comes out can be pickled, ``visit`` aside, and what shards of the
-    data give adds up: an executor may map ``functools.partial(measure, observer, state, size=n)``
-    over parts made by ``data.shard``.
+    Where there are workers, they look at parts of the data, unless somebody visits; see ``parts``.
 
     Args:
         observer: of the network.
@@ -267,6 +276,19 @@ def measure(
     Raises:
         UsageError: an unknown ``positions``.
     """
+    workers = crew()
+    if workers is not None and visit is None:
+        given = {
+            "size": size,
+            "positions": positions,
+            "with_squares": with_squares,
+            "with_gradient": with_gradient,
+            "memory": memory,
+        }
+        parts = over_parts(
+            workers, measure_part, observer, state, data, given, progress, "sensitivities"
+        )
+        return added_up(parts, memory)
     if positions not in POSITIONS:
         raise UsageError(
             f"unknown positions {positions!r}.", hint=did_you_mean(positions, POSITIONS)
@@ -299,6 +321,37 @@ def measure(
     for moments in turns:
         shelved.put(moments)
     return Measured(shelved, weights)
+
+
+def measure_part(
+    observer: Observer, state: State, part: Calibration, given: Mapping[str, Any]
+) -> Measured:
+    """``measure`` of a part of the data, on a worker."""
+    return measure(observer, state, part, **given)
+
+
+def added_up(parts: Sequence[Measured], memory: int | None = None) -> Measured:
+    """What the parts tell together, summed in their order.
+
+    Args:
+        parts: at least one.
+        memory: see ``measure``.
+    """
+    first = parts[0]
+    rows = RowWeights(None if memory is None else memory // 4)
+    shelved = SpilledMoments()
+    moments: dict[str, Moments] = {}
+    spills = any(isinstance(part.moments, SpilledMoments) for part in parts)
+    for name in first.moments:
+        found = {name: total(part.moments[name] for part in parts)}
+        if spills:
+            shelved.put(found)
+        else:
+            moments |= found
+    for name in first.weights:
+        for part in parts:
+            rows.add({name: part.weights[name]})
+    return Measured(shelved if spills else moments, rows)
 
 
 def _in_graph(observer: Observer, positions: str = "expand", visit: Visit | None = None) -> bool:
@@ -496,6 +549,13 @@ def measure_activations(
     observer: Observer, state: State, data: Calibration, *, size: int, progress: Progress = silent
 ) -> Measured:
     """Like ``measure``, forward only: moments of the inputs, without any output unit."""
+    workers = crew()
+    if workers is not None:
+        given = {"size": size}
+        parts = over_parts(
+            workers, activations_of_part, observer, state, data, given, progress, "activations"
+        )
+        return added_up(parts)
     if _in_graph(observer):
         names = [layer.name for layer in observer.layers]
         sums = observer.nothing_summed(names, backward=False)
@@ -513,14 +573,57 @@ def measure_activations(
     return Measured(moments)
 
 
+def activations_of_part(
+    observer: Observer, state: State, part: Calibration, given: Mapping[str, Any]
+) -> Measured:
+    """``measure_activations`` of a part of the data, on a worker."""
+    return measure_activations(observer, state, part, **given)
+
+
+def spreads(
+    observer: Observer, state: State, data: Sequence[Calibration], size: int
+) -> dict[str, Spread]:
+    """What the outputs do over several sets of samples; see ``Observer.spreads``."""
+    workers = crew()
+    if workers is None:
+        return observer.spreads(state, (batch for part in data for batch in part.batches(size)))
+    given = {"size": size}
+    found = [
+        part
+        for samples in data
+        for part in over_parts(workers, spreads_of_part, observer, state, samples, given)
+    ]
+    return {name: reduce(add, (part[name] for part in found)) for name in found[0]}
+
+
+def spreads_of_part(
+    observer: Observer, state: State, part: Calibration, given: Mapping[str, Any]
+) -> dict[str, Spread]:
+    """``Observer.spreads`` of a part of the data, on a worker."""
+    return observer.spreads(state, part.batches(given["size"]))
+
+
 def row_sensitivities(
     observer: Observer, state: State, data: Calibration, *, size: int, memory: int | None = None
 ) -> RowWeights:
     """By layer name, the sensitivity of every row, averaged over the units: (groups, rows)."""
     weights = RowWeights(memory)
+    workers = crew()
+    if workers is not None:
+        given = {"size": size, "memory": memory}
+        for part in over_parts(workers, rows_of_part, observer, state, data, given):
+            weights.add(part)
+        return weights
     if _in_graph(observer):
         _summed_in_graph(observer, observer.nothing_summed(()), state, data, size, weights)
         return weights
     for seen in observations(observer, state, data, size):
         weights.add({n: sensitivities(g).mean(axis=2) for n, g in seen.adjoints.items()})
     return weights
+
+
+def rows_of_part(
+    observer: Observer, state: State, part: Calibration, given: Mapping[str, Any]
+) -> RowWeights:
+    """``row_sensitivities`` of a part of the data, on a worker."""
+    return row_sensitivities(observer, state, part, **given)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -121,10 +121,14 @@ class LayerwiseForward:
                 left.remove(name)
                 yield segment
             else:
-                for _ in self._rows(segment, state):
-                    pass
+                self.skip(segment, state)
             if not left:
                 return
+
+    def skip(self, segment: Segment, state: State) -> None:
+        """Walk along a segment that nobody looks at."""
+        for _ in self._rows(segment, state):
+            pass
 
     def gram(
         self, segment: Segment, state: State, weights: np.ndarray | None, shrink: float
@@ -246,36 +250,3 @@ def shrunk(weights: np.ndarray, share: float, *, skip_unread: bool) -> np.ndarra
     number = np.maximum(np.count_nonzero(read, axis=1, keepdims=True), 1)
     mean = weights.sum(axis=1, keepdims=True) / number
     return np.where(read, (1 - share) * weights + share * mean, 0.0)
-
-
-def plain_grams(network: Network, names: Collection[str]) -> dict[str, Gram]:
-    """By layer name, sums of the original inputs of some layers, all rows weighing alike."""
-    found = grams_of(network, network.train, network.original, names)
-    return {layer.name: gram for layer, gram in found}
-
-
-def grams_of(
-    network: Network,
-    data: Calibration,
-    state: State,
-    names: Collection[str],
-    *,
-    weights: Mapping[str, np.ndarray] | None = None,
-    shrink: float = 0.0,
-    with_original: bool = False,
-) -> Iterator[tuple[Layer, Gram]]:
-    """Some layers in graph order, each with the sums of its inputs in one state.
-
-    Args:
-        network: whose layers they are.
-        data: the samples.
-        state: the same all along the walk.
-        names: of the layers.
-        weights: by layer name, of the rows; where there are none all rows weigh alike.
-        shrink: share of the mean weight that every row gets.
-        with_original: whether the inputs in the original network are looked at, too.
-    """
-    run = LayerwiseForward(network, data, with_original=with_original)
-    for segment in run.stops(state, names):
-        layer = segment.layer
-        yield layer, run.gram(segment, state, (weights or {}).get(layer.name), shrink)

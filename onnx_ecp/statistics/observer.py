@@ -325,6 +325,13 @@ class Observer:
         plan = replace(self._plan, links={})  # which the graph says
         return digest(self._origin, plan, self._even, self.statistics, self.measure)
 
+    def with_threads(self, threads: int) -> Observer:
+        """One that is pickled to use so many threads in another process."""
+        other = self.__copy__()
+        other.__dict__.pop("_origin", None)
+        other._choices = {**self._choices, "threads": threads}
+        return other
+
     def __copy__(self) -> Observer:
         """One with the same sessions: a copy is of this process, what is pickled is for others."""
         other = object.__new__(type(self))

@@ -20,7 +20,8 @@ from onnx_ecp.pruning.selection import NM
 from onnx_ecp.runtime.lazy import LazyArrays
 from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.session import Session
-from onnx_ecp.statistics.layerwise import Network, plain_grams
+from onnx_ecp.statistics.layerwise import Network
+from onnx_ecp.statistics.sharding import plain_grams
 from onnx_ecp.units.cleanup import at_least_one, clean_up, largest_difference, tolerance
 from onnx_ecp.units.cutting import cut, rearranged, store
 from onnx_ecp.units.groups import Group, Structure, find_structure
