@@ -12,6 +12,7 @@ import numpy as np
 from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.gradients.cotangents import SQUARED
 from onnx_ecp.layers import Layer
+from onnx_ecp.statistics.drawing import drawn
 from onnx_ecp.statistics.forward import ForwardPass, Segment, segments
 from onnx_ecp.statistics.gram import BLOCK, Gram, outputs, squared_errors
 from onnx_ecp.statistics.objective import Objective
@@ -183,21 +184,25 @@ class LayerwiseForward:
         self, segment: Segment, state: State, weights: np.ndarray | None, shrink: float
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Rows of both versions and their weights, in blocks that products are fast with."""
-        first, s = 0, None
+        first, some = 0, None
         if weights is not None:
             padded = self._skips and weights.shape[1] > self._samples
-            s = shrunk(weights, shrink, skip_unread=padded)
-        for before, now in _blocks(self._rows(segment, state)):
+            some = drawn(weights, shrink, segment.layer.shape[1], skip_unread=padded)
+        at = None if some is None else some.at
+        for before, now in _blocks(self._rows(segment, state, at)):
             end = first + now.shape[1]
-            yield before, now, np.ones(now.shape[:2]) if s is None else s[:, first:end]
+            s = np.ones(now.shape[:2]) if some is None else some.weights[:, first:end]
+            yield before, now, s
             first = end
 
-    def _rows(self, segment: Segment, state: State) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        now = self._now.advance(segment, state)
+    def _rows(
+        self, segment: Segment, state: State, at: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        now = self._now.advance(segment, state, at)
         if self._before is None:
             yield from ((a, a) for a in now)
         else:
-            yield from zip(self._before.advance(segment, self._original), now, strict=True)
+            yield from zip(self._before.advance(segment, self._original, at), now, strict=True)
 
 
 def _blocks(
@@ -207,6 +212,8 @@ def _blocks(
     held: list[tuple[np.ndarray, np.ndarray]] = []
     rows = size = 0
     for before, now in pairs:
+        if not now.shape[1]:
+            continue  # none of its rows was drawn
         held.append((before, now))
         rows, size = rows + now.shape[1], size + now.nbytes
         if rows >= BLOCK or size >= BLOCK_BYTES:
@@ -224,21 +231,6 @@ def _together(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarra
     if all(before is now for before, now in pairs):
         return now, now
     return np.concatenate([before for before, _ in pairs], axis=1), now
-
-
-def shrunk(weights: np.ndarray, share: float, *, skip_unread: bool) -> np.ndarray:
-    """Weights of rows (groups, rows), of which a share is replaced by their mean.
-
-    Args:
-        weights: >= 0.
-        share: of the mean weight that every row gets.
-        skip_unread: whether rows of weight zero keep it, and count in no mean: positions that no
-            output depends on, such as padding under an attention mask.
-    """
-    read = weights > 0 if skip_unread else np.ones(weights.shape, np.bool_)
-    number = np.maximum(np.count_nonzero(read, axis=1, keepdims=True), 1)
-    mean = weights.sum(axis=1, keepdims=True) / number
-    return np.where(read, (1 - share) * weights + share * mean, 0.0)
 
 
 def plain_grams(network: Network, names: Collection[str]) -> dict[str, Gram]:
