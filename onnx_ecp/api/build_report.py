@@ -36,6 +36,7 @@ from onnx_ecp.report import (
     counted,
 )
 from onnx_ecp.report.evidence import Evidence
+from onnx_ecp.runtime.cache import cache_warnings
 from onnx_ecp.runtime.versions import versions
 from onnx_ecp.statistics.layerwise import Network
 from onnx_ecp.units.head_rotation import heads_of
@@ -131,6 +132,7 @@ def build_report(
             *made.warnings,
             *int8_warnings(int8, options),
             *replaced(given, output, options),
+            *cache_warnings(),
         ),
         units=made.rows,
         work_before=worth.before,

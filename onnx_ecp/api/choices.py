@@ -44,6 +44,8 @@ class CommonChoices(TypedDict, total=False):
         samples: most calibration samples that are used.
         batch_size: samples per run.
         max_memory: bytes, or a text such as "8G", for statistics and activations.
+        cache: folder in which statistics and stages are kept for later runs.
+        cache_limit: bytes, or a text such as "8G", that it may take; the oldest go first.
         statistics: "auto", "graph" or "host", where statistics are summed.
         seed: of everything random, >= 0.
         provider: execution provider, by a part of its name.
@@ -71,6 +73,8 @@ class CommonChoices(TypedDict, total=False):
     samples: int | None
     batch_size: int | None
     max_memory: int | str | None
+    cache: str | Path | None
+    cache_limit: int | str | None
     statistics: str
     seed: int
     provider: str

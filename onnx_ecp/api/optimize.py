@@ -57,6 +57,7 @@ from onnx_ecp.pruning.loop import Pruned, importances, observe, polished, prune,
 from onnx_ecp.pruning.search import Judge, Point, seek
 from onnx_ecp.pruning.selection import NM
 from onnx_ecp.report import Report, is_drawn, rendered
+from onnx_ecp.runtime.cache import caching
 from onnx_ecp.runtime.limits import deadline, threads_of
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.statistics.columns import Measure
@@ -120,6 +121,7 @@ def optimize(
     with ExitStack() as running:
         running.enter_context(deadline(options.timeout))
         running.enter_context(threads_of(options.threads))
+        running.enter_context(caching(options.cache, options.cache_limit))
         given = load(model)
         check_outputs(given, calibration, output, reports, options)
         check_taken(given, options.target)
@@ -128,7 +130,9 @@ def optimize(
         options = settle_metric(given, layers, data, options, progress)
         ready = prepare(given, layers, data, options, progress)
         drawn = any(is_drawn(path) for path in reports)
-        ready = replace(ready, plan=replace(ready.plan, with_levels=drawn))
+        # A stage that is kept serves runs with pictures and without.
+        levels = drawn or options.cache is not None
+        ready = replace(ready, plan=replace(ready.plan, with_levels=levels))
         network = ready.network
         judge = judge_of(network, data, options)
         budget, found = "", None
@@ -236,7 +240,11 @@ def importance(
         OnnxEcpError: as ``optimize`` does.
     """
     options = Options.of(**choices)
-    with deadline(options.timeout), threads_of(options.threads):
+    with (
+        deadline(options.timeout),
+        threads_of(options.threads),
+        caching(options.cache, options.cache_limit),
+    ):
         source = load(model)
         layers, _ = choose_layers(source, options)
         data = gather(source, calibration, options)

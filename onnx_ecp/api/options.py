@@ -88,6 +88,8 @@ class Options:
     samples: int | None = None
     batch_size: int | None = None
     max_memory: int | None = None
+    cache: str | Path | None = None
+    cache_limit: int | None = None
     statistics: str = "auto"
     seed: int = 0
     provider: str = "cpu"
@@ -462,9 +464,7 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     if name in _OWN:
         convert, wanted = _OWN[name]
         if value is None:  # the command line's word for nothing said
-            return (
-                None if name in ("sparsity", "time_budget", "max_memory", "labels") else convert(())
-            )
+            return None if name in _MAY_BE_LEFT_OUT else convert(())
     else:
         allowed = get_args(kind) or (kind,)
         if value is None and type(None) in allowed:
@@ -533,6 +533,7 @@ def _shapes(value: Any) -> dict[str, tuple[int, ...]]:
     return {_text(k): tuple(_integer(size) for size in v) for k, v in dict(value).items()}
 
 
+_MAY_BE_LEFT_OUT = ("sparsity", "time_budget", "max_memory", "cache_limit", "labels")
 Convert = tuple[Callable[[Any], Any], str]
 
 # How a value becomes that of an option, and what to say where it cannot: by the option's type, ...
@@ -552,6 +553,7 @@ _OWN: dict[str, Convert] = {
     "output_weights": (_weights, "numbers by the name of an output, or OUTPUT:COLUMN"),
     "time_budget": (parse_duration, "a time such as 90s, 10m or 2h"),
     "max_memory": (parse_size, "a size such as 500M or 8G"),
+    "cache_limit": (parse_size, "a size such as 500M or 8G"),
     "labels": (_labels, "a path or an array"),
     "input_shapes": (_shapes, "shapes by the name of the input"),
 }

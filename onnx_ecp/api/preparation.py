@@ -31,11 +31,13 @@ from onnx_ecp.pruning.loop import importances, observe
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.pruning.selection import NM, RankingGroup, Sparsity
 from onnx_ecp.report import CalibrationFacts
+from onnx_ecp.runtime.cache import recalled
 from onnx_ecp.runtime.limits import free_memory, workers
 from onnx_ecp.runtime.progress import Progress
 from onnx_ecp.statistics.collection import batch_size
+from onnx_ecp.statistics.columns import Spread
 from onnx_ecp.statistics.layerwise import GRANTED, Network
-from onnx_ecp.statistics.observer import Observer, original_state
+from onnx_ecp.statistics.observer import Observer, State, original_state
 from onnx_ecp.units import Structure
 from onnx_ecp.units.kernels import block_of_convolutions
 from onnx_ecp.units.latency import Watch
@@ -81,6 +83,11 @@ class Data:
         yield from self.train.batches(size)
         if self.validation is not self.train:
             yield from self.validation.batches(size)
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """Digests of all samples but those held out."""
+        return self.train.identity, self.validation.identity
 
     @property
     def facts(self) -> CalibrationFacts:
@@ -439,12 +446,30 @@ def observe_network(
             raise nothing_to_prune(skips)
         observer = observing(rest)
     original = original_state(dense, observer.layers)
-    size = batch_size(observer, original, data.train, options.batch_size, options.positions)
-    observer.normalise_outputs(original, data.seen(size), options.output_weights)
+    size = size_of_batches(observer, original, data, options)
+    spreads = recalled(
+        ("the spread of the outputs", lambda: (observer.identity, original, *data.identity, size)),
+        lambda: observer.spreads(original, data.seen(size)),
+        (Spread,),
+    )
+    observer.normalise_by(spreads, options.output_weights)
     memory = options.max_memory or free_memory() // 2
     granted = options.max_memory or GRANTED
     train, validation = data.train, data.validation
     return Network(observer, original, train, validation, size, memory, granted), skips
+
+
+def size_of_batches(observer: Observer, original: State, data: Data, options: Options) -> int:
+    """Samples per run: those asked for, or as many as fit."""
+    wanted, positions = options.batch_size, options.positions
+    return recalled(
+        (
+            "how many samples fit",
+            lambda: (observer.identity, original, data.train.identity, wanted, positions),
+        ),
+        lambda: batch_size(observer, original, data.train, wanted, positions),
+        fits=lambda size: isinstance(size, int) and size > 0,
+    )
 
 
 def with_known_rows(

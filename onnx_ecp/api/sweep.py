@@ -43,10 +43,11 @@ from onnx_ecp.graph import Model, signature
 from onnx_ecp.layers import Layer
 from onnx_ecp.methods import FORWARD, NEEDS
 from onnx_ecp.pruning.control import not_behind_magnitude
-from onnx_ecp.pruning.loop import observe, prune
+from onnx_ecp.pruning.loop import observe, prune, reads_rows
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.report import counted
 from onnx_ecp.report.sweep import EvaluationFacts, Sweep, SweepPoint
+from onnx_ecp.runtime.cache import cache_warnings, caching
 from onnx_ecp.runtime.limits import deadline, threads_of
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.runtime.versions import versions
@@ -96,7 +97,12 @@ def sweep(
         raise UsageError("without samples to evaluate on, --labels are those of the calibration.")
     known = labels if evaluation is None else calibration_labels
     grid = grid_of(methods, sparsities, choices, labels=known)
-    with deadline(grid[0].timeout), threads_of(grid[0].threads):
+    first = grid[0]
+    with (
+        deadline(first.timeout),
+        threads_of(first.threads),
+        caching(first.cache, first.cache_limit),
+    ):
         shared = prepare(model, calibration, grid, evaluation, labels, progress)
         prepared = time.monotonic()
         runs: list[PointRun] = []
@@ -104,6 +110,7 @@ def sweep(
             progress("points", len(runs), len(grid))
             runs.append(run(shared, options, plan, progress))
         progress("points", len(grid), len(grid))
+        of_cache = cache_warnings()
     scores = {score.metric: score.a for score in runs[0].comparison.gap.scores}
     return Sweep(
         original=shared.facts,
@@ -116,7 +123,7 @@ def sweep(
         versions=versions(),
         shared_seconds=prepared - began,
         seconds=time.monotonic() - began,
-        warnings=(*uneven(shared.networks), *merged(runs)),
+        warnings=(*uneven(shared.networks), *merged(runs), *of_cache),
     )
 
 
@@ -245,12 +252,17 @@ def prepare(
     networks = networks_of(source, layers, data, grid)
     plans = tuple(make_plan(networks[o.recipe.measures].layers, o) for o in grid)
     one_each = {first_look(plan, networks): plan for plan in plans}
+    rows = any(map(reads_rows, plans))
     for last in (False, True):
         if ("sensitivities", last) in one_each:
             one_each.pop(("means", last), None)  # which are among them
     measured = {
         (needs, last): observe(
-            networks[needs], replace(plan, last=last), networks[needs].original, progress
+            networks[needs],
+            replace(plan, last=last),
+            networks[needs].original,
+            progress,
+            rows=rows,
         )
         for (needs, last), plan in one_each.items()
     }

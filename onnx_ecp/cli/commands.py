@@ -236,6 +236,15 @@ RUNNING = (
         "[default: half of what is free; 8G for what is left out]",
     ),
     click.option(
+        "--cache", metavar="DIR",
+        help="Keep statistics and stages in DIR: another sparsity or method then observes less, "
+        "and a run that was ended goes on where it was.",
+    ),
+    click.option(
+        "--cache-limit", metavar="SIZE",
+        help="What DIR may take, such as 8G; the oldest entries go first.  [default: 10G]",
+    ),
+    click.option(
         "--seed", type=int, metavar="N", default=0, show_default=True,
         help="Seed of everything random.",
     ),
@@ -818,6 +827,32 @@ def sweep(
     else:
         text.show(sweeps.tables(swept))
     click.echo(sweeps.ok_line(swept, output))
+
+
+@main.command(short_help="List or clear what --cache keeps.")
+@click.argument("action", metavar="list|clear")
+@click.argument("folder", metavar="DIR")
+@_with(JSON, TRACEBACK)
+def cache(action: str, folder: str, as_json: bool, traceback: bool) -> None:
+    """List what lies in the cache DIR, or clear it; files of others stay.
+
+    \b
+    onnx-ecp cache list DIR
+    onnx-ecp cache clear DIR
+    """  # noqa: D301 - the \b is for click
+    from onnx_ecp.report import text
+    from onnx_ecp.runtime import cache as kept
+
+    actions = {"list": kept.contents, "clear": kept.clear}
+    if action not in actions:
+        raise UsageError(f"cache cannot {action!r}.", hint=did_you_mean(action, actions))
+    found = actions[action](folder)
+    if as_json:
+        _print_json(found)
+        return
+    if action == "list":
+        text.show(text.cache_tables(found))
+    click.echo(text.cache_line(found))
 
 
 @main.command(short_help="Check this installation.")

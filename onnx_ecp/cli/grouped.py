@@ -24,7 +24,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "metric", "importance", "compensation", "support", "damping", "stages", "scope",
             "finetune-steps", "output-weights", "probes", "gradients", "positions", "statistics",
             "blocks", "cbs-select", "cbs-update", "permute", "cleanup", "unread-inputs",
-            "batch-size", "seed", "threads", "max-memory", "timeout",
+            "batch-size", "seed", "threads", "max-memory", "cache", "cache-limit", "timeout",
         ),
     ),
     "Output": (

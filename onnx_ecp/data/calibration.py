@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from onnx_ecp.data.untrusted import (
 )
 from onnx_ecp.errors import CalibrationError, OnnxEcpError, UsageError, did_you_mean
 from onnx_ecp.graph import InputSpec
+from onnx_ecp.runtime.digest import digest
 from onnx_ecp.runtime.limits import check_deadline
 
 # Arrays under these names are labels: ``load`` passes over them, ``load_labels`` reads them.
@@ -232,6 +234,11 @@ class Calibration:
             return self
         arrays = {name: ragged.with_axis(array) for name, array in self.arrays.items()}
         return replace(self, arrays=arrays, stacked=False, freed=False)
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of the samples, their labels and numbers, wherever they come from."""
+        return digest(self.arrays, self.stacked, self.labels, self.freed, self.numbers)
 
     @property
     def row_labels(self) -> np.ndarray | None:

@@ -36,8 +36,10 @@ from onnx_ecp.graph import (
     signature,
 )
 from onnx_ecp.graph.columns import column_axes
+from onnx_ecp.graph.identity import identity
 from onnx_ecp.graph.randomness import refuse_random
 from onnx_ecp.graph.selected_rows import cut_hint, named, selecting_node
+from onnx_ecp.runtime.cache import current, recalled
 from onnx_ecp.runtime.outputs import arrays
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.runtime.session import OutOfMemory, Session
@@ -623,16 +625,46 @@ Outputs = Mapping[str, np.ndarray]
 def paired_outputs(
     a: Model, b: Model, batches: Iterable[Batch], provider: str, threads: int | None
 ) -> Iterator[tuple[Batch, Outputs, Outputs]]:
-    """Outputs of both models by name."""
-    for batch, (of_a, of_b) in outputs_of((a, b), batches, provider, threads):
+    """Outputs of both models by name; where there is a cache, those of the first are kept."""
+    for batch, (of_a, of_b) in outputs_of((a, b), batches, provider, threads, kept=a):
         yield batch, of_a, of_b
 
 
 def outputs_of(
-    models: Sequence[Model], batches: Iterable[Batch], provider: str, threads: int | None
+    models: Sequence[Model],
+    batches: Iterable[Batch],
+    provider: str,
+    threads: int | None,
+    *,
+    kept: Model | None = None,
 ) -> Iterator[tuple[Batch, tuple[Outputs, ...]]]:
-    """Outputs of models by name; of halves where a batch does not fit in memory."""
+    """Outputs of models by name; of halves where a batch does not fit in memory.
+
+    Args:
+        models: with the same inputs.
+        batches: samples.
+        provider: execution provider.
+        threads: threads within an operator.
+        kept: the model whose outputs are kept where there is a cache.
+    """
     sessions = [Session(m.proto, provider=provider, threads=threads, base=m.base) for m in models]
+    own = identity(kept) if kept is not None and current() is not None else None
+
+    def outputs(model: Model, session: Session, feeds: Outputs) -> Outputs:
+        def computed() -> Outputs:
+            return arrays(session.run(feeds))
+
+        if model is not kept:
+            return computed()
+        most = sum(x.nbytes for x in feeds.values())
+
+        def is_small(found: Outputs) -> bool:  # what is larger is as soon computed as read
+            texts = any(y.dtype.hasobject for y in found.values())
+            return not texts and sum(y.nbytes for y in found.values()) <= most
+
+        asked = ("outputs of the original", lambda: (own, feeds, provider, threads))
+        return recalled(asked, computed, worth=is_small)
+
     waiting = [iter(batches)]
     while waiting:
         batch = next(waiting[-1], None)
@@ -640,7 +672,10 @@ def outputs_of(
             waiting.pop()
             continue
         try:
-            found = tuple(arrays(session.run(batch.feeds)) for session in sessions)
+            found = tuple(
+                outputs(model, session, batch.feeds)
+                for model, session in zip(models, sessions, strict=True)
+            )
         except (OutOfMemory, MemoryError):
             if batch.samples == 1:
                 raise

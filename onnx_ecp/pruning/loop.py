@@ -5,7 +5,7 @@ One-shot pruning is one stage. Nothing here knows files or reports.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
@@ -25,18 +25,19 @@ from onnx_ecp.pruning.levels import Levels, levels_of
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.pruning.selection import NM, select
 from onnx_ecp.pruning.standing import is_worse
+from onnx_ecp.runtime.cache import Asked, recalled
 from onnx_ecp.runtime.lazy import LazyArrays, Spill, size_text
 from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.statistics.collection import (
     Measured,
-    effective_sample_size,
     measure,
     measure_activations,
 )
-from onnx_ecp.statistics.curvature import CurvatureObserver
+from onnx_ecp.statistics.curvature import Curvature, CurvatureObserver, Full, Outer
 from onnx_ecp.statistics.gram import Gram
 from onnx_ecp.statistics.layerwise import GRANTED, Network, grams_of, matrix
+from onnx_ecp.statistics.moments import Moments
 from onnx_ecp.statistics.objective import BATCH
 from onnx_ecp.statistics.observer import State
 
@@ -106,14 +107,79 @@ def prune(
         progress("stages", done, plan.method.stages)
         check_deadline()
         now = replace(plan, last=share == 1.0)
-        result = step(network, now, result, share, progress, measured=measured)
+        result = taken(step, network, now, result, share, progress, measured=measured)
         measured = None  # it is of the original: later stages look at what they have made
-        if share == 1.0:
-            result = polished(network, plan, result, progress)
-        else:
-            result = tuned(network, plan, result, last=False, progress=progress)
     progress("stages", plan.method.stages, plan.method.stages)
     return result
+
+
+def taken(
+    step: Step,
+    network: Network,
+    plan: Plan,
+    before: Pruned,
+    share: float,
+    progress: Progress = silent,
+    *,
+    measured: Measured | None = None,
+) -> Pruned:
+    """The result of a stage and of what follows it; see ``stage``.
+
+    Where there is a cache it is kept: a run that was ended goes on behind what was whole.
+    """
+
+    def staged() -> Pruned:
+        return step(network, plan, before, share, progress, measured=measured)
+
+    # Other steps keep what they make themselves.
+    found = kept(network, plan, before, share, staged) if step is stage else staged()
+
+    def repaired() -> Pruned:
+        if plan.last:
+            return polished(network, plan, found, progress)
+        return tuned(network, plan, found, last=False, progress=progress)
+
+    joint = plan.last and plan.method.repair.joint
+    if not (joint or plan.finetune_steps):
+        return repaired()
+    return kept(network, plan, found, "repaired", repaired)
+
+
+def kept(
+    network: Network,
+    plan: Plan,
+    before: Pruned,
+    how: object,
+    result: Callable[[], Pruned],
+) -> Pruned:
+    """A result from the cache, or computed and kept there.
+
+    Args:
+        network: what is pruned.
+        plan: how.
+        before: where it begins.
+        how: far it goes, or whatever else makes it.
+        result: computes it.
+    """
+    return recalled(
+        (
+            f"a stage of {len(network.layers)} layers",
+            lambda: (network.identity, plan, plan.method.repair, before, how),
+        ),
+        result,
+        (Pruned, type(before), State, Levels),
+        lambda found: _same_names(found, before),
+    )
+
+
+def _same_names(found: Pruned, other: Pruned) -> bool:
+    """Whether both are of the same layers."""
+    a, b = found.state, other.state
+    return (
+        list(a.weights) == list(b.weights)
+        and a.shifts.keys() == b.shifts.keys()
+        and {n: k.shape for n, k in a.keep.items()} == {n: k.shape for n, k in b.keep.items()}
+    )
 
 
 def polished(network: Network, plan: Plan, result: Pruned, progress: Progress = silent) -> Pruned:
@@ -252,7 +318,7 @@ def stage(
         + float(scores[layer.name][newly_removed(layer, state, after.keep)].sum())
         for layer in network.layers
     }
-    ess = {name: effective_sample_size(s) for name, s in measured.weights.items()}
+    ess = measured.sample_sizes
     warnings = before.warnings
     if state is network.original:  # later on, pruning itself may have cut a layer off
         warnings = tuple(_blind(network.layers, state, scores))
@@ -310,12 +376,70 @@ def searched(
     return keep
 
 
-def observe(network: Network, plan: Plan, state: State, progress: Progress = silent) -> Measured:
-    """Measure what the method needs to know, no more."""
+def observe(
+    network: Network,
+    plan: Plan,
+    state: State,
+    progress: Progress = silent,
+    *,
+    rows: bool | None = None,
+) -> Measured:
+    """Measure what the method needs to know, no more.
+
+    What the original network gives is kept where there is a cache: it is the same whatever the
+    sparsity.
+
+    Args:
+        network: that is observed.
+        plan: with the method.
+        state: of the network.
+        progress: called as work goes on.
+        rows: whether the sensitivities of rows will be read; None: what the method reads.
+    """
     needs = plan.method.measures
-    observer = network.observer if plan.last else network.observer.rough
     if needs == "nothing":
         return Measured()
+    if state is not network.original:
+        return _observed(network, plan, state, progress)
+    observer = network.observer if plan.last else network.observer.rough
+    layers = {layer.name for layer in network.layers} - observer.blocked.keys()
+    rows = reads_rows(plan) if rows is None else rows
+
+    def of(needs: str, rows: bool) -> Asked:
+        samples = network.train
+        return (
+            f"{needs} of {len(layers)} layers on {len(samples)} samples",
+            lambda: (
+                *(observer.identity, state, samples.identity, network.size),
+                *(plan.positions, plan.blocks, rows),
+            ),
+        )
+
+    def found() -> Measured:
+        measured = _observed(network, plan, state, progress)
+        return measured if rows else replace(measured, weights={}, known=measured.sample_sizes)
+
+    # Means are among the sensitivities, and nothing is among less.
+    others = [of(needs, True), of("sensitivities", rows), of("sensitivities", True)]
+    return recalled(
+        of(needs, rows),
+        found,
+        (Measured, Moments, Curvature, Outer, Full),
+        lambda measured: measured.moments.keys() == layers,
+        others if needs == "means" else [] if rows else others[:1],
+    )
+
+
+def reads_rows(plan: Plan) -> bool:
+    """Whether the sensitivities of rows are read, which are the larger part by far."""
+    method = plan.method
+    return method.repair.weighted or method.needs_gram or method.measures == "curvature"
+
+
+def _observed(network: Network, plan: Plan, state: State, progress: Progress) -> Measured:
+    """What a look at a state tells."""
+    needs = plan.method.measures
+    observer = network.observer if plan.last else network.observer.rough
     if needs == "activations":
         return measure_activations(
             observer, state, network.train, size=network.size, progress=progress

@@ -23,7 +23,7 @@ from onnx_ecp.evaluation.compare import (
     overall,
     target_of,
 )
-from onnx_ecp.pruning.loop import Pruned, Step, jointly_refitted, observe, stage, tuned
+from onnx_ecp.pruning.loop import Pruned, Step, jointly_refitted, kept, observe, stage, tuned
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.progress import Progress, silent
@@ -278,23 +278,43 @@ class _Walk:
         """
         check_deadline()
         self._progress("steps, at most", len(self.points), self._most)
-        network, plan = self._network, self._plan
+        network = self._network
         origin = before if self._first is None else Pruned(network.original)
         share = 1 - STEP**at
-        found = self._step(network, plan, origin, share, self._progress, measured=self._first)
+        found = self._one(origin, share)
         if self.points and found.removes_no_more_than(before):
             return before
         start, refused = self._refused
         if before is start and refused is not None and found.removes_no_more_than(refused):
             return None
-        found = jointly_refitted(network, plan, found, self._progress)
-        found = tuned(network, plan, found, last=last, progress=self._progress)
+        found = self._repaired(found, last)
         if self._is_within(found):
             return found
         # What went is all that is asked of it: its weights need not stay in memory.
         emptied = replace(found.state, weights=network.original.weights)
         self._refused = before, replace(found, state=emptied)
         return None
+
+    def _one(self, origin: Pruned, share: float) -> Pruned:
+        """What a step makes of a state."""
+        network, plan = self._network, self._plan
+
+        def result() -> Pruned:
+            return self._step(network, plan, origin, share, self._progress, measured=self._first)
+
+        return kept(network, plan, origin, share, result) if self._step is stage else result()
+
+    def _repaired(self, found: Pruned, last: bool) -> Pruned:
+        """What the joint refit and fine-tuning make of a state."""
+        network, plan = self._network, self._plan
+
+        def result() -> Pruned:
+            refitted = jointly_refitted(network, plan, found, self._progress)
+            return tuned(network, plan, refitted, last=last, progress=self._progress)
+
+        if not (plan.method.repair.joint or plan.finetune_steps):
+            return result()
+        return kept(network, plan, found, ("repaired", last), result)
 
     def _is_within(self, found: Pruned) -> bool:
         point = self._judge.point(found.state)

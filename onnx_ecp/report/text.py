@@ -54,6 +54,8 @@ from onnx_ecp.report.diagnosis import Diagnosis
 from onnx_ecp.report.headline import ADVICE
 from onnx_ecp.report.inspection import Inspection, Prunable
 from onnx_ecp.report.names import LEAST, Names, cut
+from onnx_ecp.runtime.cache import Contents, age_text
+from onnx_ecp.runtime.lazy import size_text
 from onnx_ecp.units.rows import MEET, UnitGroup
 
 WIDTH = 80
@@ -334,6 +336,27 @@ def diagnosis_tables(diagnosis: Diagnosis) -> Group:
         )
     advice = [_warning(check.advice) for check in diagnosis.checks if check.advice]
     return Group(table, *advice)
+
+
+def cache_tables(found: Contents) -> Group:
+    """What a cache keeps, the oldest first."""
+    table = _table(None, "entry", "holds", "size>", "used", "")
+    for entry in found.entries:
+        table.add_row(
+            printable(entry.name, 24) if entry.state == "foreign" else entry.name[:12],
+            printable(entry.what, _SENTENCE),
+            size_text(entry.bytes) if entry.bytes else "0",
+            f"{age_text(entry)} ago",
+            entry.state,
+        )
+    return Group(table) if found.entries else Group()
+
+
+def cache_line(found: Contents) -> str:
+    """The last line of the command cache."""
+    size = size_text(found.bytes) if found.bytes else "0"
+    where = f"{'removed from' if found.removed else 'in'} {printable(found.folder, 200)}"
+    return f"OK {counted(len(found.entries), 'file')} of {size} {where}"
 
 
 def _summary(report: Report) -> Table:

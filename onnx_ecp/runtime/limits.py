@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import os
+import platform
 import re
 import time
 from collections.abc import Iterator
@@ -87,6 +88,13 @@ def workers() -> int:
     """Threads that may work side by side: those of ``threads_of``, else one per core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return _THREADS.get() or cores or 1
+
+
+def arithmetic() -> tuple[Any, ...]:
+    """What the last digits of sums depend on here: the machine, its threads, its products."""
+    names = ("internal_api", "version", "architecture", "num_threads")
+    blas = [[module.get(name) for name in names] for module in _blas().info()]
+    return platform.machine(), workers(), sorted(blas, key=repr)
 
 
 def free_memory() -> int:

@@ -32,11 +32,20 @@ class Measured:
         weights: by layer name, the sensitivity of every row, averaged over the units:
             (groups, rows), in the order of the samples; read from a temporary file likewise.
         curvature: in the weights, block by block, where it was asked for.
+        known: by layer name, the effective sample sizes, where they were kept without the
+            sensitivities of rows.
     """
 
     moments: Mapping[str, Moments] = field(default_factory=dict)
     weights: Mapping[str, np.ndarray] = field(default_factory=dict)
     curvature: tuple[Curvature, ...] = ()
+    known: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def sample_sizes(self) -> dict[str, float]:
+        """By layer name, the effective sample size."""
+        found = {name: effective_sample_size(rows) for name, rows in self.weights.items()}
+        return {**self.known, **found}
 
     def __add__(self, other: Measured) -> Measured:
         """What both sets of samples tell; the samples of the first come first.

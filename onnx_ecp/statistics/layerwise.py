@@ -12,6 +12,7 @@ import numpy as np
 from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.gradients.cotangents import SQUARED
 from onnx_ecp.layers import Layer
+from onnx_ecp.runtime.digest import digest
 from onnx_ecp.statistics.drawing import drawn
 from onnx_ecp.statistics.forward import ForwardPass, Segment, segments
 from onnx_ecp.statistics.gram import BLOCK, Gram, outputs, squared_errors
@@ -69,6 +70,12 @@ class Network:
     def wanted(self) -> State:
         """The state whose outputs pruning should keep."""
         return self.original if self.aim is None else self.aim
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of all that decides what stages and refits make of a state."""
+        own = (self.original, self.aim, self.train.identity, self.validation.identity)
+        return digest(self.observer.identity, *own, self.size, self.granted)
 
     @cached_property
     def uses(self) -> Counter[str]:

@@ -27,8 +27,10 @@ from onnx_ecp.gradients.selections import Selection, parts_of_outputs, selection
 from onnx_ecp.graph import Model, constants, is_external, printable, read_tensor
 from onnx_ecp.graph.builder import Fact
 from onnx_ecp.graph.columns import column_axes
+from onnx_ecp.graph.identity import identity
 from onnx_ecp.graph.operators import OPERATORS, Moves, moving
 from onnx_ecp.layers import Layer
+from onnx_ecp.runtime.digest import digest
 from onnx_ecp.runtime.lazy import LazyArrays
 from onnx_ecp.runtime.session import Session, Value
 from onnx_ecp.statistics.columns import Measure, Spread
@@ -310,6 +312,19 @@ class Observer:
         self.summable = self._even and new_enough and (engine == "vjp" or not reverse)
         self._batched = all(v.ndim and v.shape[0] == first.samples for v in y.values())
 
+    @cached_property
+    def _origin(self) -> str:
+        """A digest of what it was built from; the layers follow from the model and their names."""
+        model, layers, first = self._built
+        names = [(layer.name, layer.weight.tensor) for layer in layers]
+        return digest(identity(model), names, first, self._choices)
+
+    @property
+    def identity(self) -> str:
+        """A digest of all that decides what is observed of a state and of samples."""
+        plan = replace(self._plan, links={})  # which the graph says
+        return digest(self._origin, plan, self._even, self.statistics, self.measure)
+
     def __copy__(self) -> Observer:
         """One with the same sessions: a copy is of this process, what is pickled is for others."""
         other = object.__new__(type(self))
@@ -477,21 +492,36 @@ class Observer:
         batches: Iterable[Batch],
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        """Set ``measure``, and under l2 the unit and the share in which every column counts.
-
-        Under l2-raw each of several outputs is divided by its own root mean square over samples.
+        """Set ``measure`` from the outputs of the original; see ``normalise_by``.
 
         Args:
             state: the original.
             batches: samples.
             weights: of outputs and columns; see ``Measure.of``.
         """
+        self.normalise_by(self.spreads(state, batches), weights)
+
+    def spreads(self, state: State, batches: Iterable[Batch]) -> dict[str, Spread]:
+        """By name, what the outputs do over samples, and whatever is observed beside them."""
         spreads: dict[str, Spread] = {}
         for batch in batches:
             seen = self._forward.run(self._feeds(state, batch.feeds), list(self._heads))
             for name, y in seen.items():
                 part = Spread.of(y, self._axes[name], batch.samples)
                 spreads[name] = spreads[name] + part if name in spreads else part
+        return spreads
+
+    def normalise_by(
+        self, spreads: Mapping[str, Spread], weights: Mapping[str, float] | None = None
+    ) -> None:
+        """Set ``measure``, and under l2 the unit and the share in which every column counts.
+
+        Under l2-raw each of several outputs is divided by its own root mean square over samples.
+
+        Args:
+            spreads: of the original.
+            weights: of outputs and columns; see ``Measure.of``.
+        """
         # What is observed beside the outputs has a unit too, and counts in no error that is told.
         told = {name: spread for name, spread in spreads.items() if name in self.outputs}
         self.measure = Measure.of(told, weights)

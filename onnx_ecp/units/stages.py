@@ -13,10 +13,12 @@ import numpy as np
 
 from onnx_ecp.errors import TargetError
 from onnx_ecp.pruning.compensation import compensate
+from onnx_ecp.pruning.levels import Levels
 from onnx_ecp.pruning.loop import Pruned, importances, observe, with_grams
 from onnx_ecp.pruning.plan import Plan
+from onnx_ecp.runtime.cache import recalled
 from onnx_ecp.runtime.progress import Progress, silent
-from onnx_ecp.statistics.collection import Measured, Visit, effective_sample_size, measure
+from onnx_ecp.statistics.collection import Measured, Visit, measure
 from onnx_ecp.statistics.layerwise import Network, matrix
 from onnx_ecp.statistics.observer import State
 from onnx_ecp.units.choice import Budget, budget, choose, in_order, last_ones, multiples
@@ -74,6 +76,14 @@ class PrunedUnits(Pruned):
         return bool(self.keep.all())
 
 
+@dataclass(frozen=True)
+class _Staged:
+    """A stage as it is kept: what it gave, and by group how many units stay in the end."""
+
+    found: PrunedUnits
+    planned: tuple[int, ...]
+
+
 class UnitStep:
     """One stage of removing units: the ``step`` of ``prune`` and ``seek``.
 
@@ -123,7 +133,35 @@ class UnitStep:
         *,
         measured: Measured | None = None,
     ) -> PrunedUnits:
-        """Observe, score, select and compensate once; see ``pruning.stage``."""
+        """Observe, score, select and compensate once; see ``pruning.stage``.
+
+        The result is kept where there is a cache, but for what depends on the clock.
+        """
+
+        def result() -> _Staged:
+            found = self._stage(network, plan, before, share, progress)
+            return _Staged(found, tuple(self._planned))
+
+        if self._watch is not None:
+            return result().found
+        staged = recalled(
+            (
+                f"a stage of {self.structure.units} units",
+                lambda: (
+                    *(network.identity, plan, plan.method.repair, before, share),
+                    *(self.structure, self.goal, self._biases, self._planned),
+                ),
+            ),
+            result,
+            (_Staged, PrunedUnits, State, Levels),
+            lambda staged: staged.found.keep.shape == (self.structure.units,),
+        )
+        self._planned = list(staged.planned)
+        return staged.found
+
+    def _stage(
+        self, network: Network, plan: Plan, before: Pruned, share: float, progress: Progress
+    ) -> PrunedUnits:
         whole = np.ones(self.structure.units, np.bool_)
         keep = before.keep if isinstance(before, PrunedUnits) else whole
         left = 1 - share * self.goal.share
@@ -140,7 +178,7 @@ class UnitStep:
         state, notes = _without(
             network, plan, self.structure, self._biases, before.state, rest, measured, progress
         )
-        ess = {name: effective_sample_size(s) for name, s in measured.weights.items()}
+        ess = measured.sample_sizes
         removed = dict(before.removed)
         for group in self.structure.groups:  # heads and their dimensions have the same producers
             first, units = group.producers[0], group.units[(keep & ~rest)[group.units]]

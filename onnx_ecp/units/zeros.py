@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_ecp.pruning.control import not_behind_magnitude
-from onnx_ecp.pruning.loop import Pruned, prune, stage
+from onnx_ecp.pruning.loop import Pruned, kept, prune, stage
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.runtime.progress import Progress, silent
 from onnx_ecp.statistics.collection import Measured
@@ -64,7 +64,7 @@ def with_zeros(
         """A stage on the way from the share that units took."""
         start = begin if before.state is state else before
         way = (gone + share * (sparsity - gone)) / sparsity
-        return stage(network, plan, start, way, progress)
+        return kept(network, plan, start, way, lambda: stage(network, plan, start, way, progress))
 
     found = prune(within, plan, progress, step=step)
     if controlled:
