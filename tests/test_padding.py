@@ -5,7 +5,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 import onnx_ecp
-from onnx_ecp.statistics.layerwise import shrunk
+from onnx_ecp.statistics.drawing import shrunk
 
 SAMPLES, REAL, WIDTH = 60, 5, 8
 # One head of attention under a mask, a pointwise layer, and a mean over the real positions.

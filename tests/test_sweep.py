@@ -253,7 +253,7 @@ REFUSED = {
     "a missing item": ({"sparsities": "0.5,,0.7"}, UsageError, "commas"),
     "no method": ({"methods": ""}, UsageError, "commas"),
     "no sparsity": ({"sparsities": []}, UsageError, "commas"),
-    "an option of one run": ({"masks": "m.npz"}, UsageError, "Known: batch_size"),
+    "an option of one run": ({"quantize": "int8"}, UsageError, "Known: batch_size"),
     "a misspelt option": ({"stage": 3}, UsageError, "Did you mean 'stages'?"),
     "N:M that does not fit": ({"sparsities": "0.5,2:5"}, UsageError, "`exclude`"),
     "no layer left": ({"exclude": ".*"}, TargetError, ""),

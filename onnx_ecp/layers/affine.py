@@ -57,6 +57,14 @@ class Affine(ABC):
     def rows_in(self, a: np.ndarray) -> np.ndarray:
         """See ``Layer.rows_in``."""
 
+    def count_rows(self, a: np.ndarray) -> int:
+        """See ``Layer.count_rows``."""
+        return self.rows_in(a).shape[1]
+
+    def some_rows_in(self, a: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """See ``Layer.some_rows_in``."""
+        return self.rows_in(a)[:, at]
+
     @abstractmethod
     def rows_out(self, z: np.ndarray) -> np.ndarray:
         """See ``Layer.rows_out``."""

@@ -72,6 +72,17 @@ class Conv(Channels):
         patches = patches.transpose(1, 2, *kernel, 0, *positions)
         return patches.reshape(self.groups, self.shape[1], -1).swapaxes(1, 2)
 
+    def count_rows(self, a: np.ndarray) -> int:
+        """One for every position of every sample."""
+        return len(a) * math.prod(self.window.patches(a[:1]).shape[2 : a.ndim])
+
+    def some_rows_in(self, a: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Nothing but the patches that are wanted is copied."""
+        patches = np.moveaxis(self.window.patches(a), 1, a.ndim - 1)  # (samples, *positions, ...)
+        shape = patches.shape[: a.ndim - 1]
+        found = patches[np.unravel_index(at, shape)]  # (k, channels, *kernel)
+        return found.reshape(len(at), self.groups, self.shape[1]).swapaxes(0, 1)
+
     def rows_in_graph(self, op: Builder, a: gs.Tensor, z: gs.Tensor) -> gs.Tensor:
         """Cells of the padded image are numbered; those a position sees at every tap are taken."""
         own, rank = self.window, self.window.rank

@@ -169,6 +169,12 @@ class Layer(Protocol):
     def rows_in(self, a: np.ndarray) -> np.ndarray:
         """The array of tensor ``input`` as rows (groups, rows, in)."""
 
+    def count_rows(self, a: np.ndarray) -> int:
+        """How many rows ``rows_in`` gives."""
+
+    def some_rows_in(self, a: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Some rows of ``rows_in``, by their numbers (k,)."""
+
     def rows_out(self, z: np.ndarray) -> np.ndarray:
         """An array (P, *shape of tensor ``output``) as rows (P, groups, rows, out // groups)."""
 

@@ -259,10 +259,12 @@ class SideBySide(LayerwiseForward):
         self._pruned = ForwardPass(pruned.observer, batches, pruned.share(8))
         self._state = pruned.original
 
-    def _rows(self, segment: Segment, state: State) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _rows(
+        self, segment: Segment, state: State, at: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         beside = self._beside[segment.layer.name]
         yield from zip(
-            self._pruned.advance(beside, self._state),
-            self._now.advance(segment, state),
+            self._pruned.advance(beside, self._state, at),
+            self._now.advance(segment, state, at),
             strict=True,
         )

@@ -88,7 +88,9 @@ class ForwardPass:
         self._inputs = [observer.input_feeds(batch.feeds) for batch in batches]
         self._live = Spill(limit)  # by index of the batch and name of the tensor
 
-    def advance(self, segment: Segment, state: State) -> Iterator[np.ndarray]:
+    def advance(
+        self, segment: Segment, state: State, at: np.ndarray | None = None
+    ) -> Iterator[np.ndarray]:
         """Run one segment and yield the layer's input rows (groups, rows, in) batch by batch.
 
         Segments must be taken in order, each to its end.
@@ -96,7 +98,9 @@ class ForwardPass:
         Args:
             segment: the next one.
             state: weights and shifts of all layers before the segment's end.
+            at: numbers of the rows that are wanted, counted over all batches; None for all.
         """
+        layer, first = segment.layer, 0
         session, wanted = segment.session, segment.layer.input
         reads = () if session is None else session.inputs
         constants: Mapping[str, Any] = self._observer.state_feeds(state, frozenset(reads))
@@ -110,7 +114,13 @@ class ForwardPass:
             made: dict[str, np.ndarray] = {}
             if session is not None:
                 made = session.run({n: constants[n] if n in constants else live(n) for n in reads})
-            yield segment.layer.rows_in(made[wanted] if wanted in made else live(wanted))
+            a = made[wanted] if wanted in made else live(wanted)
+            if at is None:
+                yield layer.rows_in(a)
+            else:
+                end = first + layer.count_rows(a)
+                yield layer.some_rows_in(a, at[slice(*np.searchsorted(at, (first, end)))] - first)
+                first = end
             for name in made.keys() - segment.drops:
                 self._live[index, name] = made[name]
             for name in segment.drops - made.keys():

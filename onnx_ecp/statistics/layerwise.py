@@ -13,6 +13,7 @@ from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.gradients.cotangents import SQUARED
 from onnx_ecp.layers import Layer
 from onnx_ecp.runtime.digest import digest
+from onnx_ecp.statistics.drawing import Rows, drawn
 from onnx_ecp.statistics.forward import ForwardPass, Segment, segments
 from onnx_ecp.statistics.gram import BLOCK, Gram, outputs, squared_errors
 from onnx_ecp.statistics.objective import Objective
@@ -141,12 +142,17 @@ class LayerwiseForward:
             weights: of the rows (groups, rows), their sensitivities; None weighs all alike.
             shrink: share of the mean weight that every row gets.
         """
+        total = self.gram_of(segment, state, self.looked_at(segment, weights, shrink))
+        assert total is not None, "a calibration has at least one sample"
+        return total
+
+    def gram_of(self, segment: Segment, state: State, some: Rows | None) -> Gram | None:
+        """Likewise, of some rows, or of all; None where there are none among these samples."""
         total = None
-        for before, now, s in self._weighted(segment, state, weights, shrink):
+        for before, now, s in self._weighted(segment, state, some):
             centre = now.mean(axis=1, dtype=np.float64) if total is None else total.centre
             part = Gram.of(now, before, s, centre)
             total = part if total is None else total + part
-        assert total is not None, "a calibration has at least one sample"
         return total
 
     def errors(
@@ -173,6 +179,18 @@ class LayerwiseForward:
         Returns:
             The squares of what is wanted, summed likewise; for each candidate its errors (k,).
         """
+        some = self.looked_at(segment, weights, shrink)
+        return self.errors_of(segment, state, some, candidates, units)
+
+    def errors_of(
+        self,
+        segment: Segment,
+        state: State,
+        some: Rows | None,
+        candidates: Sequence[tuple[np.ndarray, np.ndarray]],
+        units: np.ndarray | None = None,
+    ) -> tuple[float, list[np.ndarray]]:
+        """Likewise, of some rows, or of all."""
         target = matrix(segment.layer, self._original)
         if units is not None:
             root = np.sqrt(units)
@@ -181,7 +199,7 @@ class LayerwiseForward:
         nothing = np.zeros((1, len(target)))
         energy, totals = 0.0, [np.zeros(len(shifts)) for _, shifts in candidates]
         step = int(np.clip(BLOCK_BYTES // target[:, 0].nbytes, 1, BLOCK))
-        for before, now, s in self._weighted(segment, state, weights, shrink):
+        for before, now, s in self._weighted(segment, state, some):
             for first in range(0, now.shape[1], step):
                 rows = (slice(None), slice(first, first + step))
                 wanted = outputs(before[rows], target)
@@ -190,25 +208,33 @@ class LayerwiseForward:
                     total += squared_errors(outputs(now[rows], weight) - wanted, s[rows], shifts)
         return energy, totals
 
+    def looked_at(self, segment: Segment, weights: np.ndarray | None, shrink: float) -> Rows | None:
+        """The rows that are looked at, and how much each counts; None for all alike."""
+        if weights is None:
+            return None
+        padded = self._skips and weights.shape[1] > self._samples
+        return drawn(weights, shrink, segment.layer.shape[1], skip_unread=padded)
+
     def _weighted(
-        self, segment: Segment, state: State, weights: np.ndarray | None, shrink: float
+        self, segment: Segment, state: State, some: Rows | None
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Rows of both versions and their weights, in blocks that products are fast with."""
-        first, s = 0, None
-        if weights is not None:
-            padded = self._skips and weights.shape[1] > self._samples
-            s = shrunk(weights, shrink, skip_unread=padded)
-        for before, now in _blocks(self._rows(segment, state)):
+        first = 0
+        at = None if some is None else some.at
+        for before, now in _blocks(self._rows(segment, state, at)):
             end = first + now.shape[1]
-            yield before, now, np.ones(now.shape[:2]) if s is None else s[:, first:end]
+            s = np.ones(now.shape[:2]) if some is None else some.weights[:, first:end]
+            yield before, now, s
             first = end
 
-    def _rows(self, segment: Segment, state: State) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        now = self._now.advance(segment, state)
+    def _rows(
+        self, segment: Segment, state: State, at: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        now = self._now.advance(segment, state, at)
         if self._before is None:
             yield from ((a, a) for a in now)
         else:
-            yield from zip(self._before.advance(segment, self._original), now, strict=True)
+            yield from zip(self._before.advance(segment, self._original, at), now, strict=True)
 
 
 def _blocks(
@@ -218,6 +244,8 @@ def _blocks(
     held: list[tuple[np.ndarray, np.ndarray]] = []
     rows = size = 0
     for before, now in pairs:
+        if not now.shape[1]:
+            continue  # none of its rows was drawn
         held.append((before, now))
         rows, size = rows + now.shape[1], size + now.nbytes
         if rows >= BLOCK or size >= BLOCK_BYTES:
@@ -235,18 +263,3 @@ def _together(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarra
     if all(before is now for before, now in pairs):
         return now, now
     return np.concatenate([before for before, _ in pairs], axis=1), now
-
-
-def shrunk(weights: np.ndarray, share: float, *, skip_unread: bool) -> np.ndarray:
-    """Weights of rows (groups, rows), of which a share is replaced by their mean.
-
-    Args:
-        weights: >= 0.
-        share: of the mean weight that every row gets.
-        skip_unread: whether rows of weight zero keep it, and count in no mean: positions that no
-            output depends on, such as padding under an attention mask.
-    """
-    read = weights > 0 if skip_unread else np.ones(weights.shape, np.bool_)
-    number = np.maximum(np.count_nonzero(read, axis=1, keepdims=True), 1)
-    mean = weights.sum(axis=1, keepdims=True) / number
-    return np.where(read, (1 - share) * weights + share * mean, 0.0)

@@ -17,9 +17,10 @@ from onnx_ecp.layers import Layer
 from onnx_ecp.runtime.digest import digest
 from onnx_ecp.runtime.lazy import LazyArrays
 from onnx_ecp.runtime.workers import Crew, Held, Job, crew, held_here, hold, release
+from onnx_ecp.statistics.drawing import Rows, drawn
 from onnx_ecp.statistics.forward import Segment
 from onnx_ecp.statistics.gram import Gram
-from onnx_ecp.statistics.layerwise import LayerwiseForward, Network, shrunk
+from onnx_ecp.statistics.layerwise import LayerwiseForward, Network
 from onnx_ecp.statistics.observer import Observer, State
 from onnx_ecp.statistics.parts import (
     held_observer,
@@ -165,8 +166,8 @@ class ShardedForward:
         self, segment: Segment, state: State, weights: np.ndarray | None, shrink: float
     ) -> Gram:
         """See ``LayerwiseForward``."""
-        found: list[Gram] = self._visited(segment, state, weights, shrink, "gram", ())
-        return reduce(add, found)
+        found = self._visited(segment, state, weights, shrink, "gram_of", ())
+        return reduce(add, (part for part in found if part is not None))
 
     def errors(
         self,
@@ -179,7 +180,7 @@ class ShardedForward:
     ) -> tuple[float, list[np.ndarray]]:
         """See ``LayerwiseForward``."""
         more = (list(candidates), units)
-        found = self._visited(segment, state, weights, shrink, "errors", more)
+        found = self._visited(segment, state, weights, shrink, "errors_of", more)
         energy = sum(part for part, _ in found)
         return energy, [reduce(add, of_one) for of_one in zip(*(e for _, e in found), strict=True)]
 
@@ -201,20 +202,30 @@ class ShardedForward:
             "memory": None if network.memory is None else network.memory // len(self._parts),
             "with_original": self._with_original,
         }
-        rows: list[np.ndarray | None] = [None] * len(self._parts)
-        if weights is not None:
-            padded = self._skips and weights.shape[1] > self._samples
-            s = shrunk(weights, shrink, skip_unread=padded)
-            rows = list(np.split(s, np.rint(self._ends * s.shape[1]).astype(int), axis=1))
-        jobs = []
+        jobs, rows = [], self._rows(segment, weights, shrink)
         fresh = _Walk(without_masks(before))
         for number, (part, own) in enumerate(zip(self._held, rows, strict=True)):
             keys = [f"{self._name} {number} {turn}" for turn in (self._turn, self._turn + 1)]
             walk = Held(keys[0], fresh)
-            given = (keys, index, change, how, what, (own, 0.0, *more))
+            given = (keys, index, change, how, what, (own, *more))
             jobs.append(Job((part, walk), given))
         self._state, self._turn = state, self._turn + 1
         return self._crew.map(_visit, self._common, jobs)
+
+    def _rows(
+        self, segment: Segment, weights: np.ndarray | None, shrink: float
+    ) -> list[Rows | None]:
+        """By part, the rows that are looked at, numbered within it."""
+        if weights is None:
+            return [None] * len(self._parts)
+        padded = self._skips and weights.shape[1] > self._samples
+        some = drawn(weights, shrink, segment.layer.shape[1], skip_unread=padded)
+        ends = np.rint(self._ends * weights.shape[1]).astype(int)
+        if some.at is None:
+            return [Rows(None, part) for part in np.split(some.weights, ends, axis=1)]
+        cuts = np.searchsorted(some.at, ends)
+        first = np.split(some.at, cuts), np.split(some.weights, cuts, axis=1), (0, *ends)
+        return [Rows(at - start, part) for at, part, start in zip(*first, strict=True)]
 
 
 def _visit(
@@ -247,8 +258,7 @@ def _visit(
     segments = network.segments
     for segment in segments[walk.position : index]:
         run.skip(segment, state)
-    stated, shrink, *more = given
-    found = getattr(run, what)(segments[index], state, stated, shrink, *more)
+    found = getattr(run, what)(segments[index], state, *given)
     size = sum(array.nbytes for array in part.arrays.values())
     hold(then, _Walk(state, run, index + 1), size)
     return found
