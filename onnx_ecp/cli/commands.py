@@ -425,7 +425,7 @@ class Program(click.Group):
         run = super().main
 
         def work() -> int:
-            with named_as_options(), _signals_raise():
+            with named_as_options(), _signals_raise() as arrived:
                 try:
                     code = run(args, *rest, **keywords) or 0
                     sys.stdout.flush()
@@ -433,7 +433,9 @@ class Program(click.Group):
                 except SystemExit:  # click's answer to a broken pipe
                     return _failed(BrokenPipeError(errno.EPIPE, ""), with_traceback=False)
                 except Exception as error:
-                    return _failed(error, with_traceback="--traceback" in args)
+                    # Whoever swallows what a signal raises fails otherwise, as imports do.
+                    why = Interrupted(arrived[0]) if arrived else error
+                    return _failed(why, with_traceback="--traceback" in args)
 
         def explain(error: OnnxEcpError) -> int:
             return _failed(error, with_traceback=False)
@@ -466,13 +468,12 @@ class _Signal(KeyboardInterrupt):
 
 
 @contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Make both signals exceptions, so that nothing half-written stays behind."""
+def _signals_raise() -> Iterator[list[int]]:
+    """Make both signals exceptions, so that nothing half-written stays behind; those that came."""
+    arrived: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
+        yield arrived  # only the main thread may set handlers
         return
-
-    arrived = []
 
     def interrupt(number: int, frame: Any) -> None:
         arrived.append(number)
@@ -481,7 +482,7 @@ def _signals_raise() -> Iterator[None]:
 
     before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield arrived
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

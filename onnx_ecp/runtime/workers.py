@@ -338,8 +338,8 @@ def _processes(count: int, threads: int) -> Iterator[Crew]:
 
     def place(number: int) -> Executor:
         spawn = multiprocessing.get_context("spawn")  # threads of ONNX Runtime do not bear a fork
-        made.append(ProcessPoolExecutor(1, spawn, initializer=_begin))
-        with _interrupts_blocked():
+        with _interrupts_blocked(), _trackers_silent():
+            made.append(ProcessPoolExecutor(1, spawn, initializer=_begin))
             made[-1].submit(_nothing)  # starts it
         return made[-1]
 
@@ -366,6 +366,21 @@ def _interrupts_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _trackers_silent() -> Iterator[None]:
+    """Let a tracker of semaphores that is started inside not warn where a killed run left some."""
+    before = os.environ.get("PYTHONWARNINGS")
+    silent = "ignore:resource_tracker:UserWarning"
+    os.environ["PYTHONWARNINGS"] = silent if not before else f"{before},{silent}"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _begin() -> None:
