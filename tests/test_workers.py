@@ -20,8 +20,9 @@ from onnx_ecp.api.sweep import sweep
 from onnx_ecp.errors import CalibrationError, ProviderError, UsageError, named_as_options
 from onnx_ecp.runtime import workers
 from onnx_ecp.runtime.workers import Crew, Held, Job, crew, working
-from onnx_ecp.statistics import drawing, sharding
+from onnx_ecp.statistics import curvature, drawing, sharding
 from onnx_ecp.statistics.sharding import ShardedForward
+from onnx_ecp.units import elimination
 
 ROOT = Path(__file__).parent.parent
 TEXT = """<ir_version: 8, opset_import: ["": 18]> net (float[n,2,6,6] x) => (float[n,3] y) {
@@ -151,6 +152,23 @@ def test_parts_are_summed_to_what_all_samples_give_but_for_rounding(model, data,
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("way", ["units", "woodfisher"])
+def test_whoever_needs_every_row_gets_them_from_workers(model, data, monkeypatch, way):
+    seen = []
+    for kind in (curvature.CurvatureObserver, elimination.OutputMetric):
+        monkeypatch.setattr(kind, "join", noting(kind.join, seen))
+    pruned(model, data, executor=Here(), **WAYS[way])
+    assert seen
+
+
+def noting(real, seen):
+    def noted(self, other):
+        seen.append(other)
+        real(self, other)
+
+    return noted
+
+
 def test_a_sweep_has_workers_too(model, data):
     choices = {"methods": "ecp,wanda", "sparsities": "0.5,0.8", "threads": 1}
     first, second = (sweep(model, data, executor=x, **choices) for x in (Here(), [Here(), Here()]))
@@ -244,6 +262,9 @@ def test_processes_make_the_same_bytes_for_any_number(model, data, number):
     choices = {"sparsity": 0.7, "stages": 2}
     expected = pruned(model, data, executor=Here(), **choices)
     assert pruned(model, data, workers=number, timeout=120, **choices) == expected
+    until = time.monotonic() + 10
+    while active_children() and time.monotonic() < until:
+        time.sleep(0.01)
     assert active_children() == []
 
 

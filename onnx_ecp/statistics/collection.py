@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +31,18 @@ from onnx_ecp.statistics.observer import GraphSums, Observation, Observer, State
 from onnx_ecp.statistics.parts import over_parts
 
 Visit = Callable[[Observation, Mapping[str, Moments]], None]
+
+
+@runtime_checkable
+class Joining(Protocol):
+    """A visitor of parts of the data by themselves: what two have seen can be put together."""
+
+    def __call__(self, seen: Observation, moments: Mapping[str, Moments]) -> None:
+        """Take in one batch."""
+
+    def join(self, other: Self) -> None:
+        """Take in what another one has seen of the samples that follow."""
+
 
 # What all observed arrays of a batch may take together, unless the user chooses the batch size.
 BATCH_BYTES = 256 * 2**20
@@ -277,8 +290,9 @@ def measure(
         UsageError: an unknown ``positions``.
     """
     workers = crew()
-    if workers is not None and visit is None:
+    if workers is not None and (visit is None or isinstance(visit, Joining)):
         given = {
+            "visit": visit,
             "size": size,
             "positions": positions,
             "with_squares": with_squares,
@@ -288,7 +302,10 @@ def measure(
         parts = over_parts(
             workers, measure_part, observer, state, data, given, progress, "sensitivities"
         )
-        return added_up(parts, memory)
+        if isinstance(visit, Joining):
+            for _, visited in parts:
+                visit.join(visited)
+        return added_up([measured for measured, _ in parts], memory)
     if positions not in POSITIONS:
         raise UsageError(
             f"unknown positions {positions!r}.", hint=did_you_mean(positions, POSITIONS)
@@ -325,9 +342,10 @@ def measure(
 
 def measure_part(
     observer: Observer, state: State, part: Calibration, given: Mapping[str, Any]
-) -> Measured:
-    """``measure`` of a part of the data, on a worker."""
-    return measure(observer, state, part, **given)
+) -> tuple[Measured, Visit | None]:
+    """``measure`` of a part of the data, on a worker, and the visitor, who has seen it."""
+    visit = copy.deepcopy(given["visit"])  # in one process with the driver it is the driver's
+    return measure(observer, state, part, **{**given, "visit": visit}), visit
 
 
 def added_up(parts: Sequence[Measured], memory: int | None = None) -> Measured:

@@ -271,6 +271,11 @@ class CurvatureObserver:
                 _gradients(seen.inputs[name], seen.adjoints[name], seen.samples)
             )
 
+    def join(self, other: CurvatureObserver) -> None:
+        """Take in the rows of samples that follow."""
+        for name, parts in other._parts.items():
+            self._parts[name] += parts
+
     def curvature(
         self, present: Mapping[str, np.ndarray], samples: int, unit: float = 1.0
     ) -> Curvature:

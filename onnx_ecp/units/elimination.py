@@ -63,6 +63,11 @@ class OutputMetric:
             part = (g.swapaxes(1, 2) @ g).astype(np.float64)
             self.sums[name] = self.sums[name] + part if name in self.sums else part
 
+    def join(self, other: OutputMetric) -> None:
+        """Take in the sums over other samples."""
+        for name, part in other.sums.items():
+            self.sums[name] = self.sums[name] + part if name in self.sums else part
+
 
 def scores_of_reader(
     weight: np.ndarray,
