@@ -16,6 +16,7 @@ from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.layers import find_layers
 from onnx_ecp.methods import COMPENSATIONS, METHODS
 from onnx_ecp.pruning import joint_refit as joint
+from onnx_ecp.statistics.linearised import samples_of
 from onnx_ecp.statistics.objective import Objective, Parameters, Wanted
 from onnx_ecp.statistics.observer import Observer, original_state
 
@@ -112,7 +113,7 @@ def test_on_a_linear_network_the_steps_end_at_the_ridge_regression(rng):
     theta = Parameters(objective.observer.layers, state.keep)
     damping = 0.05
     centred, diagonal = joint._coordinates(objective, state, samples, 50, None, theta)
-    wanted = Wanted(objective, samples, 20, None)
+    wanted = samples_of(objective, samples, 20)
     system = joint._System(objective, state, wanted, theta, centred, diagonal, damping, None)
     *_, found = islice(system.steps(), theta.of(state).size)
     x = samples.arrays["x"]

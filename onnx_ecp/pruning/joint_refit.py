@@ -19,17 +19,19 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from onnx_ecp.data.calibration import Batch, Calibration
+from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.layers import Layer
 from onnx_ecp.linalg.sums import dot
 from onnx_ecp.pruning.finetune import Tuned
-from onnx_ecp.runtime.lazy import Spill
 from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.progress import Progress, silent
+from onnx_ecp.runtime.workers import crew
 from onnx_ecp.statistics.collection import measure
 from onnx_ecp.statistics.layerwise import matrix
-from onnx_ecp.statistics.objective import Centred, Objective, Parameters, Wanted
+from onnx_ecp.statistics.linearised import Samples, samples_of
+from onnx_ecp.statistics.objective import Centred, Objective, Parameters
 from onnx_ecp.statistics.observer import State
+from onnx_ecp.statistics.parts import PARTS
 
 # The network is linearised so many times at most, with so many steps of conjugate gradients each.
 ROUNDS = 3
@@ -62,8 +64,10 @@ def memory_needed(layers: Sequence[Layer], state: State) -> int:
         state: whose weights they are.
     """
     dense = sum(state.keep[name].size for name in {layer.weight.tensor for layer in layers})
-    numbers = VECTORS * Parameters.count(layers, state.keep) + STATES * dense
-    return precision(layers, state).itemsize * numbers
+    length = Parameters.count(layers, state.keep)
+    # Sums over parts, in float64, wait for each other.
+    parts = 8 * PARTS * length if crew() is not None else 0
+    return parts + precision(layers, state).itemsize * (VECTORS * length + STATES * dense)
 
 
 def precision(layers: Sequence[Layer], state: State) -> np.dtype:
@@ -106,9 +110,9 @@ def refit_jointly(
     theta = Parameters(layers, state.keep, precision(layers, state))
     centred, diagonal = _coordinates(objective, state, fit, size, memory, theta)
     quarter = None if memory is None else memory // 4
-    learnt, others = (Wanted(objective, data, size, quarter) for data in (fit, guard))
-    best, best_loss = state, objective.loss_over(state, others)
-    before, fit_loss = best_loss, objective.loss_over(state, learnt)
+    learnt, others = (samples_of(objective, data, size, quarter) for data in (fit, guard))
+    best, best_loss = state, others.loss(state)
+    before, fit_loss = best_loss, learnt.loss(state)
     for turn in range(rounds):
         system, around = None, best_loss  # one linearisation is in memory at a time
         ridge, half = RIDGE * damping, None if memory is None else memory // 2
@@ -119,10 +123,10 @@ def refit_jointly(
             if step % CHECK:
                 continue
             tried = theta.state(system.state, system.point + centred.moved(d))
-            loss = objective.loss_over(tried, others)
+            loss = others.loss(tried)
             # A step may go so far that the network is no longer what it was linearised to: a few
             # of the samples to learn from tell, where those on guard are not among the few.
-            if loss < best_loss and (fitted := objective.loss_over(tried, learnt)) < fit_loss:
+            if loss < best_loss and (fitted := learnt.loss(tried)) < fit_loss:
                 best, best_loss, fit_loss, found = tried, loss, fitted, step
             if step == STEPS or step - found >= PATIENCE:
                 break
@@ -198,7 +202,7 @@ class _System:
         self,
         objective: Objective,
         state: State,
-        samples: Wanted,
+        samples: Samples,
         theta: Parameters,
         centred: Centred,
         diagonal: np.ndarray,
@@ -206,17 +210,13 @@ class _System:
         memory: int | None,
     ) -> None:
         self.state, self.point = state, theta.of(state)
-        self._objective, self._theta, self._samples = objective, theta, samples
-        self._count = sum(batch.samples for batch in samples.batches)
+        self._theta, self._count = theta, len(samples)
         self._centred, self._diagonal = centred, diagonal
         self._ridge = _ridge(objective, theta, centred, diagonal)
         self._ridge *= damping
         (points, _), (parts, _) = theta.named(self.point), theta.named(diagonal)
         self._whole = float(np.sqrt(sum(dot(x, x, parts[name]) for name, x in points.items())))
-        self._outputs = Spill(memory)
-        for number, batch in enumerate(samples.batches):
-            for name, y in objective.observer.heads(state, batch).items():
-                self._outputs[number, name] = y
+        self._around = samples.around(state, theta, memory)
 
     def steps(self) -> Iterator[np.ndarray]:
         """Better and better solutions d: preconditioned conjugate gradients from d = 0."""
@@ -250,11 +250,7 @@ class _System:
 
     def _slope(self) -> np.ndarray:
         """E[J^T slope]."""
-        total = np.zeros(self.point.shape)
-        for (batch, y), (_, targets) in zip(self._seen(), self._samples, strict=True):
-            slopes = self._objective.slopes(y, targets)
-            total += self._objective.gradient(self.state, batch, slopes, self._theta)
-        return self._centred.pulled(total / self._count)
+        return self._centred.pulled(self._around.slope() / self._count)
 
     def _times(self, d: np.ndarray) -> np.ndarray:
         """(E[J^T H J] + R) d."""
@@ -265,19 +261,8 @@ class _System:
         moved = self._theta.state(
             self.state, self.point + d.dtype.type(step) * self._centred.moved(d)
         )
-        total = np.zeros(d.shape)
-        for batch, y in self._seen():
-            there = self._objective.observer.heads(moved, batch)
-            change = {n: (there[n].astype(np.float64) - y[n]) / step for n in y}
-            bends = self._objective.bends(y, change)
-            total += self._objective.gradient(self.state, batch, bends, self._theta)
+        total = self._around.product(moved, step)
         total /= self._count
         pulled = self._centred.pulled(total)
         pulled += self._ridge * d
         return pulled
-
-    def _seen(self) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
-        """Every batch with the outputs that the state makes of it."""
-        heads = self._objective.observer.scales
-        for number, batch in enumerate(self._samples.batches):
-            yield batch, {name: self._outputs[number, name] for name in heads}

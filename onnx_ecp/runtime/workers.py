@@ -127,10 +127,10 @@ def release(key: str) -> None:
     _STORE.values.pop(key, None)
 
 
-def held_here(key: str, make: Callable[[], Any]) -> Any:
-    """What this worker holds under a key, made where it does not."""
+def held_here(key: str, make: Callable[[], Any], size: int = 0) -> Any:
+    """What this worker holds under a key, made where it does not; it takes about ``size`` bytes."""
     if key not in _STORE.values:
-        hold(key, make())
+        hold(key, make(), size)
     return _STORE.get(key)
 
 

@@ -162,6 +162,17 @@ class Parameters:
         self._kept = {name: view.layout(keep[name]) for name, view in views.items()}
         self._units = {layer.name: layer.shape[0] for layer in layers}
 
+    @property
+    def size(self) -> int:
+        """How long the vector is."""
+        kept = sum(int(np.count_nonzero(kept)) for kept in self._kept.values())
+        return kept + sum(self._units.values())
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """All that it is made of."""
+        return self.dtype, self._kept, self._units
+
     @staticmethod
     def count(layers: Sequence[Layer], keep: Mapping[str, np.ndarray]) -> int:
         """How long the vector would be."""

@@ -35,12 +35,12 @@ def held_observer(observer: Observer, crew: Crew) -> Held:
 
 def held_state(state: State) -> Held:
     """A state as workers hold it."""
-    return Held(digest("state", state.weights, state.shifts), without_masks(state))
+    return Held(digest("state", state.weights, state.shifts, state.held), without_masks(state))
 
 
 def without_masks(state: State) -> State:
     """What can be observed of a state."""
-    return State(state.weights, state.shifts)
+    return State(state.weights, state.shifts, held=state.held)
 
 
 def held_part(part: Calibration) -> Held:

@@ -120,7 +120,7 @@ class _Change:
         weights = state.weights
         for name, values in self.weights.items():
             weights = weights.replaced(name, values)
-        return State(weights, {**state.shifts, **self.shifts})
+        return State(weights, {**state.shifts, **self.shifts}, held=state.held)
 
 
 def _is_same(before: LazyArrays, after: LazyArrays, name: str) -> bool:
