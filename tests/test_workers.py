@@ -17,10 +17,16 @@ import pytest
 
 import onnx_ecp
 from onnx_ecp.api.sweep import sweep
+from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.errors import CalibrationError, ProviderError, UsageError, named_as_options
+from onnx_ecp.graph import load
+from onnx_ecp.layers import find_layers
 from onnx_ecp.runtime import workers
 from onnx_ecp.runtime.workers import Crew, Held, Job, crew, working
 from onnx_ecp.statistics import curvature, drawing, sharding
+from onnx_ecp.statistics.linearised import samples_of
+from onnx_ecp.statistics.objective import Objective, Parameters
+from onnx_ecp.statistics.observer import Observer, original_state
 from onnx_ecp.statistics.sharding import ShardedForward
 from onnx_ecp.units import elimination
 
@@ -150,6 +156,35 @@ def test_parts_are_summed_to_what_all_samples_give_but_for_rounding(model, data,
     for a, b in zip(plain.model.graph.initializer, parts.model.graph.initializer, strict=True):
         x, y = onnx.numpy_helper.to_array(a), onnx.numpy_helper.to_array(b)
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_the_joint_refit_is_given_by_workers_what_one_process_computes(model, data, rng):
+    loaded = load(model)
+    layers = find_layers(loaded.proto).layers
+    samples = Calibration(data, True, "", False, 0)
+    observer = Observer(loaded, layers, next(samples.batches(2)), threads=1)
+    original = original_state(loaded, layers)
+    observer.normalise_outputs(original, samples.batches(16))
+    state = original
+    for layer in layers:
+        tensor = layer.weight.tensor
+        state = state.with_layer(layer, 0.8 * state.weights[tensor], np.full(layer.shape[0], 0.1))
+    objective = Objective(observer, original)
+    theta = Parameters(layers, state.keep)
+    moved = theta.state(state, theta.of(state) + 1e-3 * rng.standard_normal(theta.size))
+
+    def told():
+        found = samples_of(objective, samples, 8)
+        around = found.around(state, theta, None)
+        return found.loss(state), around.slope(), around.product(moved, 1e-3)
+
+    alone = told()
+    here = Here()
+    with working(executor=here):
+        parts = told()
+    assert here.tasks > 0
+    for a, b in zip(alone, parts, strict=True):
+        np.testing.assert_allclose(b, a, rtol=2e-4, atol=2e-4 * np.abs(a).max())
 
 
 @pytest.mark.parametrize("way", ["units", "woodfisher"])
