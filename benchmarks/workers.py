@@ -46,7 +46,7 @@ CORES = 16
 # Bytes a second between machines: 10 Gbit/s.
 NETWORK = 1.25e9
 # What rates are measured on.
-SIZE, SOME, SOLVED = 64 * 2**20, 1024, 512
+SIZE, SOME = 64 * 2**20, 1024
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,13 @@ def rates() -> dict[str, float]:
         jobs = [Job((), (SIZE,))]
         there.map(sent, [], jobs)
         found["sending"] = SIZE / seconds(lambda: there.map(sent, [], jobs))
-    x, weight = x[:, :SOLVED], weights[0][:SOLVED, :SOLVED].astype(float)
+    weight = weights[0].astype(float)
     gram = Gram.of(x[None], x[None], np.ones((1, len(x))), x.mean(axis=0)[None])
     keep = rng.random(weight.shape) < 0.5
     problem = LayerProblem(weight, weight, keep | True, keep, False, gram, 0.01)
     solve = COMPENSATIONS["refit"].solve
     assert solve is not None, "it is a refit"
-    found["solving"] = SOLVED**4 / seconds(lambda: solve(problem), 1)
+    found["solving"] = SOME**3 / seconds(lambda: solve(problem), 1)
     return found
 
 
@@ -189,7 +189,7 @@ def on_paper(rate: Mapping[str, float]) -> Iterator[dict[str, Any]]:
         # Both go from every part to the driver; the moments' parts too where there is one machine.
         moved = PARTS * (moments + grams) * (machines > 1) / NETWORK
         adding = PARTS * (moments + grams) / rate["adding"]
-        solving = LAYERS * WIDTH**4 / (rate["solving"] * CORES)
+        solving = LAYERS * WIDTH**3 / (rate["solving"] * CORES)
         # The model once to every machine, and every solved layer.
         sending = machines * 2 * 4 * weights * (machines > 1) / NETWORK
         parts = {
