@@ -110,7 +110,10 @@ def run(case: Case, out: Path, *, ended: int = 0, **choices: Any) -> dict[str, A
 def rows(name: str, case: Case, folder: Path) -> Iterator[Mapping[str, Any]]:
     """Runs of one network, in order."""
     cache, out = str(folder / f"{name}.cache"), folder / "out.onnx"
-    once, stages = {"method": case.method}, {"sparsity": 0.8, "stages": 4}
+    once: dict[str, Any] = {"method": case.method}
+    if case.photographs:  # shapes are kept, as on the other pages of this network
+        once["cleanup"] = False
+    stages = {"sparsity": 0.8, "stages": 4}
     jobs: list[tuple[str, dict[str, Any]]] = [
         ("first, .4", {**once, "sparsity": 0.4, "cache": cache}),
         ("second, .6", {**once, "sparsity": 0.6, "cache": cache}),
