@@ -33,11 +33,10 @@ from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.graph import load
 from onnx_ecp.layers import find_layers
 from onnx_ecp.methods import COMPENSATIONS, LayerProblem
-from onnx_ecp.runtime.workers import Job, crew, working
+from onnx_ecp.runtime.workers import PARTS, Job, crew, working
 from onnx_ecp.statistics.collection import measure
 from onnx_ecp.statistics.gram import Gram
 from onnx_ecp.statistics.observer import Observer, original_state
-from onnx_ecp.statistics.parts import PARTS
 
 # The network on paper: layers of this width, and rows (samples times tokens) that are looked at.
 LAYERS, WIDTH, ROWS = 60, 4096, 16_384
@@ -186,9 +185,9 @@ def on_paper(rate: Mapping[str, float]) -> Iterator[dict[str, Any]]:
     for machines in MACHINES:
         busy = min(machines, PARTS)  # a part is one worker's
         observing = weights * ROWS / (rate["observing"] * CORES * busy)
-        # Both go from every part to the driver; the moments' parts too where there is one machine.
-        moved = PARTS * (moments + grams) * (machines > 1) / NETWORK
-        adding = PARTS * (moments + grams) / rate["adding"]
+        # Every machine adds up its parts, and sends the driver one sum.
+        moved = busy * (moments + grams) * (machines > 1) / NETWORK
+        adding = (PARTS / busy + busy) * (moments + grams) / rate["adding"]
         solving = LAYERS * WIDTH**3 / (rate["solving"] * CORES)
         # The model once to every machine, and every solved layer.
         sending = machines * 2 * 4 * weights * (machines > 1) / NETWORK

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import active_children
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -381,6 +383,35 @@ def test_results_come_in_the_order_of_the_jobs_and_what_is_held_is_sent_once():
     again = here.tasks
     assert Crew([here]).map(doubled, [Held("a", 3)], jobs()) == found
     assert here.tasks - again == 5  # nothing was lacking
+
+
+def listed(a, b):
+    return [a, b]
+
+
+def paired(a, b):
+    return f"({a} {b})"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 13, 16])
+def test_sums_are_taken_in_an_order_that_the_number_of_parts_alone_decides(count):
+    parts = [Job((Held(f"b{i}", i),)) for i in range(count)]
+    found = set()
+    for number in range(1, 18):
+        places = [Here() for _ in range(number)]
+        found.add(str(Crew(places).total(listed, [Held("a", "p")], parts, paired)))
+        if number == 1 and count > 1:
+            assert places[0].tasks == 2  # what was missing, then one sum of all
+    assert len(found) == 1
+    assert re.findall(r"\d+", found.pop()) == [str(i) for i in range(count)]
+
+
+@pytest.mark.parametrize(("count", "places"), [(16, 1), (16, 2), (16, 4), (16, 16), (8, 2), (1, 1)])
+def test_one_sum_comes_from_every_place(count, places):
+    here = [Here() for _ in range(places)]
+    parts = [Job((), (float(i),)) for i in range(count)]
+    assert Crew(here).total(float, [], parts, add) == sum(range(count))
+    assert [one.tasks for one in here] == [1] * places
 
 
 def test_the_place_of_a_dead_worker_gets_another_one():

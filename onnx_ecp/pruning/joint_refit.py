@@ -25,13 +25,12 @@ from onnx_ecp.linalg.sums import dot
 from onnx_ecp.pruning.finetune import Tuned
 from onnx_ecp.runtime.limits import check_deadline
 from onnx_ecp.runtime.progress import Progress, silent
-from onnx_ecp.runtime.workers import crew
+from onnx_ecp.runtime.workers import PARTS, crew
 from onnx_ecp.statistics.collection import measure
 from onnx_ecp.statistics.layerwise import matrix
 from onnx_ecp.statistics.linearised import Samples, samples_of
 from onnx_ecp.statistics.objective import Centred, Objective, Parameters
 from onnx_ecp.statistics.observer import State
-from onnx_ecp.statistics.parts import PARTS
 
 # The network is linearised so many times at most, with so many steps of conjugate gradients each.
 ROUNDS = 3
@@ -66,8 +65,8 @@ def memory_needed(layers: Sequence[Layer], state: State) -> int:
     dense = sum(state.keep[name].size for name in {layer.weight.tensor for layer in layers})
     length = Parameters.count(layers, state.keep)
     # Sums over parts, in float64, wait for each other.
-    parts = 8 * PARTS * length if crew() is not None else 0
-    return parts + precision(layers, state).itemsize * (VECTORS * length + STATES * dense)
+    sums = 8 * PARTS * length if crew() is not None else 0
+    return sums + precision(layers, state).itemsize * (VECTORS * length + STATES * dense)
 
 
 def precision(layers: Sequence[Layer], state: State) -> np.dtype:

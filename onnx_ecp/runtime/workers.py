@@ -1,12 +1,13 @@
 """Work on parts of the data in other processes, here or on other machines.
 
-A crew has places, each an executor of one worker; part i goes to place i modulo their number, so
-that a worker meets the parts again that it holds already. What tasks have in common (an observer, a
+A crew has places, each an executor of one worker; neighbouring parts go to one place, so that a
+worker meets the parts again that it holds already. What tasks have in common (an observer, a
 state, a part of the data) is sent once and held by the worker under the digest of its content: a
 task names what it needs, and a worker that lacks some of it answers so and is sent it. A worker
-that dies is replaced, and its tasks are done anew by the new one, which has all to be sent. Results
-come back in the order of the parts, whoever made them: sums over parts are the same for any number
-of workers.
+that dies is replaced, and its tasks are done anew by the new one, which has all to be sent. What
+the parts give is added up two by two, neighbours first, at the place where both are and by the
+driver where they are not: the order follows from the number of parts alone, and sums are the same
+for any number of workers.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from onnx_ecp.runtime.digest import of_this_installation
 from onnx_ecp.runtime.limits import blas_threads, check_deadline
 from onnx_ecp.runtime.progress import Progress, silent
 
+# Into how many parts data are cut at most.
+PARTS = 16
 # How often a task may lose its worker.
 LOSSES = 3
 # What a worker holds for later tasks, in bytes as they were sent.
@@ -159,6 +162,7 @@ class Crew:
         jobs: Sequence[Job],
         progress: Progress = silent,
         what: str = "",
+        places: Sequence[int] | None = None,
     ) -> list[Any]:
         """``function(*values of held, *values of job.held, *job.given)`` for every job, in order.
 
@@ -166,8 +170,9 @@ class Crew:
             function: of a module.
             held: what all jobs need.
             jobs: one for each part of the data.
-            progress: called after every part.
+            progress: called after every job.
             what: for progress.
+            places: of the jobs; None: in turns.
 
         Raises:
             ProviderError: workers die again and again, or are of another version.
@@ -177,6 +182,7 @@ class Crew:
         lost = [0] * len(jobs)
         # What a job was found to lack, on whatever worker: with all of it, it can be done anywhere.
         lacking: list[set[str]] = [set() for _ in jobs]
+        at = [i % len(self._places) for i in range(len(jobs))] if places is None else places
         waiting: dict[Future[Any], int] = {}
         common = (of_this_installation(), is_from_command_line(), self.threads, function)
 
@@ -185,7 +191,7 @@ class Crew:
             needed = (*held, *job.held)
             keys = [x.key for x in needed]
             payloads = {x.key: x.payload for x in needed if x.key in lacking[number]}
-            place = number % len(self._places)
+            place = at[number]
             try:
                 future = self._places[place].submit(_done, *common, keys, payloads, job.given)
             except BrokenExecutor:
@@ -206,7 +212,7 @@ class Crew:
                 lost[number] += 1
                 if lost[number] > LOSSES:
                     raise _too_many(error) from error
-                self._renew(number % len(self._places))
+                self._renew(at[number])
                 submit(number)
                 return False
             if isinstance(found, _Missing):
@@ -232,6 +238,44 @@ class Crew:
                 future.cancel()
         return results
 
+    def total(
+        self,
+        function: Callable[..., Any],
+        held: Sequence[Held],
+        jobs: Sequence[Job],
+        plus: Callable[[Any, Any], Any],
+        progress: Progress = silent,
+        what: str = "",
+    ) -> Any:
+        """The sum of what ``map`` would give, in an order that follows from the number of jobs.
+
+        Args:
+            function: see ``map``.
+            held: see ``map``.
+            jobs: at least one.
+            plus: adds two results, that of the earlier job first; of a module.
+            progress: called after every sum of a worker.
+            what: for progress.
+        """
+        count, number = len(jobs), len(self._places)
+        ends = [count * i // number for i in range(number + 1)]
+        nodes = [
+            (place, node)
+            for place in range(number)
+            for node in _nodes(ends[place], ends[place + 1], count)
+        ]
+        together = [
+            Job(
+                tuple(x for job in jobs[first:last] for x in job.held),
+                (function, plus, len(held), [(len(j.held), j.given) for j in jobs[first:last]]),
+            )
+            for _, (first, last) in nodes
+        ]
+        places = [place for place, _ in nodes]
+        found = self.map(_added_up, held, together, progress, what, places)
+        known = {node: result for (_, node), result in zip(nodes, found, strict=True)}
+        return _sum(known.get, plus, 0, _span(count), count)
+
     def _renew(self, place: int) -> None:
         """Another worker for a place, unless it has one already."""
         if self._renewed is None:
@@ -240,6 +284,57 @@ class Crew:
             self._places[place].submit(_nothing).cancel()
         except BrokenExecutor:
             self._places[place] = self._renewed(place)
+
+
+def _span(count: int) -> int:
+    """The least power of two that is as large."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def _nodes(first: int, last: int, count: int) -> Iterator[tuple[int, int]]:
+    """The largest nodes of the tree of sums over ``count`` parts that lie in a range of them."""
+
+    def within(a: int, b: int) -> Iterator[tuple[int, int]]:
+        end = min(b, count)
+        if a >= last or end <= first:
+            return
+        if first <= a and end <= last:
+            yield a, b
+            return
+        middle = (a + b) // 2
+        yield from within(a, middle)
+        yield from within(middle, b)
+
+    yield from within(0, _span(count))
+
+
+def _sum(
+    known: Callable[[tuple[int, int]], Any],
+    plus: Callable[[Any, Any], Any],
+    a: int,
+    b: int,
+    count: int,
+) -> Any:
+    """The sum of a node of the tree, from those that are known."""
+    found = known((a, b))
+    if found is not None:
+        return found
+    middle = (a + b) // 2
+    left = _sum(known, plus, a, middle, count)
+    return left if middle >= count else plus(left, _sum(known, plus, middle, b, count))
+
+
+def _added_up(*values: Any) -> Any:
+    """The sum of the jobs of one node, on a worker."""
+    *needed, function, plus, common, jobs = values
+    shared, rest = needed[:common], iter(needed[common:])
+    held = [[next(rest) for _ in range(number)] for number, _ in jobs]
+
+    def one(node: tuple[int, int]) -> Any:
+        a, b = node
+        return function(*shared, *held[a], *jobs[a][1]) if b - a == 1 else None
+
+    return _sum(one, plus, 0, _span(len(jobs)), len(jobs))
 
 
 def _nothing() -> None:
@@ -321,7 +416,9 @@ def working(
     elif dask is not None:
         using = _cluster(dask, threads or 1)
     else:
-        places = [executor] if isinstance(executor, Executor) else list(executor or ())
+        if isinstance(executor, Executor):  # nobody knows how many workers it has
+            executor = [executor] * PARTS
+        places = list(executor or ())
         using = nullcontext(Crew(places, None, threads or 1) if places else None)
     with using as found:
         token = _CREW.set(found)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from operator import add
+from functools import partial, reduce
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -25,7 +24,6 @@ from onnx_ecp.statistics.moments import (
     expand,
     reduce_positions,
     sensitivities,
-    total,
 )
 from onnx_ecp.statistics.observer import GraphSums, Observation, Observer, State
 from onnx_ecp.statistics.parts import over_parts
@@ -299,13 +297,13 @@ def measure(
             "with_gradient": with_gradient,
             "memory": memory,
         }
-        parts = over_parts(
-            workers, measure_part, observer, state, data, given, progress, "sensitivities"
+        plus = partial(both, memory=memory)
+        measured, visited = over_parts(
+            workers, measure_part, observer, state, data, given, plus, progress, "sensitivities"
         )
         if isinstance(visit, Joining):
-            for _, visited in parts:
-                visit.join(visited)
-        return added_up([measured for measured, _ in parts], memory)
+            visit.join(visited)
+        return measured
     if positions not in POSITIONS:
         raise UsageError(
             f"unknown positions {positions!r}.", hint=did_you_mean(positions, POSITIONS)
@@ -348,28 +346,45 @@ def measure_part(
     return measure(observer, state, part, **{**given, "visit": visit}), visit
 
 
-def added_up(parts: Sequence[Measured], memory: int | None = None) -> Measured:
-    """What the parts tell together, summed in their order.
+def both(
+    a: tuple[Measured, Visit | None], b: tuple[Measured, Visit | None], memory: int | None = None
+) -> tuple[Measured, Visit | None]:
+    """What two parts told, and a visitor who has seen both."""
+    (first, visit), (second, other) = a, b
+    if isinstance(visit, Joining) and isinstance(other, Joining):
+        visit.join(other)
+    return added(first, second, memory), visit
+
+
+def added(a: Measured, b: Measured, memory: int | None = None) -> Measured:
+    """What two parts told together; the samples of the first come first.
 
     Args:
-        parts: at least one.
+        a: of the first.
+        b: of the second.
         memory: see ``measure``.
     """
-    first = parts[0]
-    rows = RowWeights(None if memory is None else memory // 4)
-    shelved = SpilledMoments()
-    moments: dict[str, Moments] = {}
-    spills = any(isinstance(part.moments, SpilledMoments) for part in parts)
-    for name in first.moments:
-        found = {name: total(part.moments[name] for part in parts)}
+    shelved, moments = SpilledMoments(), dict[str, Moments]()
+    spills = isinstance(a.moments, SpilledMoments) or isinstance(b.moments, SpilledMoments)
+    for name in a.moments:
+        found = {name: a.moments[name] + b.moments[name]}
         if spills:
             shelved.put(found)
         else:
             moments |= found
-    for name in first.weights:
-        for part in parts:
-            rows.add({name: part.weights[name]})
+    rows = rows_together(a.weights, b.weights, None if memory is None else memory // 4)
     return Measured(shelved if spills else moments, rows)
+
+
+def rows_together(
+    a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], memory: int | None = None
+) -> RowWeights:
+    """The sensitivities of the rows of two parts, one after the other."""
+    rows = RowWeights(memory)
+    for name in a:
+        rows.add({name: a[name]})
+        rows.add({name: b[name]})
+    return rows
 
 
 def _in_graph(observer: Observer, positions: str = "expand", visit: Visit | None = None) -> bool:
@@ -570,10 +585,18 @@ def measure_activations(
     workers = crew()
     if workers is not None:
         given = {"size": size}
-        parts = over_parts(
-            workers, activations_of_part, observer, state, data, given, progress, "activations"
+        found: Measured = over_parts(
+            workers,
+            activations_of_part,
+            observer,
+            state,
+            data,
+            given,
+            added,
+            progress,
+            "activations",
         )
-        return added_up(parts)
+        return found
     if _in_graph(observer):
         names = [layer.name for layer in observer.layers]
         sums = observer.nothing_summed(names, backward=False)
@@ -606,12 +629,16 @@ def spreads(
     if workers is None:
         return observer.spreads(state, (batch for part in data for batch in part.batches(size)))
     given = {"size": size}
-    found = [
-        part
+    found = (
+        over_parts(workers, spreads_of_part, observer, state, samples, given, by_name)
         for samples in data
-        for part in over_parts(workers, spreads_of_part, observer, state, samples, given)
-    ]
-    return {name: reduce(add, (part[name] for part in found)) for name in found[0]}
+    )
+    return reduce(by_name, found)
+
+
+def by_name(a: dict[str, Spread], b: dict[str, Spread]) -> dict[str, Spread]:
+    """The sum of spreads by name."""
+    return {name: a[name] + b[name] for name in a}
 
 
 def spreads_of_part(
@@ -629,9 +656,11 @@ def row_sensitivities(
     workers = crew()
     if workers is not None:
         given = {"size": size, "memory": memory}
-        for part in over_parts(workers, rows_of_part, observer, state, data, given):
-            weights.add(part)
-        return weights
+        plus = partial(rows_together, memory=memory)
+        found: RowWeights = over_parts(
+            workers, rows_of_part, observer, state, data, given, plus, what="sensitivities"
+        )
+        return found
     if _in_graph(observer):
         _summed_in_graph(observer, observer.nothing_summed(()), state, data, size, weights)
         return weights

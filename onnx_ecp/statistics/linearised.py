@@ -7,7 +7,6 @@ run of the reverse graph, summed over samples.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
 from operator import add
 from typing import Any, Protocol
 
@@ -144,21 +143,20 @@ class _Shared:
         return self._count
 
     def loss(self, state: State) -> float:
-        found = self.asked("loss", [held_state(state)])
-        return float(sum(found)) / self._count
+        return float(self.asked("loss", [held_state(state)])) / self._count
 
     def around(self, state: State, theta: Parameters, memory: int | None) -> _AroundShared:
         return _AroundShared(self, held_state(state), Held(digest("theta", theta.content), theta))
 
-    def asked(self, what: str, held: Sequence[Held], *given: Any) -> list[Any]:
-        """What every part answers, in order."""
+    def asked(self, what: str, held: Sequence[Held], *given: Any) -> Any:
+        """The sum of what all parts answer."""
         common = (*self._common, *held)
         keys = [x.key for x in common]
         jobs = [
             Job((part,), ((*keys, part.key), what, self._size, self._memory, *given))
             for part in self._parts
         ]
-        return self._crew.map(_answer, common, jobs)
+        return self._crew.total(_answer, common, jobs, add)
 
 
 class _AroundShared:
@@ -174,8 +172,8 @@ class _AroundShared:
         return self._sum("product", [held_state(moved)], step)
 
     def _sum(self, what: str, held: Sequence[Held], *given: Any) -> np.ndarray:
-        found = self._samples.asked(what, [self._state, self._theta, *held], *given)
-        total: np.ndarray = reduce(add, found)
+        held = [self._state, self._theta, *held]
+        total: np.ndarray = self._samples.asked(what, held, *given)
         return total
 
 

@@ -1,7 +1,7 @@
 """Parts of the data, and what workers make of them one by one; see ``runtime.workers``.
 
-The parts follow from the data alone, and sums are added in their order: the same for any number of
-workers, and for one that was replaced in between.
+The parts follow from the data alone, and the order of the sums from their number: the same for any
+number of workers, and for one that was replaced in between.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.runtime.digest import digest
 from onnx_ecp.runtime.progress import Progress, silent
-from onnx_ecp.runtime.workers import Crew, Held, Job
+from onnx_ecp.runtime.workers import PARTS, Crew, Held, Job
 from onnx_ecp.statistics.observer import Observer, State
 
-# Into how many parts data are cut at most, and how many samples a part has at least.
-PARTS, LEAST = 16, 8
+# How many samples a part has at least.
+LEAST = 8
 
 
 def parts_of(data: Calibration) -> list[Calibration]:
@@ -55,10 +55,11 @@ def over_parts(
     state: State,
     data: Calibration,
     given: Mapping[str, Any],
+    plus: Callable[[Any, Any], Any],
     progress: Progress = silent,
     what: str = "",
-) -> list[Any]:
-    """``function(observer, state, part, given)`` of all parts, in order.
+) -> Any:
+    """The sum of ``function(observer, state, part, given)`` over all parts.
 
     Args:
         crew: the workers.
@@ -67,9 +68,10 @@ def over_parts(
         state: what is observed.
         data: all samples.
         given: its keywords.
-        progress: called after every part.
+        plus: see ``Crew.total``.
+        progress: called after every sum of a worker.
         what: for progress.
     """
     held = held_observer(observer, crew), held_state(state)
     jobs = [Job((held_part(part),), (dict(given),)) for part in parts_of(data)]
-    return crew.map(function, held, jobs, progress, what)
+    return crew.total(function, held, jobs, plus, progress, what)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from operator import add
 from typing import Any
 from uuid import uuid4
 
@@ -166,8 +164,8 @@ class ShardedForward:
         self, segment: Segment, state: State, weights: np.ndarray | None, shrink: float
     ) -> Gram:
         """See ``LayerwiseForward``."""
-        found = self._visited(segment, state, weights, shrink, "gram_of", ())
-        return reduce(add, (part for part in found if part is not None))
+        found: list[Gram] = self._visited(segment, state, weights, shrink, "gram", ())
+        return found[0]
 
     def errors(
         self,
@@ -180,9 +178,8 @@ class ShardedForward:
     ) -> tuple[float, list[np.ndarray]]:
         """See ``LayerwiseForward``."""
         more = (list(candidates), units)
-        found = self._visited(segment, state, weights, shrink, "errors_of", more)
-        energy = sum(part for part, _ in found)
-        return energy, [reduce(add, of_one) for of_one in zip(*(e for _, e in found), strict=True)]
+        energy, *errors = self._visited(segment, state, weights, shrink, "errors", more)
+        return energy, errors
 
     def _visited(
         self,
@@ -193,7 +190,7 @@ class ShardedForward:
         what: str,
         more: tuple[Any, ...],
     ) -> list[Any]:
-        """What ``LayerwiseForward`` tells of all parts, in order."""
+        """What ``LayerwiseForward`` tells of all parts together; see ``_visit``."""
         before = self._state or state
         change = _Change.between(before, state)
         index, network = self._index[segment.layer.name], self._network
@@ -210,7 +207,7 @@ class ShardedForward:
             given = (keys, index, change, how, what, (own, *more))
             jobs.append(Job((part, walk), given))
         self._state, self._turn = state, self._turn + 1
-        return self._crew.map(_visit, self._common, jobs)
+        return self._crew.total(_visit, self._common, jobs, _plus)  # type: ignore[no-any-return]
 
     def _rows(
         self, segment: Segment, weights: np.ndarray | None, shrink: float
@@ -228,6 +225,11 @@ class ShardedForward:
         return [Rows(at - start, part) for at, part, start in zip(*first, strict=True)]
 
 
+def _plus(a: list[Any], b: list[Any]) -> list[Any]:
+    """What two parts tell together."""
+    return [x + y for x, y in zip(a, b, strict=True)] if a and b else a or b
+
+
 def _visit(
     observer: Observer,
     original: State,
@@ -239,8 +241,13 @@ def _visit(
     how: Mapping[str, Any],
     what: str,
     given: tuple[Any, ...],
-) -> Any:
-    """Go on to a segment and look at it, on a worker."""
+) -> list[Any]:
+    """Go on to a segment and look at it, on a worker.
+
+    Returns:
+        The Gram sums, or none where none of the rows is looked at; or the energy and the errors of
+        the candidates.
+    """
     now, then = keys
     release(now)  # half-way on it could not be gone on with
     state = change.of(walk.state)
@@ -258,7 +265,13 @@ def _visit(
     segments = network.segments
     for segment in segments[walk.position : index]:
         run.skip(segment, state)
-    found = getattr(run, what)(segments[index], state, *given)
+    found: list[Any]
+    if what == "gram":
+        sums = run.gram_of(segments[index], state, *given)
+        found = [] if sums is None else [sums]
+    else:
+        energy, errors = run.errors_of(segments[index], state, *given)
+        found = [energy, *errors]
     size = sum(array.nbytes for array in part.arrays.values())
     hold(then, _Walk(state, run, index + 1), size)
     return found
