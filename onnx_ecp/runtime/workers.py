@@ -435,9 +435,10 @@ def _processes(count: int, threads: int) -> Iterator[Crew]:
 
     def place(number: int) -> Executor:
         spawn = multiprocessing.get_context("spawn")  # threads of ONNX Runtime do not bear a fork
-        with _interrupts_blocked(), _trackers_silent():
+        with _trackers_silent():  # the first one starts one, which lets signals through again
             made.append(ProcessPoolExecutor(1, spawn, initializer=_begin))
-            made[-1].submit(_nothing)  # starts it
+        with _interrupts_blocked():
+            made[-1].submit(_nothing)  # starts the worker
         return made[-1]
 
     try:
