@@ -38,6 +38,12 @@ _OWN_NAMES = re.compile(
 _MEMORY_WORDS = ("bad_alloc", "allocate memory", "out of memory", "bad allocation")
 
 
+# One thread waits for all sessions; only where a run was left behind is there another.
+_WORKERS = ThreadPoolExecutor(256, thread_name_prefix="onnxruntime")
+# Sessions with threads of their own that a walk holds open at a time.
+OPEN = 16
+
+
 class OutOfMemory(ProviderError):
     """A run needed more memory than there is; a smaller batch may help."""
 
@@ -156,7 +162,6 @@ class Session:
             source = str(model)
         wanted = provider_name(provider)
         providers = [wanted] + (["CPUExecutionProvider"] if "CPU" not in wanted else [])
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="onnxruntime")
         self._session = self._created(
             lambda: ort.InferenceSession(source, options, providers=providers)
         )
@@ -174,7 +179,7 @@ class Session:
     def _created(self, create: Callable[[], Any]) -> Any:
         """The session; folding constants may take long, and cannot be ended, only left behind."""
         left = check_deadline()
-        future = self._worker.submit(create)
+        future = _WORKERS.submit(create)
         try:
             return future.result(timeout=left)
         except FutureTimeout:
@@ -270,7 +275,7 @@ class Session:
         options = self._ort.RunOptions()
         options.log_severity_level = 4
         left = check_deadline()
-        future = self._worker.submit(run, options)
+        future = _WORKERS.submit(run, options)
         try:
             return future.result(timeout=left)
         except FutureTimeout:
@@ -282,6 +287,31 @@ class Session:
             raise
         except Exception as error:
             raise _translated(error, "failed to run the model") from error
+
+
+class Openings:
+    """Sessions that are opened when they are asked for, of which only the last few stay open.
+
+    Every open session has threads of its own, and processes have a limit of these.
+
+    Args:
+        create: opens the session of a model.
+        most: that stay open.
+    """
+
+    def __init__(self, create: Callable[[onnx.ModelProto], Session], most: int = OPEN) -> None:
+        self._create, self._most = create, most
+        self._open: dict[int, tuple[onnx.ModelProto, Session]] = {}
+
+    def session(self, model: onnx.ModelProto) -> Session:
+        """The session of a model, which is told by its identity."""
+        found = self._open.pop(id(model), None)
+        if found is None:
+            while len(self._open) >= self._most:
+                del self._open[next(iter(self._open))]
+            found = (model, self._create(model))
+        self._open[id(model)] = found
+        return found[1]
 
 
 def _translated(error: Exception, what: str) -> OnnxEcpError:

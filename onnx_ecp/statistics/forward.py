@@ -18,7 +18,7 @@ import onnx
 from onnx_ecp.data.calibration import Batch
 from onnx_ecp.layers import Layer
 from onnx_ecp.runtime.lazy import Spill
-from onnx_ecp.runtime.session import Session
+from onnx_ecp.runtime.session import Openings, Session
 from onnx_ecp.statistics.observer import Observer, State
 
 
@@ -28,13 +28,20 @@ class Segment:
 
     Args:
         layer: the layer whose input the segment ends with.
-        session: None where an earlier segment has computed that input already.
+        part: what it runs; None where an earlier segment has computed that input already.
+        openings: opens it.
         drops: live tensors that nothing reads after this segment.
     """
 
     layer: Layer
-    session: Session | None
+    part: onnx.ModelProto | None
+    openings: Openings
     drops: frozenset[str]
+
+    @property
+    def session(self) -> Session | None:
+        """Its session, which may be opened for this."""
+        return None if self.part is None else self.openings.session(self.part)
 
 
 def segments(
@@ -59,15 +66,16 @@ def segments(
         for layer, part in zip(ordered, parts, strict=True)
     ]
     found, produced = [], set()
+    openings = Openings(observer.session)
     for k, (layer, part) in enumerate(zip(ordered, parts, strict=True)):
         later = set().union(*reads[k + 1 :])
         made = {y for i in part for y in nodes[i].output if y}
         produced |= made
-        session = None
+        model = None
         if part:
             outputs = made & (later | {layer.input})
-            session = observer.session(_part(observer, [nodes[i] for i in part], outputs))
-        found.append(Segment(layer, session, frozenset(produced - later)))
+            model = _part(observer, [nodes[i] for i in part], outputs)
+        found.append(Segment(layer, model, openings, frozenset(produced - later)))
         produced &= later
     return found
 
