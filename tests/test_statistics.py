@@ -1,9 +1,13 @@
 """Moments add up; importance and compensation solve the problem that they stand for."""
 
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 
+import onnx_ecp
 from onnx_ecp.methods import METHODS, View, bias_shift
+from onnx_ecp.statistics.gram import Gram
 from onnx_ecp.statistics.moments import expand, reduce_positions, total
 
 GROUPS, ROWS, INPUTS, OUT, PROBES = 2, 24, 5, 3, 4
@@ -173,3 +177,42 @@ def test_a_weight_costs_at_every_position_where_it_is_used(rows):
     per_sample = expand(a, g, centre, samples=ROWS // 3)
     np.testing.assert_allclose(per_sample.variance, 3 * per_row.variance)
     np.testing.assert_allclose(per_sample.gain, per_row.gain)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-3, 7.3, 1e4])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_inputs_that_never_vary_but_for_rounding_have_no_variance(value, kind, rng):
+    """Sums in single precision leave a little of either sign, which no inverse could bear."""
+    x = rng.standard_normal((1, 5000, 4)).astype(kind)
+    x[..., 1] = value
+    s = rng.pareto(3, (1, 5000))
+    centre = x[:, :100].mean(axis=1, dtype=np.float64) * (1 + 1e-6)
+    gram = Gram.of(x, x, s, centre)
+    covariance, cross = gram.covariance[0], gram.cross_covariance[0]
+    assert not covariance[1].any()
+    assert not covariance[:, 1].any()
+    assert not cross[:, 1].any()
+    rest = [0, 2, 3]
+    wanted = np.cov(x[0][:, rest].T, aweights=s[0], ddof=0)
+    np.testing.assert_allclose(covariance[np.ix_(rest, rest)], wanted, rtol=1e-4, atol=1e-4)
+    assert np.linalg.eigvalsh(covariance)[0] > -1e-12
+
+
+@pytest.mark.parametrize("damping", [None, 0.3])
+@pytest.mark.parametrize("method", ["ecp-refit", "obs", "sparsegpt"])
+def test_channels_that_never_vary_but_for_rounding_are_pruned(method, damping, rng):
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[n,4,6,6] x) => (float[n,3] y) '
+        "{ k = Conv <kernel_shape = [3,3], group = 4> (x, U, b) r = Relu(k) "
+        "p = GlobalAveragePool(r) f = Flatten(p) y = MatMul(f, V) }"
+    )
+    shapes = {"U": (4, 1, 3, 3), "b": (4,), "V": (4, 3)}
+    for name, shape in shapes.items():
+        values = rng.standard_normal(shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    x = rng.standard_normal((60, 4, 6, 6)).astype(np.float32)
+    x[:, 1] = 7.3 * (1 + 1e-7 * x[:, 1])
+    x[:, 2] = 0.0
+    found = onnx_ecp.optimize(model, x, method=method, damping=damping, sparsity=0.5, measure=False)
+    assert np.isfinite(found.report.gap.relative_error)
+    assert found.report.sparsity >= 0.5

@@ -91,7 +91,11 @@ class _Eigenvectors:
     """Products with (H + rho I)^-1, for any rho."""
 
     def __init__(self, system: np.ndarray) -> None:
-        self._values, self._vectors = np.linalg.eigh(system)
+        try:
+            self._values, self._vectors = np.linalg.eigh(system)
+        except np.linalg.LinAlgError:  # in single precision the iteration may not converge
+            found = np.linalg.eigh(system.astype(np.float64))
+            self._values, self._vectors = (part.astype(np.float32) for part in found)
 
     def __call__(self, right: np.ndarray, rho: np.float32) -> np.ndarray:
         """(rows, in): the solution for each row on the right."""

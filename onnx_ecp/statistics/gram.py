@@ -10,6 +10,9 @@ from onnx_ecp.linalg.rows import per_row
 
 # Rows whose products are summed before they join the float64 sums.
 BLOCK = 4096
+# An input whose variance is less than this share of its mean square about c never varies: of sums
+# of products in single precision the rest is rounding.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,10 @@ class Gram:
     @property
     def covariance(self) -> np.ndarray:
         """(groups, in, in): E[s (a' - mean)(a' - mean)^T] / E[s]."""
-        return self._centred(self.gram, self.now)
+        constant = ~self._varies
+        found = self._centred(self.gram, self.now)
+        found[constant[:, :, None] | constant[:, None, :]] = 0.0
+        return found
 
     @property
     def second_moments(self) -> np.ndarray:
@@ -126,7 +132,16 @@ class Gram:
     @property
     def cross_covariance(self) -> np.ndarray:
         """(groups, in, in): E[s (a - mean)(a' - mean)^T] / E[s]."""
-        return self._centred(self.cross, self.before)
+        found = self._centred(self.cross, self.before)
+        found[np.broadcast_to(~self._varies[:, None, :], found.shape)] = 0.0
+        return found
+
+    @property
+    def _varies(self) -> np.ndarray:
+        """(groups, in): whether a' does. A variance that is all rounding may be negative."""
+        w = self._weight[:, None]
+        square = np.diagonal(self.gram, axis1=1, axis2=2) / w
+        return np.asarray(square - (self.now / w) ** 2 > ROUNDING * square)
 
     def _centred(self, second: np.ndarray, first: np.ndarray) -> np.ndarray:
         w = self._weight[:, None, None]
