@@ -17,7 +17,7 @@ from onnx_ecp.data.calibration import Calibration
 from onnx_ecp.errors import UsageError
 from onnx_ecp.evaluation.compare import measure_gap
 from onnx_ecp.graph import load
-from onnx_ecp.graph.columns import column_axes
+from onnx_ecp.graph.columns import column_axes, counting_outputs
 from onnx_ecp.runtime.session import Session
 from onnx_ecp.statistics.columns import Measure, Spread
 
@@ -380,3 +380,47 @@ def test_weights_by_a_name_with_a_colon(rng):
     measure = Measure.of({"a:0": spread, "b": replace(spread)}, {"a:0": 3.0, "a:0:1": 0.0})
     np.testing.assert_allclose(measure.shares["a:0"], [0.75, 0])
     np.testing.assert_allclose(measure.shares["b"], [0.125, 0.125])
+
+
+TO_INTEGERS = {
+    "cast": ("int32[n, 3] y", "y = Cast<to = 6>(s)"),
+    "round": ("uint8[n, 3] y", "r = Round(s) c = Clip(r, lo, hi) y = Cast<to = 2>(c)"),
+    "quantised": ("uint8[n, 3] y", "y = QuantizeLinear(s, one, zero)"),
+    "moved": ("int64[3, n] y", "i = Cast<to = 7>(s) y = Transpose<perm = [1, 0]>(i)"),
+}
+
+
+@pytest.mark.parametrize("form", TO_INTEGERS)
+def test_integers_that_are_numbers_are_measured_as_numbers(form, rng):
+    """Of two by a little different networks, in units of the spread of every column."""
+    output, tail = TO_INTEGERS[form]
+    given = ", uint8 zero = {128}, float one = {1}, float lo = {0}, float hi = {255}"
+    a, b = (
+        load(onnx.parser.parse_model(
+            f'<ir_version: 8, opset_import: ["": 17]> g (float[n, 3] x) => ({output}) '
+            f"<float[3] k = {{{factors}}} {given}> {{ s = Mul(x, k) {tail} }}"
+        ))
+        for factors in ("10, 30, 20", "10, 33, 20")
+    )  # fmt: skip
+    x = rng.uniform(0 if form == "round" else -1, 2, size=(400, 3)).astype(np.float32)
+    gap = measure_gap(a, b, Calibration({"x": x}, True, "test", False, 0))
+    y, z = (Session(m.proto).run({"x": x})["y"].astype(float) for m in (a, b))
+    axis = 1 if form == "moved" else 0
+    errors = np.square(z - y).mean(axis=axis) / y.var(axis=axis)
+    if form != "moved":  # whose samples lie on its second axis
+        assert gap.outputs[0].worst[0].column == 1
+        assert gap.relative_error == pytest.approx(np.sqrt(errors.mean()), rel=1e-6)
+    assert 0.01 < gap.relative_error < 0.2
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["y = ArgMax(x)", "i = ArgMax(x) f = Cast<to = 1>(i) y = Cast<to = 7>(f)",
+     "g = Greater(x, k) y = Cast<to = 7>(g)", "v, y = TopK(x, one)"],
+)  # fmt: skip
+def test_integers_that_name_something_are_equal_or_not(body):
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[n, 3] x) => (int64[n, m] y) '
+        f"<float k = {{0}}, int64[1] one = {{1}}> {{ {body} }}"
+    )
+    assert counting_outputs(proto) == frozenset()

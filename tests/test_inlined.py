@@ -7,6 +7,8 @@ import onnxruntime
 import pytest
 
 import onnx_ecp
+from onnx_ecp.evaluation.work import work
+from onnx_ecp.graph import load
 from onnx_ecp.graph.inlining import inline
 from onnx_ecp.layers import find_layers
 
@@ -298,3 +300,25 @@ def test_a_network_of_functions_and_ifs_is_pruned(options, rng):
         n.op_type for n in model.graph.node
     ]
     assert result.report.gap.relative_error < 1
+
+
+LAST = """<domain: "loc", opset_import: ["" : 17]>
+    last (x, w) => (o) {{ {body} }}"""
+
+
+@pytest.mark.parametrize(
+    ("body", "weights"),
+    [
+        ("r = Relu(x) o = MatMul(r, w)", 12 + 16),
+        ("z = MatMul(x, w) o = Relu(z)", 12),  # no layer: a shift of z has no place
+    ],
+)
+def test_layers_inside_functions_count_and_are_cleaned_up_after(body, weights, rng):
+    """Wherever in the function the layer is, at its end or before."""
+    model = parse("h = MatMul(x, W) y = loc.last(h, V)", LAST.format(body=body), rng)
+    x = rng.standard_normal((80, 3)).astype(np.float32)
+    taken = work(load(model), {"x": x[:2]}, {})
+    assert (taken.weights, taken.flops) == (weights, weights)
+    result = onnx_ecp.optimize(model, {"x": x}, sparsity=0.5)
+    assert np.isfinite(run(result.model, {"x": x})).all()
+    assert result.report.sparsity == pytest.approx(0.5, abs=0.05)

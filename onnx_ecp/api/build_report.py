@@ -277,9 +277,9 @@ def selected(selection: Selection) -> str:
     return (
         f"{counted(len(layers), 'layer')}, such as {modelling.printable(layers[0])}, reach the "
         f"outputs through {selection.op} ({modelling.printable(selection.node)}) alone, which no "
-        f"gradient passes: they are ranked by what they do to {tensor}, which it reads, and no "
-        f"error here says how well that is kept. Make {tensor} an output of the model to have it "
-        "measured."
+        f"gradient passes: they are ranked by what they do to {tensor}, which it reads. The "
+        f"error of the outputs counts what is selected, not how closely; make {tensor} an output "
+        "of the model to have it measured."
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from onnx_ecp.graph import (
     printable,
     signature,
 )
-from onnx_ecp.graph.columns import column_axes
+from onnx_ecp.graph.columns import column_axes, counting_outputs
 from onnx_ecp.graph.identity import identity
 from onnx_ecp.graph.randomness import refuse_random
 from onnx_ecp.graph.selected_rows import cut_hint, named, selecting_node
@@ -564,6 +564,7 @@ def measure_gap(
     axes: dict[str, int | None] = {}
     target: Target | None = None
     predictions: list[tuple[np.ndarray, ...]] = []
+    numbers = counting_outputs(a.proto)
     for batch, of_a, of_b in paired_outputs(a, b, data.batches(size), provider, threads):
         check_same_shapes(b, of_a, of_b)
         if not axes:
@@ -571,7 +572,8 @@ def measure_gap(
             if measure is not None:  # its columns are these
                 axes |= {name: spread.axis for name, spread in measure.spreads.items()}
         for name, y in of_a.items():
-            new = deviation_sums(y, of_b[name], batch.start, batch.samples, axes[name])
+            y, other = (_as_numbers(name, values, numbers) for values in (y, of_b[name]))
+            new = deviation_sums(y, other, batch.start, batch.samples, axes[name])
             sums[name] = sums[name] + new if name in sums else new
             if new.floating:
                 spread = Spread.of(y, axes[name], batch.samples)
@@ -597,6 +599,11 @@ def measure_gap(
         centred=known.centred or not known.spreads,
         certainty=how_certain(sums, known, seed),
     )
+
+
+def _as_numbers(name: str, values: np.ndarray, numbers: Collection[str]) -> np.ndarray:
+    """Integers that are numbers as floats: near ones are near, and their columns have a spread."""
+    return values.astype(np.float64) if name in numbers else values
 
 
 def axes_of(model: Model, batch: Batch, outputs: Outputs) -> dict[str, int | None]:

@@ -36,6 +36,29 @@ ELEMENTWISE = frozenset(
     )
 )  # fmt: skip
 
+INTEGERS = frozenset(
+    getattr(onnx.TensorProto, sign + size)
+    for sign in ("INT", "UINT")
+    for size in ("8", "16", "32", "64")
+)
+# What gives indices, classes or masks, whatever type they are cast to afterwards.
+NAMING = frozenset(
+    (
+        "And", "ArgMax", "ArgMin", "Bernoulli", "Equal", "Greater", "GreaterOrEqual", "Hardmax",
+        "IsInf", "IsNaN", "Less", "LessOrEqual", "Multinomial", "NonMaxSuppression", "NonZero",
+        "Not", "OneHot", "Or", "Shape", "Size", "StringConcat", "TopK", "Unique", "Xor",
+    )
+)  # fmt: skip
+# Numbers stay numbers, and names names.
+MOVING = frozenset(
+    (
+        "CastLike", "Ceil", "Concat", "Expand", "Flatten", "Floor", "Mod", "Pad", "ReduceMax",
+        "ReduceMean", "ReduceMin", "ReduceSum", "Reshape", "Round", "Slice", "Split", "Squeeze",
+        "Sum", "Tile", "Transpose", "Unsqueeze", "Where",
+    )
+)  # fmt: skip
+_INTEGER_LAYERS = frozenset(("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"))
+
 
 def column_axes(
     proto: onnx.ModelProto,
@@ -65,6 +88,36 @@ def column_axes(
         traced = _traced(name, producers, stored, len(shape))
         found[name] = column_axis(shape, rows, traced, free)
     return found
+
+
+def counting_outputs(proto: onnx.ModelProto) -> frozenset[str]:
+    """The integer outputs that are numbers, such as pixels or scaled measurements, and no names.
+
+    Followed backward through what works element by element or moves elements, such a one was made
+    an integer by a Cast or by quantising what a layer or a function computed; class ids, indices
+    and masks come from an operator that names or compares.
+    """
+    producers = {y: node for node in proto.graph.node for y in node.output if y}
+    stored = {x.name for x in proto.graph.initializer}
+    stored |= {y for node in proto.graph.node if node.op_type == "Constant" for y in node.output}
+    integers = (y.name for y in proto.graph.output if y.type.tensor_type.elem_type in INTEGERS)
+    return frozenset(name for name in integers if _counts(name, producers, stored))
+
+
+def _counts(name: str, producers: Mapping[str, onnx.NodeProto], stored: Collection[str]) -> bool:
+    made_whole = False
+    while name in producers:
+        node = producers[name]
+        if node.domain or node.op_type in NAMING:
+            return False
+        made_whole = made_whole or node.op_type in ("Cast", "CastLike", "QuantizeLinear")
+        computed = [x for x in node.input if x and x not in stored]
+        if not computed or node.op_type in _INTEGER_LAYERS:
+            return bool(computed)
+        if node.op_type not in ELEMENTWISE | MOVING:
+            return made_whole
+        name = computed[node.op_type == "Where" and len(computed) > 1]
+    return made_whole
 
 
 def column_axis(

@@ -6,6 +6,7 @@ row. Which tensors these are is tried out: the model runs beside one with smalle
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,8 @@ def rows_that_depend(
         samples: what the model takes, a run each.
         settings: of the ``Session``.
     """
-    suspects = {t: node for t in tensors if (node := selecting_node(model.proto, t)) is not None}
+    producers = _producers(model.proto)
+    suspects = {t: node for t in tensors if (node := _selecting(producers, t)) is not None}
     if not suspects:
         return {}
     plain = decode_sparse(model.proto)
@@ -66,10 +68,17 @@ def rows_that_depend(
 
 def selecting_node(proto: onnx.ModelProto, tensor: str) -> onnx.NodeProto | None:
     """The nearest node upstream of a tensor that selects rows by values."""
-    producers = {y: node for node in proto.graph.node for y in node.output if y}
-    waiting, seen = [tensor], {tensor}
+    return _selecting(_producers(proto), tensor)
+
+
+def _producers(proto: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    return {y: node for node in proto.graph.node for y in node.output if y}
+
+
+def _selecting(producers: Mapping[str, onnx.NodeProto], tensor: str) -> onnx.NodeProto | None:
+    waiting, seen = deque([tensor]), {tensor}
     while waiting:
-        node = producers.get(waiting.pop(0))
+        node = producers.get(waiting.popleft())
         if node is None:
             continue
         if node.op_type in SELECTING:

@@ -71,7 +71,7 @@ class Objective:
         if self.observer.metric not in SQUARED:
             return {name: self._probabilities(name, out) - target[name] for name, out in y.items()}
         return {
-            name: (out.astype(np.float64) - target[name]) * self.observer.scales[name] ** 2
+            name: (out.astype(np.float64) - target[name]) * self.observer.scale(name) ** 2
             for name, out in y.items()
         }
 
@@ -80,7 +80,7 @@ class Objective:
     ) -> dict[str, np.ndarray]:
         """By head, d2L/dy2 times a change of y, float64."""
         if self.observer.metric in SQUARED:
-            return {name: u * self.observer.scales[name] ** 2 for name, u in change.items()}
+            return {name: u * self.observer.scale(name) ** 2 for name, u in change.items()}
         return {
             name: self.observer.link(name).bend(u, self._probabilities(name, y[name]))
             for name, u in change.items()
@@ -112,7 +112,7 @@ class Objective:
     def _loss(self, name: str, y: np.ndarray, target: np.ndarray) -> float:
         if self.observer.metric not in SQUARED:
             return self.observer.link(name).divergence(target, self._probabilities(name, y))
-        difference = (y.astype(np.float64) - target) * self.observer.scales[name]
+        difference = (y.astype(np.float64) - target) * self.observer.scale(name)
         return float(np.square(difference).sum() / 2)
 
 

@@ -48,6 +48,7 @@ SAME = 0.05
 ROUGH = 2
 # Operators that leave the elements of their first input as they are, and in their order; that
 # pick some, or take another order; and whose values are no logits, where they are outputs.
+_ONE = np.array(1.0)
 MOVES = moving(Moves.IN_ORDER)
 PICKS = moving(Moves.REORDERED, Moves.PICKED, Moves.REPEATED)
 SQUASHES = {op for (_, op), row in OPERATORS.items() if row.image == (0.0, 1.0)}
@@ -562,8 +563,11 @@ class Observer:
     @property
     def scales(self) -> dict[str, np.ndarray]:
         """By head, the factors of its elements in the metric; they broadcast with it."""
-        one = np.array(1.0)
-        return {name: self._plan.scales.get(name, one) for name in self._seeded}
+        return {name: self.scale(name) for name in self._seeded}
+
+    def scale(self, head: str) -> np.ndarray:
+        """The factors of the elements of a head in the metric; they broadcast with it."""
+        return self._plan.scales.get(head, _ONE)
 
     def link(self, head: str) -> Link:
         """What makes probabilities of the logits of a head, but under l2."""

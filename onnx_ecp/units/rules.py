@@ -400,6 +400,8 @@ def _is_set_apart(walk: Walk, tensor: gs.Tensor, axis: int, beside: int) -> bool
                 continue
             if op == "Transpose":
                 perm = list(node.attrs.get("perm", range(rank)[::-1]))
+                if {axis, beside} - set(perm):
+                    raise NotFollowed("its perm is none of these axes")
                 waiting.append((node.outputs[0], perm.index(axis), perm.index(beside)))
             elif op in ("Softmax", "LogSoftmax"):
                 if axis in _together(walk, node):

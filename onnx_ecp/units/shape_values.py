@@ -152,6 +152,8 @@ def _gathered(walk: Walk, node: gs.Node) -> Sizes:
     chosen, entries = walk.integers(node.inputs[1]), entries_of(walk, node.inputs[0])
     if chosen is None or node.inputs[1].name in walk.sizes:
         raise NotFollowed("it picks by a number that is not a constant")
+    if not all(-len(entries) <= i < len(entries) for i in chosen):
+        raise NotFollowed("it picks what is not there")
     return tuple(entries[i] for i in chosen)
 
 
