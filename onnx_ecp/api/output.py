@@ -20,6 +20,7 @@ from onnx_ecp.data import calibration as calibrating
 from onnx_ecp.errors import ModelError, OutputError
 from onnx_ecp.graph import Model
 from onnx_ecp.graph.staging import Staging
+from onnx_ecp.graph.validation import passes_fully
 from onnx_ecp.layers import Layer, find_layers
 from onnx_ecp.pruning.loop import Pruned
 from onnx_ecp.report import check_target
@@ -174,10 +175,26 @@ def staged(
         pruned={x.weight.tensor for x in find_layers(result.proto).layers if x.name in names},
     )
     try:
-        return modelling.load(path)
+        written = modelling.load(path)
+        check_as_given(source.proto, written.proto)
+        return written
     except ModelError as error:  # it names the file where it lies for now
         here, there = (modelling.printable(x, 200) for x in (path, output))
         raise ModelError(error.message.replace(here, there), hint=error.hint) from error
+
+
+def check_as_given(given: onnx.ModelProto, result: onnx.ModelProto) -> None:
+    """Refuse a result that the checker of its own opset refuses, where it took the given model.
+
+    Raises:
+        ModelError: it does.
+    """
+    if not passes_fully(result) and passes_fully(given):
+        raise ModelError(
+            "the result does not pass the checker of its own opset, as the given model does.",
+            hint="Report it with the model, please. --granularity weight and --no-cleanup leave "
+            "the graph as it is.",
+        )
 
 
 def archived(masks: Mapping[str, np.ndarray]) -> bytes:

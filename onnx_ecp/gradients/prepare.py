@@ -24,7 +24,7 @@ from onnx_ecp.gradients.reverse import adjoints, names_read
 from onnx_ecp.graph import constants, is_external, printable
 from onnx_ecp.graph.builder import Builder, Fact
 from onnx_ecp.graph.inlining import has_bodies, inline
-from onnx_ecp.graph.proto import bodies, nested
+from onnx_ecp.graph.proto import bodies, nested, opset_of
 from onnx_ecp.graph.surgery import export_graph, import_graph
 from onnx_ecp.graph.tensors import byte_size, clear_values, stored_bytes
 from onnx_ecp.layers import Layer
@@ -242,7 +242,7 @@ def _lifted(model: onnx.ModelProto, names: set[str], *, needed: bool) -> onnx.Mo
         names: of tensors that must be called the same afterwards.
         needed: whether it is an error that the opset cannot be lifted.
     """
-    opset = opset_of(model)
+    opset = opset_of(model) or MINIMUM_OPSET
     if opset >= MINIMUM_OPSET:
         return model
     try:
@@ -295,12 +295,6 @@ def _unveil(model: onnx.ModelProto) -> None:
             node.domain = ""
     for imported in [o for o in model.opset_import if o.domain == _UNKNOWN]:
         model.opset_import.remove(imported)
-
-
-def opset_of(model: onnx.ModelProto) -> int:
-    """The version of the standard operators; MINIMUM_OPSET where the model names none."""
-    versions = (o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
-    return next(versions, MINIMUM_OPSET)
 
 
 def _check_names(before: onnx.ModelProto, after: onnx.ModelProto, names: set[str]) -> None:

@@ -16,7 +16,7 @@ import onnx
 from onnx import AttributeProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
 from onnx_ecp.errors import UsageError
-from onnx_ecp.graph.proto import bodies, constants, tensors
+from onnx_ecp.graph.proto import bodies, constants, opset_of, tensors
 from onnx_ecp.graph.tensors import byte_size, values
 
 Encoding = Callable[[onnx.ModelProto, Collection[str], Path | None], onnx.ModelProto]
@@ -44,7 +44,7 @@ def _sparse(proto: onnx.ModelProto, pruned: Collection[str], base: Path | None) 
         if at is None:
             graph.sparse_initializer.append(sparse)
             _drop_initializer(graph, name)
-        elif _opset(proto) >= _SPARSE_CONSTANT_OPSET:
+        elif opset_of(proto) >= _SPARSE_CONSTANT_OPSET:
             node = graph.node[at]
             del node.attribute[:]
             node.attribute.add(
@@ -78,7 +78,7 @@ def _packed(proto: onnx.ModelProto, pruned: Collection[str], base: Path | None) 
     Raises:
         UsageError: the model's opset has no ScatterElements.
     """
-    opset = _opset(proto)
+    opset = opset_of(proto)
     if opset < _PACKED_OPSET or proto.ir_version < _PACKED_IR:
         raise UsageError(
             f"format packed needs opset {_PACKED_OPSET} and IR version {_PACKED_IR} or later; "
@@ -139,10 +139,6 @@ def _copy(proto: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     return copy
-
-
-def _opset(proto: onnx.ModelProto) -> int:
-    return max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=0)
 
 
 def _stored(proto: onnx.ModelProto, pruned: Collection[str]) -> dict[str, TensorProto]:

@@ -84,6 +84,11 @@ def output_names(proto: onnx.ModelProto) -> tuple[str, ...]:
     return tuple(value.name for value in proto.graph.output)
 
 
+def opset_of(proto: onnx.ModelProto) -> int:
+    """The version of the standard operators; 0 where the model imports none."""
+    return max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=0)
+
+
 def known_type(data_type: int) -> bool:
     """Whether the installed onnx knows this element type."""
     return bool(data_type != TensorProto.UNDEFINED) and data_type in TensorProto.DataType.values()

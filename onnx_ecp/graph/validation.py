@@ -33,6 +33,8 @@ from onnx_ecp.graph.sparse import check_sparse
 from onnx_ecp.graph.tensors import check_tensor, clear_values, values
 
 MAX_NODES = 1_000_000
+# The checker infers the shapes of models of up to so many bytes.
+LARGEST_CHECKED = 2**28
 # ONNX Runtime follows calls no deeper; protobuf reads no deeper than these bodies take.
 MAX_CALLS, MAX_BODIES = 100, 30
 _DAMAGED = "The model is damaged: export or download it again."
@@ -349,6 +351,25 @@ def _check_officially(proto: onnx.ModelProto) -> None:
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
         first = str(error).strip().split("\n", 1)[0]
         raise ModelError(f"invalid model: {printable(first, 300)}", hint=_DAMAGED) from error
+
+
+def passes_fully(proto: onnx.ModelProto) -> bool:
+    """Whether the checker of the model's own opset, types and shapes included, has no objection.
+
+    External weights, and those of a larger file, are left out, with what follows from their values.
+    """
+    if is_newer(proto):
+        return False
+    try:
+        small = proto.ByteSize() <= LARGEST_CHECKED
+        small = small and not any(is_external(tensor) for _, tensor in tensors(proto))
+        onnx.checker.check_model(proto if small else _without_weights(proto), full_check=small)
+    except (
+        *(onnx.checker.ValidationError, onnx.shape_inference.InferenceError),
+        *(EncodeError, ValueError, RuntimeError),
+    ):
+        return False
+    return True
 
 
 def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -12,11 +12,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from onnx_ecp.graph.proto import constant_value, nested
+from onnx_ecp.graph.proto import constant_value, nested, opset_of
 from onnx_ecp.graph.tensors import renewed, values, write_tensor
 
 # Before IR version 4 an initializer had to be listed as a graph input, too.
 _FREE_INITIALIZERS = 4
+# Types that a Constant may have in every opset, and the first opset in which it may have any.
+_FIRST_CONSTANTS = (
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.DOUBLE,
+)
+_ANY_CONSTANT = 9
 
 
 def read(model: onnx.ModelProto, name: str, base: Path | None) -> np.ndarray:
@@ -37,6 +44,9 @@ def add_constant(
 ) -> str:
     """A new stored tensor under a fresh name: an initializer, or a Constant node in old models.
 
+    Before opset 9 a Constant holds floats alone: anything else is an initializer there, too, and
+    listed as a graph input, as those of that time are.
+
     Args:
         model: what is edited.
         stem: the name that it should have.
@@ -51,9 +61,13 @@ def add_constant(
     tensor = _rounded(name, array, dtype)
     if model.ir_version >= _FREE_INITIALIZERS:
         model.graph.initializer.append(tensor)
-    else:
+    elif dtype in _FIRST_CONSTANTS or opset_of(model) >= _ANY_CONSTANT:
         constant = onnx.helper.make_node("Constant", [], [name], name=name, value=tensor)
         model.graph.node.insert(node_index(model, before), constant)
+    else:
+        model.graph.initializer.append(tensor)
+        value = onnx.helper.make_tensor_value_info(name, dtype, tensor.dims)
+        model.graph.input.append(value)
     return name
 
 

@@ -27,7 +27,7 @@ from onnx_ecp.graph import (
     printable,
     stored_size,
 )
-from onnx_ecp.graph.proto import constants
+from onnx_ecp.graph.proto import constants, opset_of
 from onnx_ecp.graph.shapes import Shapes, shapes_of_a_run
 from onnx_ecp.layers import Layer, Skip, edit, find_layers
 from onnx_ecp.layers.bias import BiasInput
@@ -105,11 +105,6 @@ def node_of(proto: onnx.ModelProto, layer: Layer) -> onnx.NodeProto | None:
     by_output = (node for node in nodes if layer.output in node.output)
     # A fused operator gives what follows z: in a prepared model its name is its own.
     return next(by_output, next((node for node in nodes if node.name == layer.name), None))
-
-
-def opset_of(proto: onnx.ModelProto) -> int:
-    """The version of the standard operators."""
-    return max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=0)
 
 
 def _refusal(proto: onnx.ModelProto, layer: Layer) -> str:

@@ -21,7 +21,7 @@ from onnx_ecp.errors import CalibrationError, ModelError, UsageError, did_you_me
 from onnx_ecp.gradients.cotangents import SQUARED, SeedPlan, plan
 from onnx_ecp.gradients.links import LINKS, Link
 from onnx_ecp.gradients.numeric import numeric_adjoint, step_for
-from onnx_ecp.gradients.prepare import MINIMUM_OPSET, add_reverse, facts_of, opset_of, prepare
+from onnx_ecp.gradients.prepare import MINIMUM_OPSET, add_reverse, facts_of, prepare
 from onnx_ecp.gradients.reverse import NO_OUTPUT
 from onnx_ecp.gradients.selections import Selection, parts_of_outputs, selections
 from onnx_ecp.graph import Model, constants, is_external, printable, read_tensor
@@ -29,6 +29,7 @@ from onnx_ecp.graph.builder import Fact
 from onnx_ecp.graph.columns import column_axes
 from onnx_ecp.graph.identity import identity
 from onnx_ecp.graph.operators import OPERATORS, Moves, moving
+from onnx_ecp.graph.proto import opset_of
 from onnx_ecp.layers import Layer
 from onnx_ecp.runtime.digest import digest
 from onnx_ecp.runtime.lazy import LazyArrays
@@ -308,7 +309,7 @@ class Observer:
         rows = {x.shape[0] for x in first.feeds.values() if x.ndim} | {first.samples}
         self._axes = column_axes(model.proto, shapes, rows, varying)
         self.statistics = statistics
-        new_enough = opset_of(self.proto) >= MINIMUM_OPSET
+        new_enough = (opset_of(self.proto) or MINIMUM_OPSET) >= MINIMUM_OPSET
         self.summable = self._even and new_enough and (engine == "vjp" or not reverse)
         self._batched = all(v.ndim and v.shape[0] == first.samples for v in y.values())
 

@@ -18,6 +18,7 @@ import onnx
 
 from onnx_ecp.errors import ModelError, ProviderError
 from onnx_ecp.graph import Model, constants, read_tensor
+from onnx_ecp.graph.proto import opset_of
 from onnx_ecp.graph.shapes import shapes_of, values_of_a_run
 from onnx_ecp.layers import Layer, edit, find_layers
 from onnx_ecp.layers.trace import main_scope
@@ -305,7 +306,7 @@ def _without_dead_inputs(
     pays: Callable[[int, int, int], bool],
 ) -> tuple[Model, list[UnitRow]]:
     """The model with a Gather in front of the Gemm and MatMul layers where that pays."""
-    opset = next(o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx"))
+    opset = opset_of(model.proto)
     if opset < _NEGATIVE_AXES:
         return model, []
     proto = onnx.ModelProto()

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from onnx_ecp.graph import write_tensor
+from onnx_ecp.graph.proto import opset_of
 from onnx_ecp.layers import Layer, edit, find_layers
 from onnx_ecp.units.groups import Structure
 from onnx_ecp.units.propagation import Count, Slot
@@ -228,7 +229,7 @@ def _recount(model: onnx.ModelProto, node: str, kind: str, counts: list[tuple[Co
     if kind in ("group", "num_groups") or sizes == before:
         return
     attribute = {"shape": "shape", "split": "split"}[kind]
-    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    opset = opset_of(model)
     if opset < {"shape": 5, "split": 13}[kind]:
         _set_attribute(proto, attribute, sizes)
         return
