@@ -150,6 +150,15 @@ def test_points_of_a_sweep_and_importances_come_from_the_same_look(
         np.testing.assert_array_equal(scores[name], expected)
 
 
+def test_a_point_of_a_sweep_is_there_for_optimize(model, data, tmp_path, monkeypatch):
+    choices = {"stages": 2, "threads": 1, "cache": tmp_path}
+    sweep(model, data, methods="ecp-refit", sparsities="0.6,0.7", **choices)
+    with looks(monkeypatch) as seen:
+        found = pruned(model, data, sparsity=0.7, stages=2, cache=tmp_path)
+    assert seen == []
+    assert bytes_of(found) == bytes_of(pruned(model, data, sparsity=0.7, stages=2))
+
+
 def test_methods_that_read_rows_beside_some_that_do_not_share_a_look(model, data, tmp_path):
     choices = {"sparsities": "0.6", "stages": 1, "threads": 1}
     for methods in ("ecp,ecp-refit", "ecp-refit,ecp"):

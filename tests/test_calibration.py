@@ -749,3 +749,19 @@ def test_what_is_yielded_is_copied(make):
     x = samples(6, 3)
     data = load(make(x), [X])
     np.testing.assert_array_equal(together(data), x.ravel())
+
+
+@pytest.mark.parametrize("form", ["array", "mapping", "list", "samples"])
+def test_masked_values_are_no_values(form, rng):
+    values = rng.standard_normal((6, 3)).astype(np.float32)
+    x = np.ma.masked_array(values, values > 1)
+    x[2, 1] = np.ma.masked
+    given = {"array": x, "mapping": {"x": x}, "list": [*x], "samples": [{"x": row} for row in x]}
+    with pytest.raises(CalibrationError, match="masked"):
+        load(given[form], [X])
+
+
+def test_a_masked_array_without_masked_values_is_an_array(rng):
+    values = rng.standard_normal((6, 3)).astype(np.float32)
+    found = load({"x": np.ma.masked_array(values)}, [X])
+    np.testing.assert_array_equal(found.arrays["x"], values)

@@ -585,3 +585,27 @@ def test_the_models_here_can_be_pruned(name, tmp_path):
     result = command("optimize", MODELS / f"{name}.onnx", tmp_path / "out.onnx", "-q")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "sparsity=0.5000" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [["{config}"], ["o.onnx", "--report", "{config}"], ["o.onnx", "--masks", "{config}"]]
+)
+def test_the_file_of_settings_is_not_written_over(words, tmp_path):
+    config = tmp_path / "settings.json"
+    config.write_text("sparsity = 0.5\n")
+    link = tmp_path / "link.json"
+    link.symlink_to(config)
+    for name in (config, link):
+        given = [word.format(config=name) for word in words]
+        arguments = [
+            "optimize",
+            str(MODELS / "digits.onnx"),
+            *given,
+            "--config",
+            str(config),
+            "--force",
+        ]
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 2
+        assert "would overwrite the settings (--config)" in done.stderr
+        assert config.read_text() == "sparsity = 0.5\n"

@@ -8,7 +8,7 @@ import pytest
 from test_structure import NETWORKS, build, each_network, inputs, structure_of
 
 import onnx_ecp
-from onnx_ecp.api import optimize as pipeline
+from onnx_ecp.api import outcome
 from onnx_ecp.data.calibration import Batch
 from onnx_ecp.errors import QualityError, TargetError, UsageError
 from onnx_ecp.evaluation.latency import Latency
@@ -152,7 +152,7 @@ def by_size(monkeypatch):
         after = min(after * slow, before)
         return Latency(before, after, after / before, settings["threads"], batch.samples)
 
-    monkeypatch.setattr(pipeline, "measure_latency", whole)
+    monkeypatch.setattr(outcome, "measure_latency", whole)
     monkeypatch.setattr(latency, "measure_latency", whole)
     monkeypatch.setattr(latency, "_seconds", lambda model, feeds, settings: elements(model))
     return ticks
@@ -198,7 +198,7 @@ def test_a_target_that_is_missed_again_and_again_is_an_error_with_the_closest(
     model = build(CHAIN, rng)
     data = inputs(model, rng, 60)
     by_size["final"] = 1.9
-    monkeypatch.setattr(pipeline, "ATTEMPTS", 1)
+    monkeypatch.setattr(outcome, "ATTEMPTS", 1)
     with pytest.raises(TargetError, match=r"cannot be 2 times as fast.*: 1\.\d+ times is the most"):
         onnx_ecp.optimize(model.proto, data, method="flap", speedup=2.0, **CHOICES)
 

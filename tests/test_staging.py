@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 import onnx_ecp
+from onnx_ecp.api import account, result
 from onnx_ecp.api import optimize as pipeline
 from onnx_ecp.api.options import Options
 from onnx_ecp.cli.commands import main
@@ -49,9 +50,9 @@ def failing(error):
 
 # Everything that comes after the model is made, in order.
 STEPS = {
-    "writing the model": (pipeline, "staged"),
-    "comparing": (pipeline, "compare"),
-    "the report's values": (pipeline, "build_report"),
+    "writing the model": (result, "staged"),
+    "comparing": (account, "compare"),
+    "the report's values": (account, "build_report"),
     "the masks": (pipeline, "archived"),
     "the report": (pipeline, "rendered"),
     "writing masks and report": (pipeline, "written"),
@@ -174,7 +175,7 @@ def test_a_result_that_is_refused_is_named_as_it_would_be_called(outputs, monkey
 
     monkeypatch.setattr("onnx_ecp.graph.load", refused)
     with pytest.raises(ModelError) as error:
-        pipeline.staged(*staged_arguments(outputs["output"]))
+        result.staged(*staged_arguments(outputs["output"]))
     assert error.value.message == f"{outputs['output']}: weights are NaN."
 
 

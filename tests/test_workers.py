@@ -434,6 +434,17 @@ def test_workers_that_always_die_are_an_error():
         Crew([Dying(range(1000))]).map(doubled, [Held("a", 3)], jobs())
 
 
+def test_workers_that_are_gone_are_waited_for_so_long_and_no_longer(monkeypatch):
+    class Silent(Here):
+        def submit(self, function, /, *given, **named):
+            return Future()
+
+    monkeypatch.setattr(workers, "PATIENCE", 1.5)
+    crew_of_none = Crew([Silent()], None, 1, lambda: False)
+    with pytest.raises(ProviderError, match=r"no worker has been there for 1\.5 seconds"):
+        crew_of_none.map(doubled, [Held("a", 3)], jobs())
+
+
 def test_a_worker_holds_so_much_and_lets_go_what_was_used_longest_ago(monkeypatch):
     monkeypatch.setattr(workers, "HELD_BYTES", 100)
     big = [Job((Held(f"x{i}", b"x" * 60),)) for i in range(4)]

@@ -324,7 +324,7 @@ def _other_ways(skips: Sequence[Skip]) -> str:
 def _unwanted_weight(layer: Layer, layers: Sequence[Layer], options: Options) -> str:
     """Why a layer stays as it is; a shared weight stays if one of its layers must."""
     own = unwanted(layer.name, options)
-    if own:
+    if own or not (options.include or options.exclude):
         return own
     for other in layers:
         if other.weight.tensor == layer.weight.tensor and (why := unwanted(other.name, options)):

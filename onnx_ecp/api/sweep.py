@@ -255,7 +255,11 @@ def prepare(
     grid = settle_metrics(source, layers, data, grid, progress)
     judge = judge_of(source, data, evaluation, labels)
     networks = networks_of(source, layers, data, grid)
-    plans = tuple(make_plan(networks[o.recipe.measures].layers, o) for o in grid)
+    # As those of ``optimize``: what is kept of a point serves it too.
+    plans = tuple(
+        replace(make_plan(networks[o.recipe.measures].layers, o), with_levels=o.cache is not None)
+        for o in grid
+    )
     one_each = {first_look(plan, networks): plan for plan in plans}
     rows = any(map(reads_rows, plans))
     for last in (False, True):

@@ -63,6 +63,10 @@ class Pair(click.ParamType):
             ) from None
 
 
+# Where the context of a command keeps the path that --config has read.
+CONFIG_READ = "onnx_ecp.config"
+
+
 def _sizes(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in text.split(",")) if text else ()
 
@@ -71,6 +75,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
     """Make the values of a TOML file the defaults of this command's options."""
     if path is None:
         return
+    ctx.meta[CONFIG_READ] = path
     import tomllib
 
     try:
@@ -91,6 +96,16 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
         assert option.name, "click names every option"
         defaults[option.name] = _config_value(f"{path}: {key}", option, value)
     ctx.default_map = defaults
+
+
+def _spare_config(results: Sequence[tuple[str, str | None]]) -> None:
+    """Refuse to write over the file that --config has read."""
+    config = click.get_current_context().meta.get(CONFIG_READ)
+    if config is not None:
+        from onnx_ecp.api.output_paths import check_output_paths
+
+        named = [(what, path) for what, path in results if path is not None]
+        check_output_paths(named, [("the settings (--config)", config)])
 
 
 def _config_value(where: str, option: click.Option, value: Any) -> Any:
@@ -597,6 +612,8 @@ def optimize(
     """Prune MODEL, repair what stays, write OUTPUT (or not: --dry-run), compare both."""
     if output is None and not options["dry_run"]:
         raise UsageError("OUTPUT is missing.", hint="Name the file to write, or add --dry-run.")
+    reports = [("--report", path) for path in options["report"]]
+    _spare_config([("OUTPUT", output), ("--masks", options["masks"]), *reports])
     from onnx_ecp.api import optimize as pipeline
     from onnx_ecp.report import text
 
@@ -821,6 +838,7 @@ def sweep(
     from onnx_ecp.api import sweep as sweeping
     from onnx_ecp.report import sweeps, text
 
+    _spare_config([("--output", path) for path in output])
     read = ("calibration", "evaluation", "labels", "calibration_labels")
     sweeping.check_outputs(model, {name: options[name] for name in read}, output)
     for path in output:

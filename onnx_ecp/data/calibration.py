@@ -566,13 +566,27 @@ def _names_apart(inputs: Inputs) -> bool:
 
 
 def _check_known(arrays: Iterable[Any], inputs: Inputs, origin: str) -> None:
-    """CalibrationError for a name that is no input; labels are passed over."""
+    """CalibrationError for a name that is no input; labels are passed over.
+
+    As for an array with masked values: what lies below the mask is no value.
+    """
+    if isinstance(arrays, Mapping):
+        _check_unmasked(arrays, origin)
     names = [spec.name for spec in inputs]
     for name in arrays:
         if name not in names and name not in LABEL_NAMES:
             raise CalibrationError(
                 f"{origin}: {name!r} is not an input of the model.",
                 hint=did_you_mean(str(name), names),
+            )
+
+
+def _check_unmasked(arrays: Mapping[Any, Any], origin: str) -> None:
+    for name, value in arrays.items():
+        if any(map(np.ma.is_masked, value if isinstance(value, list | tuple) else (value,))):
+            raise CalibrationError(
+                f"{origin}: {name!r} is a masked array, and some of its values are masked.",
+                hint="Fill them, as with its method `filled`, or leave such samples out.",
             )
 
 

@@ -60,8 +60,9 @@ def read_npy(path: Path) -> np.ndarray:
         with _opened(path) as stream:
             shape, fortran, dtype, offset = _header(stream, str(path))
             _check_size(shape, dtype, os.fstat(stream.fileno()).st_size - offset, str(path))
-        order: Any = "F" if fortran else "C"
-        return np.memmap(path, dtype, mode="r", offset=offset, shape=shape, order=order)
+            order: Any = "F" if fortran else "C"
+            # Of the file that was looked at, whatever has its name by now.
+            return np.memmap(stream, dtype, mode="r", offset=offset, shape=shape, order=order)
     except (OSError, ValueError) as error:
         _unreadable(path, error)
 

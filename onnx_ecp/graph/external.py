@@ -11,6 +11,7 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO
 
 import numpy as np
 from onnx import TensorProto
@@ -28,14 +29,21 @@ class Extent:
     """A range of bytes in a file that exists.
 
     Args:
-        file: a regular file.
+        base: the model's directory.
+        parts: the way from there to a regular file.
         offset: in bytes.
         length: in bytes.
     """
 
-    file: Path
+    base: Path
+    parts: tuple[str, ...]
     offset: int
     length: int
+
+    @property
+    def file(self) -> Path:
+        """The path of the file."""
+        return self.base.joinpath(*self.parts)
 
 
 def is_external(tensor: TensorProto) -> bool:
@@ -68,7 +76,9 @@ def extent(tensor: TensorProto, size: int, base: Path | None) -> Extent:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     if len(entries) != len(tensor.external_data):
         raise ModelError("external data: a key is given twice.", hint=_MOVE_HINT)
-    file, available = _regular_file(base, entries.get("location", ""))
+    place = entries.get("location", "")
+    parts = _safe_parts(place)
+    available = _size_of_regular(base, parts, place)
     offset = _number("offset", entries.get("offset", "0"))
     length = _number("length", entries.get("length", str(size)))
     if length != size:
@@ -79,10 +89,10 @@ def extent(tensor: TensorProto, size: int, base: Path | None) -> Extent:
     if offset + length > available:
         raise ModelError(
             f"external data: bytes {offset} to {offset + length} are asked for, but "
-            f"{printable(file.name)} ends at {available}.",
+            f"{printable(parts[-1])} ends at {available}.",
             hint="The data file is truncated: copy or download it again.",
         )
-    return Extent(file, offset, length)
+    return Extent(base, parts, offset, length)
 
 
 def _number(key: str, value: str) -> int:
@@ -94,9 +104,8 @@ def _number(key: str, value: str) -> int:
     return int(value)
 
 
-def _regular_file(base: Path, place: str) -> tuple[Path, int]:
-    """The file and its size; every step on the way is looked at without following links."""
-    parts = _safe_parts(place)
+def _size_of_regular(base: Path, parts: tuple[str, ...], place: str) -> int:
+    """The size of a file; every step on the way is looked at without following links."""
     file, found = base, None
     for part in parts:
         file = file / part
@@ -117,7 +126,7 @@ def _regular_file(base: Path, place: str) -> tuple[Path, int]:
         )
     if found.st_nlink > 1:
         raise ModelError(f"external data '{printable(place)}' is a hard link.", hint=_MOVE_HINT)
-    return file, found.st_size
+    return found.st_size
 
 
 def _safe_parts(place: str) -> tuple[str, ...]:
@@ -140,14 +149,37 @@ def map_bytes(place: Extent) -> np.ndarray:
     """The bytes as a read-only array of uint8 that is read from the file on use."""
     if place.length == 0:
         return np.empty(0, np.uint8)
-    # The file may have been exchanged since it was looked at: do not follow a link, do not hang.
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    flags |= getattr(os, "O_BINARY", 0)
     try:
-        with open(os.open(place.file, flags), "rb") as stream:
+        with _opened(place) as stream:
+            found = os.fstat(stream.fileno())
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+                raise ValueError("it is no longer a regular file of its own")
+            if found.st_size < place.offset + place.length:
+                raise ValueError("it was cut short")
             return np.memmap(stream, np.uint8, "r", place.offset, (place.length,))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"external data file '{printable(place.file.name)}' cannot be read: {error}.",
             hint=_MOVE_HINT,
         ) from error
+
+
+def _opened(place: Extent) -> BinaryIO:
+    """The file, which may have been exchanged since it was looked at: no link is followed.
+
+    Where the system can, directories are opened one after the other, each from the one before.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)
+    plain = flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe hangs
+    if os.open not in os.supports_dir_fd:
+        return open(os.open(place.file, plain), "rb")
+    *folders, name = place.parts
+    at = os.open(place.base, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for folder in folders:
+            inside = os.open(folder, flags | os.O_DIRECTORY, dir_fd=at)
+            os.close(at)
+            at = inside
+        return open(os.open(name, plain, dir_fd=at), "rb")
+    finally:
+        os.close(at)

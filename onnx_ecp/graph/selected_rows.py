@@ -45,8 +45,8 @@ def rows_that_depend(
         samples: what the model takes, a run each.
         settings: of the ``Session``.
     """
-    producers = _producers(model.proto)
-    suspects = {t: node for t in tensors if (node := _selecting(producers, t)) is not None}
+    selected = selecting_nodes(model.proto)
+    suspects = {t: selected[t] for t in tensors if t in selected}
     if not suspects:
         return {}
     plain = decode_sparse(model.proto)
@@ -68,24 +68,26 @@ def rows_that_depend(
 
 def selecting_node(proto: onnx.ModelProto, tensor: str) -> onnx.NodeProto | None:
     """The nearest node upstream of a tensor that selects rows by values."""
-    return _selecting(_producers(proto), tensor)
+    return selecting_nodes(proto).get(tensor)
 
 
-def _producers(proto: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    return {y: node for node in proto.graph.node for y in node.output if y}
-
-
-def _selecting(producers: Mapping[str, onnx.NodeProto], tensor: str) -> onnx.NodeProto | None:
-    waiting, seen = deque([tensor]), {tensor}
-    while waiting:
-        node = producers.get(waiting.popleft())
-        if node is None:
-            continue
+def selecting_nodes(proto: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """The same for all tensors that have one; the nodes that select are followed all at once."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    waiting: deque[tuple[onnx.NodeProto, onnx.NodeProto]] = deque()
+    for node in proto.graph.node:
+        for x in dict.fromkeys(node.input):
+            readers.setdefault(x, []).append(node)
         if node.op_type in SELECTING:
-            return node
-        waiting += [x for x in dict.fromkeys(node.input) if x and x not in seen]
-        seen.update(node.input)
-    return None
+            waiting.append((node, node))
+    found: dict[str, onnx.NodeProto] = {}
+    while waiting:
+        node, by = waiting.popleft()
+        for y in node.output:
+            if y and y not in found:
+                found[y] = by
+                waiting += [(reader, by) for reader in readers.get(y, ())]
+    return found
 
 
 def decided_by(proto: onnx.ModelProto, node: onnx.NodeProto) -> list[str]:

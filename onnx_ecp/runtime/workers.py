@@ -18,6 +18,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import (
@@ -46,7 +47,7 @@ PARTS = 16
 LOSSES = 3
 # What a worker holds for later tasks, in bytes as they were sent.
 HELD_BYTES = 2 * 2**30
-# Seconds for Dask's scheduler to answer.
+# Seconds for Dask's scheduler to answer, and for workers to come back.
 PATIENCE = 30
 
 
@@ -145,6 +146,7 @@ class Crew:
         renewed: gives another executor for a place whose worker has died; None: the executors see
             to that themselves.
         threads: that a worker uses.
+        there: whether any worker is there; asked while results are waited for.
     """
 
     def __init__(
@@ -152,8 +154,10 @@ class Crew:
         places: Sequence[Executor],
         renewed: Callable[[int], Executor] | None = None,
         threads: int = 1,
+        there: Callable[[], bool] = lambda: True,
     ) -> None:
         self._places, self._renewed, self.threads = list(places), renewed, threads
+        self._there, self._seen = there, time.monotonic()
 
     def map(
         self,
@@ -229,6 +233,13 @@ class Crew:
             while waiting:
                 check_deadline()
                 ready, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                if not ready and not self._is_there():
+                    waiting.clear()  # there is nobody to be told that they are not wanted
+                    raise ProviderError(
+                        f"no worker has been there for {PATIENCE} seconds.",
+                        hint="Look at the scheduler and its workers, and start again; with --cache "
+                        "the run goes on where it was.",
+                    )
                 for future in ready:
                     if take(future, waiting.pop(future)):
                         done += 1
@@ -237,6 +248,13 @@ class Crew:
             for future in waiting:
                 future.cancel()
         return results
+
+    def _is_there(self) -> bool:
+        """Whether a worker was there lately."""
+        now = time.monotonic()
+        if now - self._seen > 1 and self._there():
+            self._seen = now
+        return now - self._seen < PATIENCE
 
     def total(
         self,
@@ -516,7 +534,13 @@ def _cluster(address: str, threads: int) -> Iterator[Crew]:
             hint="Start one with `dask scheduler`, and give its address, such as tcp://host:8786.",
         ) from error
     with client:
-        found = sorted(client.scheduler_info(n_workers=-1)["workers"])
+
+        def there() -> bool:
+            with suppress(OSError, RuntimeError, ValueError, TimeoutError):
+                return client.status == "running" and bool(client.nthreads())
+            return False
+
+        found = sorted(client.nthreads())
         if not found:
             raise ProviderError(
                 f"{address}: the scheduler has no workers.",
@@ -527,4 +551,4 @@ def _cluster(address: str, threads: int) -> Iterator[Crew]:
             client.get_executor(workers=[one], allow_other_workers=True, pure=False)
             for one in found
         ]
-        yield Crew(places, None, threads)
+        yield Crew(places, None, threads, there)
