@@ -7,7 +7,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 import onnx_ecp
-from onnx_ecp.errors import TargetError
+from onnx_ecp.errors import ModelError, TargetError
 
 HEAD = '<ir_version: 8, opset_import: ["": 17]> g '
 
@@ -97,3 +97,18 @@ def test_where_no_sensitivity_is_to_be_had_the_hint_names_what_works(rng):
         report = onnx_ecp.optimize(proto, x, sparsity=0.3, **choices).report
         assert len(report.layers) == 2
         assert report.zeros_after == round(0.3 * 50)
+
+
+@pytest.mark.parametrize("granularity", ["weight", "unit"])
+def test_outputs_that_are_not_finite_name_the_layer(granularity, rng):
+    """A square root of what may be negative: no ranking can bear its derivatives."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17]> g (float[n, 3] x) => (float[n, 2] y) {
+            h = MatMul(x, W) r = Relu(h) z = MatMul(r, V) y = Sqrt(z) }"""
+    )
+    for name, shape in (("W", (3, 8)), ("V", (8, 2))):
+        values = rng.standard_normal(shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    x = rng.standard_normal((60, 3)).astype(np.float32)
+    with pytest.raises(ModelError, match=r"the importance of layer '.' is NaN or infinite"):
+        onnx_ecp.optimize(model, x, granularity=granularity, sparsity=0.3)

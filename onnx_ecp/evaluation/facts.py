@@ -65,7 +65,7 @@ def model_facts(model: Model) -> ModelFacts:
     packed = packed_tensors(model.proto, LARGEST_DENSE).values()
     parts = {name for p in packed for name in p.parts}
     found = {n: t for n, t in constants(model.proto).items() if n not in parts}
-    stored = [t for t in found.values() if t.data_type in _FLOATS and t.dims]
+    stored = [t for t in found.values() if t.data_type in _FLOATS]
     arrays = (read_tensor(model, tensor) for tensor in stored)
     counts = [(array.size, int(np.count_nonzero(array))) for array in arrays]
     counts += [
@@ -97,7 +97,7 @@ def _quantised(model: Model, stored: Mapping[str, onnx.TensorProto]) -> list[tup
     read = {n.input[0]: n for n in model.proto.graph.node if n.op_type == "DequantizeLinear"}
     counts = []
     for name, node in read.items():
-        if name in stored and stored[name].dims:
+        if name in stored:
             q = read_tensor(model, stored[name]).astype(np.int64)
             counts.append((q.size, int(np.count_nonzero(q - _zero(model, node, stored, q)))))
     return counts

@@ -516,12 +516,17 @@ def _check_scores(layer: Layer, scores: np.ndarray) -> None:
             hint="An importance has the shape of View.weight.",
         )
     if not np.isfinite(scores).all():
-        raise ModelError(
-            f"the importance of layer {printable(layer.name)!r} is NaN or infinite: on these "
-            "samples its inputs, the outputs or their derivatives are.",
-            hint="Check the calibration data, leave the layer out with --exclude, or use a "
-            "--method that needs no sensitivities.",
-        )
+        raise not_finite(layer)
+
+
+def not_finite(layer: Layer) -> ModelError:
+    """No ranking can bear what a layer saw on these samples."""
+    return ModelError(
+        f"the importance of layer {printable(layer.name)!r} is NaN or infinite: on these "
+        "samples its inputs, the outputs or their derivatives are.",
+        hint="Check the calibration data, leave the layer out with --exclude, or use a "
+        "--method that needs no sensitivities.",
+    )
 
 
 def with_grams(

@@ -14,7 +14,7 @@ import numpy as np
 from onnx_ecp.errors import TargetError
 from onnx_ecp.pruning.compensation import compensate
 from onnx_ecp.pruning.levels import Levels
-from onnx_ecp.pruning.loop import Pruned, importances, observe, with_grams
+from onnx_ecp.pruning.loop import Pruned, importances, not_finite, observe, with_grams
 from onnx_ecp.pruning.plan import Plan
 from onnx_ecp.runtime.cache import recalled
 from onnx_ecp.runtime.progress import Progress, silent
@@ -380,6 +380,8 @@ def _after_refit(
         assert gram is not None, "the method needs Gram matrices"
         weight = matrix(layer, state)
         sensitivity = metric.sums[layer.name] / measured.moments[layer.name].count
+        if not (np.isfinite(sensitivity).all() and np.isfinite(gram.covariance).all()):
+            raise not_finite(layer)
         for units in structure.units_at(structure.columns[layer.name]):
             if not np.any(units >= 0):
                 continue
