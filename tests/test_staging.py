@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
@@ -15,7 +16,7 @@ from onnx_ecp.api import account, result
 from onnx_ecp.api import optimize as pipeline
 from onnx_ecp.api.options import Options
 from onnx_ecp.cli.commands import main
-from onnx_ecp.errors import Interrupted, ModelError, OutputError
+from onnx_ecp.errors import Interrupted, ModelError, OnnxEcpError, OutputError
 from onnx_ecp.graph import Model
 from onnx_ecp.graph import staging as staged
 from onnx_ecp.graph.staging import Staging
@@ -183,3 +184,31 @@ def staged_arguments(output):
     """What ``staged`` takes, of a model that nothing was done to."""
     model = Model(onnx.load(DIGITS), None, None)
     return model, model, (), output, Options(), Staging()
+
+
+@pytest.mark.parametrize("change", ["replaced", "written to", "removed"])
+def test_data_that_change_after_they_were_checked_end_the_run(change, tmp_path, monkeypatch, rng):
+    """What was validated is what the result is made from, or nothing is written."""
+    text = '<ir_version: 8, opset_import: ["": 17]> g (float[n, 8] x) => (float[n, 8] y) {'
+    model = onnx.parser.parse_model(text + "y = MatMul(x, W) }")
+    weight = rng.standard_normal((8, 8)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "W"))
+    given, data, output = (tmp_path / name for name in ("in.onnx", "in.bin", "out.onnx"))
+    onnx.save(model, given, save_as_external_data=True, location=data.name, size_threshold=0)
+    stage = result.staged
+
+    def then(*args):
+        if change == "replaced":
+            (tmp_path / "other").write_bytes(bytes(data.stat().st_size))
+            (tmp_path / "other").replace(data)
+        elif change == "written to":
+            data.write_bytes(bytes(data.stat().st_size))
+        else:
+            data.unlink()
+        return stage(*args)
+
+    monkeypatch.setattr(result, "staged", then)
+    x = rng.standard_normal((40, 8)).astype(np.float32)
+    with pytest.raises(OnnxEcpError, match=r"in\.bin"):
+        onnx_ecp.optimize(given, x, output=output, sparsity=0.5)
+    assert not output.exists()

@@ -19,6 +19,7 @@ from onnx_ecp.api.preparation import Job
 from onnx_ecp.data import calibration as calibrating
 from onnx_ecp.errors import ModelError, OutputError
 from onnx_ecp.graph import Model
+from onnx_ecp.graph.loading import check_unchanged
 from onnx_ecp.graph.staging import Staging
 from onnx_ecp.graph.validation import passes_fully
 from onnx_ecp.layers import Layer, find_layers
@@ -177,6 +178,7 @@ def staged(
     try:
         written = modelling.load(path)
         check_as_given(source.proto, written.proto)
+        check_unchanged(source)
         return written
     except ModelError as error:  # it names the file where it lies for now
         here, there = (modelling.printable(x, 200) for x in (path, output))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import stat
 import zlib
 from collections.abc import Iterator
@@ -14,12 +15,14 @@ from google.protobuf.message import DecodeError, EncodeError  # type: ignore[imp
 from onnx_ecp.errors import ModelError
 from onnx_ecp.graph.external import is_external, location
 from onnx_ecp.graph.printable import printable
-from onnx_ecp.graph.proto import Model, tensors
+from onnx_ecp.graph.proto import FileState, Model, tensors
 from onnx_ecp.graph.sorting import NOTE, sorted_copy
 from onnx_ecp.graph.validation import validate
 from onnx_ecp.graph.wire import check_wire
 
 MAX_FILE = 2**31 - 1
+# A pipe that has taken the place of the file is not waited for.
+_READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _BLOCK = 2**22
 # What is packed at most to tell how large a model is after gzip, which takes minutes for gigabytes.
 MOST_COMPRESSED = 2**28
@@ -57,10 +60,34 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
     try:
         given = _parse(read_file(path))
         proto = sorted_copy(given)
+        seen = {file: _state(file) for file in data_files(proto, path.parent)}
         validate(proto, path.parent)
     except ModelError as error:
         raise ModelError(f"{printable(path, 200)}: {error.message}", hint=error.hint) from error
-    return Model(proto, path, path.parent, notes=_notes(given, proto))
+    return Model(proto, path, path.parent, notes=_notes(given, proto), seen=seen)
+
+
+def check_unchanged(model: Model) -> None:
+    """Refuse what was made from data files that are no longer those that were validated.
+
+    Raises:
+        ModelError: one was replaced, written to or removed since the model was loaded.
+    """
+    for file, state in model.seen.items():
+        if _state(file) != state:
+            raise ModelError(
+                f"{printable(model.path or 'the model', 200)}: its data file "
+                f"{printable(file.name)} was changed or replaced after it was checked.",
+                hint="Run it again when nothing writes to the file, or on a copy.",
+            )
+
+
+def _state(file: Path) -> FileState:
+    try:
+        found = file.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _notes(given: onnx.ModelProto, used: onnx.ModelProto) -> tuple[str, ...]:
@@ -74,17 +101,27 @@ def read_file(path: Path) -> bytes:
         ModelError: it is none, or cannot be read.
     """
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise ModelError("not a regular file.", hint="Give the path of the .onnx file.")
-        if found.st_size > MAX_FILE:
-            raise ModelError(
-                f"{found.st_size} bytes: an ONNX file cannot be larger than 2 GB.", hint=_ONNX_HINT
-            )
-        return path.read_bytes()
+        _check_regular(path.stat())
+        descriptor = os.open(path, _READING)
+        try:  # what is checked is what is read, whatever the path leads to by now
+            found = os.fstat(descriptor)
+            _check_regular(found)
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read(found.st_size)
+        finally:
+            os.close(descriptor)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ModelError(f"{reason}.", hint="Check the path and its permissions.") from error
+
+
+def _check_regular(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise ModelError("not a regular file.", hint="Give the path of the .onnx file.")
+    if found.st_size > MAX_FILE:
+        raise ModelError(
+            f"{found.st_size} bytes: an ONNX file cannot be larger than 2 GB.", hint=_ONNX_HINT
+        )
 
 
 def _parse(data: bytes) -> onnx.ModelProto:

@@ -22,6 +22,10 @@ Body = onnx.GraphProto | onnx.FunctionProto
 """Something that has nodes."""
 
 
+# Device, number, size and time of the last change of a file; None where there is none.
+FileState = tuple[int, int, int, int] | None
+
+
 @dataclass(frozen=True)
 class Model:
     """A validated model.
@@ -33,6 +37,8 @@ class Model:
         late: by name, new values of external initializers of the main graph, which the proto does
             not have yet: ``save`` writes them, ``filled`` puts them into the proto.
         notes: what was done to the model to load it, for the user to know.
+        seen: by external data file, which one it was and when it was written, before anything of it
+            was read.
     """
 
     proto: onnx.ModelProto
@@ -40,6 +46,7 @@ class Model:
     base: Path | None
     late: Mapping[str, np.ndarray] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    seen: Mapping[Path, FileState] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
