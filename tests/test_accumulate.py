@@ -171,6 +171,7 @@ def test_rows_of_products_in_the_graph_are_those_on_the_host(given, product, sha
     assert_same(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ecp-refit", "ecp", "gradient-magnitude", "flap"])
 @pytest.mark.parametrize("net", ["gemm", "attention", "convolution", "tied", "fixed batch"])
 def test_optimize_makes_the_same_of_either(net, method):
@@ -248,6 +249,7 @@ def device(monkeypatch):
     return placed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choices",
     [

@@ -56,6 +56,7 @@ def half(rng, shape=(ROWS, COLUMNS)):
     return keep
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_the_mask_is_near_the_best_of_all_masks(seed):
     rng = np.random.default_rng(seed)

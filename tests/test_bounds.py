@@ -136,6 +136,7 @@ def gaps(a, b, x):
     return np.linalg.norm((outputs(b, x) - outputs(a, x)).reshape(len(x), -1), axis=1)
 
 
+@pytest.mark.slow
 def test_the_deterministic_bound_holds_for_every_sample(models):
     a, b, x = models
     for i in range(len(x)):

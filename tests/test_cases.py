@@ -69,6 +69,7 @@ def test_layers_and_units_are_those_that_a_person_expects(name):
         assert sum(group.units for group in found.unit_groups) == units
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choices", [{"sparsity": 0.5}, {"granularity": "unit", "sparsity": 0.2}])
 @pytest.mark.parametrize("name", EXPECTED)
 def test_they_are_pruned_and_what_is_written_runs(name, choices, tmp_path):
@@ -86,6 +87,7 @@ def test_a_model_in_training_mode_is_refused_by_name():
         onnx_ecp.optimize(CASES / "bn_training.onnx", data("bn_training"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.5, 0.6, 0.7])
 def test_small_outputs_beside_large_ones_survive(sparsity):
     """Eight physical quantities of different size, each in units of its own spread."""
@@ -104,6 +106,7 @@ def test_small_outputs_beside_large_ones_survive(sparsity):
     assert (ours < magnitude).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
 def test_a_very_sure_classifier_keeps_its_classes(sparsity):
     model, feeds = (

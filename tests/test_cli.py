@@ -580,6 +580,7 @@ def test_doctor_ends_with_6_where_something_is_wrong(monkeypatch):
     assert "warning: Install it." in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "heat"])
 def test_the_models_here_can_be_pruned(name, tmp_path):
     result = command("optimize", MODELS / f"{name}.onnx", tmp_path / "out.onnx", "-q")

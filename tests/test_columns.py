@@ -79,6 +79,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choices", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("offset", [None, OFFSETS], ids=["scaled", "scaled and shifted"])
 def test_units_and_offsets_of_columns_change_no_mask(choices, offset, seed, rng):
@@ -110,6 +111,7 @@ GRANULARITIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "choices"),
     [

@@ -92,6 +92,7 @@ def test_every_affine_weight_is_named(path):
     assert len(reasons) == (2 if inside else 0)
 
 
+@pytest.mark.slow
 @each_file
 def test_every_layer_has_a_sensitivity_that_finite_differences_confirm(path, rng):
     """For all weights of a layer at once: <v, dy> = <dy/dW, dW>."""
@@ -144,6 +145,7 @@ def test_shifts_that_are_stored_do_what_they_did_under_observation(path, rng):
     np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @each_file
 def test_the_default_prunes_it_and_the_result_loads(path):
     result = onnx_ecp.optimize(model_of(path), inputs_of(path, 24), sparsity=0.5)
@@ -168,6 +170,7 @@ def fixture(name: str) -> Path:
 # Convolutions in front of a BatchNormalization that no exporter has folded.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet-norms", "mobilenet-norms"])
 def test_a_convolution_in_front_of_a_normalization_is_compensated_by_its_own_bias(name):
     path = fixture(name)
@@ -213,6 +216,7 @@ KEYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KEYS)
 def test_the_bias_of_attention_keys_compensates_nothing(name):
     """A softmax does not feel a shift of all keys, which is what a sample as a whole sees."""
@@ -273,6 +277,7 @@ PRECISIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name"), [(k, n) for k, names in PRECISIONS.items() for n in names]
 )

@@ -287,6 +287,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "dtype", "words"), SIZES.values(), ids=SIZES)
 def test_arrays_that_do_not_fit_are_refused_before_they_are_unpacked(
     shape, dtype, words, folder, monkeypatch

@@ -309,6 +309,7 @@ def test_compensation_is_kept_where_it_is_better(rng):
 # Models that exporters and ONNX Runtime's optimizer have written.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "floats"),
     [

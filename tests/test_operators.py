@@ -117,6 +117,7 @@ PASSING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", PASSING)
 def test_units_go_behind_any_function(op, rng):
     """Removing units behind a function leaves what ONNX Runtime computes without them."""

@@ -253,12 +253,14 @@ def computed(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.nd
 # What is written.
 
 
+@pytest.mark.slow
 @each_method
 @each_net
 def test_without_sparsity_nothing_changes_bit_for_bit(net, method):
     assert pruned(net, method, 0.0).model == original(net)
 
 
+@pytest.mark.slow
 @each_method
 @each_net
 def test_zeros_are_as_many_as_wanted_and_as_reported(net, method):
@@ -345,6 +347,7 @@ def test_a_shared_bias_is_unshared():
 REDUCTION = {"gemm": 1, "no bias": 0, "attention": 0, "weight on the left": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ecp", "ecp-refit", "magnitude", "random"])
 @pytest.mark.parametrize("pattern", ["2:4", "1:2", "3:8"])
 @pytest.mark.parametrize("net", REDUCTION)
@@ -370,6 +373,7 @@ def test_n_of_m_of_a_convolution_runs_over_its_channels():
 # Which layers.
 
 
+@pytest.mark.slow
 @each_method
 @each_small_net
 def test_each_layer_has_the_share_if_asked_for(net, method):
@@ -544,6 +548,7 @@ def test_a_layer_with_its_own_sparsity_is_not_ranked_with_the_others():
 # What is measured.
 
 
+@pytest.mark.slow
 @each_method
 @each_net
 def test_importances_are_not_negative_and_have_the_shape_of_w(net, method):
@@ -591,6 +596,7 @@ def by_batch_size(net: str, sizes: tuple[int, ...], **options: object) -> list[n
     ]
 
 
+@pytest.mark.slow
 @each_method
 @pytest.mark.parametrize("net", ["gemm", "attention", "convolution", "ids and numbers"])
 def test_the_same_seed_gives_the_same_bytes(net, method, tmp_path):
@@ -612,6 +618,7 @@ def test_another_seed_gives_other_random_numbers():
     assert (masks[0] != masks[1]).any()
 
 
+@pytest.mark.slow
 @each_method
 @each_small_net
 def test_optimizing_again_keeps_the_mask(net, method):
@@ -908,6 +915,7 @@ FEW = {
 }
 
 
+@pytest.mark.slow
 @each_method
 @pytest.mark.parametrize("x", FEW.values(), ids=FEW)
 def test_inputs_that_do_not_vary_are_no_obstacle(x, method):
@@ -1101,6 +1109,7 @@ def small_memory(monkeypatch) -> Callable[[int], None]:
     return limit
 
 
+@pytest.mark.slow
 @each_method
 @pytest.mark.parametrize("net", ["gemm", "attention", "two outputs"])
 def test_a_batch_that_does_not_fit_is_halved(net, method, small_memory):
@@ -1120,6 +1129,7 @@ def test_one_sample_that_does_not_fit_is_told(method, small_memory):
         onnx_ecp.optimize(original("gemm"), inputs("gemm"), method=method)
 
 
+@pytest.mark.slow
 @each_method
 @pytest.mark.parametrize("net", ["attention", "convolution", "tied"])
 def test_the_result_does_not_depend_on_the_memory(net, method):
@@ -1198,6 +1208,7 @@ def test_words_of_the_runtime_for_too_little_memory_are_understood(monkeypatch):
     assert report.zeros_after == expected.zeros_after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["magnitude", "ecp", "ecp-refit"])
 @pytest.mark.parametrize("net", ["gemm", "half precision", "double precision", "tied", "digits"])
 def test_external_weights_end_as_those_inside_do(net, method, tmp_path):

@@ -122,6 +122,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
 def test_the_stated_error_is_that_of_samples_run_one_by_one(kind, choices, rng):
     proto, data = model(kind, rng), inputs(kind, rng)
@@ -144,6 +145,7 @@ def test_the_stated_error_is_that_of_samples_run_one_by_one(kind, choices, rng):
     assert 0.5 < stated / deviation.relative_error < 2 or stated < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "image", "segments"])
 def test_units_targets_and_bounds_take_them_too(kind, rng):
     proto, data = model(kind, rng), inputs(kind, rng)
@@ -256,6 +258,7 @@ def test_a_folder_of_arrays_of_one_input(rng, tmp_path):
     np.testing.assert_array_equal(found.arrays["x"].parts[3], data["x"][3])
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_them(rng, tmp_path):
     onnx.save(model("image", rng), tmp_path / "in.onnx")
     data = inputs("image", rng)

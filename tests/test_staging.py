@@ -66,6 +66,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
 @pytest.mark.parametrize("step", STEPS)
 def test_whatever_fails_leaves_what_was_there(step, error, outputs, monkeypatch):

@@ -843,6 +843,7 @@ def test_zeros_that_are_there_already_count_towards_the_target(share, method, rn
     assert gone == (report.zeros_before < share * dense)
 
 
+@pytest.mark.slow
 @each_network
 @pytest.mark.parametrize("method", ["ecp-refit", "ecp", "magnitude"])
 def test_optimize_reaches_the_share_of_weights_and_what_it_writes_checks(
@@ -890,6 +891,7 @@ def on_openvino(path, feeds):
     return openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(feeds)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", [on_reference, on_openvino])
 @each_network
 def test_every_runtime_agrees_on_what_optimize_writes(network, compute, rng, tmp_path):

@@ -116,6 +116,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_point_is_bit_by_bit_what_optimize_makes(net, x, options):
     assert_like_optimize(net, x, list(METHODS), [0.8, "2:4"], **options)
