@@ -35,6 +35,7 @@ from onnx_ecp.graph import (
 )
 from onnx_ecp.graph.shapes import Shapes
 from onnx_ecp.layers import Layer, find_layers
+from onnx_ecp.layers.versions import one_look_each
 from onnx_ecp.report.inspection import Inspection, Prunable
 from onnx_ecp.runtime.limits import check_deadline, deadline
 from onnx_ecp.statistics.observer import Observer
@@ -46,6 +47,7 @@ MOST_WEIGHTS = 200_000_000
 PATIENCE = 60.0
 
 
+@one_look_each()
 def inspect(
     model: str | Path | onnx.ModelProto,
     calibration: Any = None,

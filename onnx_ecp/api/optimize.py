@@ -25,6 +25,7 @@ from onnx_ecp.api.result import written_beside
 from onnx_ecp.api.task import prepared
 from onnx_ecp.graph import remove
 from onnx_ecp.graph.staging import Staging
+from onnx_ecp.layers.versions import one_look_each
 from onnx_ecp.pruning.loop import importances, observe
 from onnx_ecp.report import Report, rendered
 from onnx_ecp.runtime.cache import caching
@@ -107,6 +108,7 @@ def running(
         threads_of(options.threads),
         working(options.workers, options.dask, executor, options.threads),
         caching(options.cache, options.cache_limit),
+        one_look_each(),
     ):
         yield
 

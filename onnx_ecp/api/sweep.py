@@ -42,6 +42,7 @@ from onnx_ecp.evaluation.compare import Comparison, expected_rows, measure_gap
 from onnx_ecp.evaluation.facts import ModelFacts, model_facts
 from onnx_ecp.graph import Model, signature
 from onnx_ecp.layers import Layer
+from onnx_ecp.layers.versions import one_look_each
 from onnx_ecp.methods import FORWARD, NEEDS
 from onnx_ecp.pruning.control import not_behind_magnitude
 from onnx_ecp.pruning.loop import observe, prune, reads_rows
@@ -105,6 +106,7 @@ def sweep(
     with (
         deadline(first.timeout),
         threads_of(first.threads),
+        one_look_each(),
         working(first.workers, first.dask, executor, first.threads),
         caching(first.cache, first.cache_limit),
     ):

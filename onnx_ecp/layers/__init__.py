@@ -15,6 +15,7 @@ from onnx_ecp.layers.inlined import Inlined, inlined
 from onnx_ecp.layers.layer import Found, Layer, Skip, Weight
 from onnx_ecp.layers.sharing import refuse_shared
 from onnx_ecp.layers.trace import Scope, body_scope, function_scope, main_scope
+from onnx_ecp.layers.versions import once
 from onnx_ecp.layers.views import operator
 
 __all__ = [
@@ -57,6 +58,10 @@ def find_layers(proto: onnx.ModelProto) -> Found:
     Args:
         proto: a valid model; sparse initializers are decoded already. It is not changed.
     """
+    return once("layers", proto, lambda: _found(proto), heavy=False)
+
+
+def _found(proto: onnx.ModelProto) -> Found:
     whole = inlined(proto)
     scope = main_scope(whole.proto)
     answers = list(_answers(scope, _functions(scope.graph), whole, seen=set()))

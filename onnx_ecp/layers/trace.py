@@ -23,6 +23,7 @@ from onnx_ecp.graph.proto import UNSHIFTED
 from onnx_ecp.graph.surgery import import_graph
 from onnx_ecp.layers import views
 from onnx_ecp.layers.layer import Skip, Step, Weight
+from onnx_ecp.layers.versions import once
 
 FLOATS = (
     onnx.TensorProto.FLOAT,
@@ -272,8 +273,12 @@ def main_scope(proto: onnx.ModelProto) -> Scope:
     Raises:
         ModelError: an attribute is not text.
     """
-    graph = import_graph(proto)
-    return Scope(proto, graph, _unique_names(graph), _constants(graph, frozenset()))
+
+    def look() -> Scope:
+        graph = import_graph(proto)
+        return Scope(proto, graph, _unique_names(graph), _constants(graph, frozenset()))
+
+    return once("scope", proto, look, heavy=True)
 
 
 def body_scope(outer: Scope, node: gs.Node, attribute: str) -> Scope:
