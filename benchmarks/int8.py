@@ -74,7 +74,7 @@ def digits(network: Network, sparsity: float) -> Case:
     return Case(network.path, train, test, labels, {"sparsity": sparsity}, 64)
 
 
-def photos() -> Case:
+def photos(calibration: int = 24) -> Case:
     """EfficientNet-Lite0 on photographs; in one stage, from few of them, to be quick."""
     from PIL import Image
 
@@ -85,11 +85,9 @@ def photos() -> Case:
     path = SHARED / "models" / "efficientnet_lite0.onnx"
     name = onnx.load(path).graph.input[0].name
     choices = {"sparsity": 0.4, "effort": "fast", "cleanup": False}
-    return Case(path, {name: x[:PHOTOS]}, {name: x[256:]}, labels[256:], choices, 1, True)
+    return Case(path, {name: x[:calibration]}, {name: x[256:]}, labels[256:], choices, 1, True)
 
 
-# Photographs to calibrate on.
-PHOTOS = 24
 CASES: dict[str, Callable[[], Case]] = {
     "mlpnet": partial(digits, NETWORKS["mlpnet"], 0.9),
     "lenet300": partial(digits, NETWORKS["lenet300"], 0.9),
