@@ -157,8 +157,9 @@ CONFIG = click.option(
 CALIBRATION = click.option(
     "-c", "--calibration", metavar="PATH",
     help="Calibration inputs: .npz, .npy, a folder, SCRIPT.py[:function]; .npz has one array per "
-    "input, first axis = sample. Folders of these, of test_data_set_N/input_*.pb, and Polygraphy "
-    ".json work too.  [default: MODEL.npz beside the model, else made-up inputs]",
+    "input, first axis = sample. Folders of these, of images or .wav, of "
+    "test_data_set_N/input_*.pb, .csv, .parquet, .txt, Polygraphy .json work too.  "
+    "[default: MODEL.npz beside the model, else made-up inputs]",
 )  # fmt: skip
 
 INPUT_SHAPES = click.option(

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_ecp.data import ragged
+from onnx_ecp.data import images, ragged, sounds, tables, texts
 from onnx_ecp.data import synthetic as synthesis
+from onnx_ecp.data.feeds import LABEL_NAMES, files_in
 from onnx_ecp.data.ragged import Ragged, Samples, shape_of
 from onnx_ecp.data.synthetic import draw, is_fixed
 from onnx_ecp.data.untrusted import (
@@ -42,8 +43,6 @@ from onnx_ecp.graph import InputSpec
 from onnx_ecp.runtime.digest import digest
 from onnx_ecp.runtime.limits import check_deadline
 
-# Arrays under these names are labels: ``load`` passes over them, ``load_labels`` reads them.
-LABEL_NAMES = ("y", "labels")
 # Elements that are looked at together when NaN and Inf are searched: 16 MiB of flags.
 _CHUNK = 2**24
 _SCRIPT = re.compile(r"(?P<path>.+\.py)(:(?P<function>\w+))?")
@@ -306,6 +305,8 @@ def load(source: Any, inputs: Inputs, *, samples: int | None = None, seed: int =
     if kind.stream:
         parts = _until(parts, samples, _origin(source))
     whole = replace(_joined(list(parts), inputs, _origin(source)), seed=seed)
+    if kind.told is not None:
+        whole = replace(whole, source=f"{whole.source} ({kind.told(source, inputs)})")
     indices = np.arange(len(whole))
     if samples is not None and samples < len(whole):
         indices = indices[:samples] if kind.stream else subset(len(whole), samples, seed)
@@ -638,7 +639,10 @@ def _place(array: np.ndarray, spec: InputSpec, origin: str) -> tuple[np.ndarray,
     """The array with samples on axis 0, and whether that is the model's batch axis."""
     given, shape = array.shape, spec.shape
     if array.size == 0:
-        raise CalibrationError(f"{origin}: input {spec.name!r} is empty: shape {_shape(given)}.")
+        raise CalibrationError(
+            f"{origin}: input {spec.name!r} is empty: shape {_shape(given)}.",
+            hint="At least one sample is needed.",
+        )
     stacked = shape is None or (len(given) == len(shape) and _is_free_first(shape))
     if shape and not stacked and len(given) == len(shape):
         array = _whole_batches(array, spec, origin)
@@ -1061,19 +1065,61 @@ class Source:
         accepts: whether a source is of this kind.
         read: its contents as Calibrations that fit the model's inputs, to be joined.
         stream: whether it may be endless, so that reading stops when there are enough samples.
+        told: what is done to it on the way, for the report.
     """
 
     accepts: Callable[[Any], bool]
     read: Callable[[Any, Inputs], Iterator[Calibration]]
     stream: bool = False
+    told: Callable[[Any, Inputs], str] | None = None
+
+
+def _feeds(
+    read: Callable[[Path, Inputs], Iterator[dict[str, np.ndarray]]],
+) -> Callable[[Any, Inputs], Iterator[Calibration]]:
+    """A row's ``read``, of a reader that yields what one sample takes."""
+
+    def parts(source: Any, inputs: Inputs) -> Iterator[Calibration]:
+        for i, feed in enumerate(read(Path(source), inputs)):
+            yield _fit_feed(feed, inputs, f"{source}: sample {i}")
+
+    return parts
+
+
+def _arrays(
+    read: Callable[[Path, Inputs], dict[str, np.ndarray]],
+) -> Callable[[Any, Inputs], Iterator[Calibration]]:
+    """A row's ``read``, of a reader that returns all samples."""
+
+    def parts(source: Any, inputs: Inputs) -> Iterator[Calibration]:
+        yield fit(read(Path(source), inputs), inputs, str(source))
+
+    return parts
+
+
+def _folder_of(suffixes: Collection[str]) -> Callable[[Any], bool]:
+    """Folders with such files, and no arrays at their top."""
+
+    def accepts(source: Any) -> bool:
+        if not _is_folder(source):
+            return False
+        arrays = any(next(Path(source).glob(f"*{suffix}"), None) for suffix in (".npy", ".npz"))
+        return not arrays and bool(files_in(Path(source), suffixes))
+
+    return accepts
 
 
 # The first row that accepts a source reads it.
 SOURCES: dict[str, Source] = {
     "test_data_set folder": Source(_is_test_data, _from_test_data),
+    "folder of images": Source(_folder_of(images.SUFFIXES), _feeds(images.read), told=images.told),
+    "folder of .wav": Source(_folder_of(sounds.SUFFIXES), _feeds(sounds.read), told=sounds.told),
     "folder": Source(_is_folder, _from_folder),
     ".npz": Source(_is_file(".npz"), _from_npz),
     ".npy": Source(_is_file(".npy"), _from_npy),
+    ".csv": Source(_is_file(".csv"), _arrays(tables.read_csv)),
+    ".parquet": Source(_is_file(".parquet"), _arrays(tables.read_parquet)),
+    ".txt beside tokenizer.json": Source(_is_file(".txt"), _feeds(texts.read)),
     "Polygraphy .json": Source(_is_file(".json"), _from_polygraphy),
     "SCRIPT.py[:function]": Source(_is_script, _from_script, stream=True),
     "CalibrationDataReader": Source(lambda s: hasattr(s, "get_next"), _from_reader, stream=True),

@@ -94,7 +94,7 @@ def read_npz(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
     try:
         with _opened(path) as file, zipfile.ZipFile(file) as archive:
             wanted = _members(archive, names)
-            _check_budget(sum(info.file_size for info in wanted.values()), str(path))
+            check_budget(sum(info.file_size for info in wanted.values()), str(path))
             return {name: _member(archive, info, path) for name, info in wanted.items()}
     except _ZIP_ERRORS as error:
         _unreadable(path, error)
@@ -138,17 +138,17 @@ def _opened(path: Path) -> IO[bytes]:
     return os.fdopen(number, "rb")
 
 
-def _whole(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
     """All of a regular file; CalibrationError beyond ``memory_budget()``."""
     with _opened(path) as file:
-        _check_budget(os.fstat(file.fileno()).st_size, str(path))
+        check_budget(os.fstat(file.fileno()).st_size, str(path))
         return file.read()
 
 
 def read_tensor(path: Path) -> tuple[str, np.ndarray]:
     """Name (may be empty) and values of a TensorProto file such as ``input_0.pb``."""
     try:
-        tensor = TensorProto.FromString(_whole(path))
+        tensor = TensorProto.FromString(read_bytes(path))
         if tensor.data_location == TensorProto.EXTERNAL:
             raise CalibrationError(
                 f"{path}: the values are in another file, which is not read.",
@@ -162,7 +162,7 @@ def read_tensor(path: Path) -> tuple[str, np.ndarray]:
 def read_polygraphy(path: Path) -> list[dict[str, np.ndarray]]:
     """The feeds of a file written by ``polygraphy run --save-inputs``."""
     try:
-        content = json.loads(_whole(path))
+        content = json.loads(read_bytes(path))
     except (OSError, ValueError, RecursionError) as error:
         _unreadable(path, error)
     if not isinstance(content, list) or not all(isinstance(feed, dict) for feed in content):
@@ -254,7 +254,8 @@ def _check_size(shape: tuple[int, ...], dtype: np.dtype, there: int, origin: str
         )
 
 
-def _check_budget(declared: int, origin: str) -> None:
+def check_budget(declared: int, origin: str) -> None:
+    """CalibrationError where ``declared`` bytes are more than ``memory_budget()``."""
     budget = memory_budget()
     if declared > budget:
         raise CalibrationError(
