@@ -39,6 +39,12 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
         return markdown.replace("](docs/", "](").replace("](README.md", "](index.md")
     up = "../" * len(PurePosixPath(page.file.src_uri).parts)  # the repository's top from this page
     inside = up.removeprefix("../")  # the top of the site
-    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/results/", "examples/"):
+    for name in (
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
+        "benchmarks/results/",
+        "examples/",
+    ):
         markdown = markdown.replace(f"]({up}{name}", f"]({inside}{name}")
     return markdown
