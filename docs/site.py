@@ -15,6 +15,7 @@ PAGES = {
     "CHANGELOG.md": "CHANGELOG.md",
     "SECURITY.md": "SECURITY.md",
 }
+EXAMPLES = "https://github.com/onnx-ecp/onnx-ecp/blob/main/examples/"
 PICTURES = sorted((ROOT / "benchmarks" / "results").glob("*.png"))
 
 
@@ -37,4 +38,5 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
     inside = up.removeprefix("../")  # the top of the site
     for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/results/"):
         markdown = markdown.replace(f"]({up}{name}", f"]({inside}{name}")
+    markdown = markdown.replace(f"]({up}examples/", f"]({EXAMPLES}")
     return markdown
