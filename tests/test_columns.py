@@ -100,7 +100,7 @@ def test_units_and_offsets_of_columns_change_no_mask(choices, offset, seed, rng)
 
 
 # Methods whose objective is the error of the outputs, or which look at nothing.
-OUTPUT_ERROR = ("ecp-refit", "ecp", "obs", "obd", "gradient-magnitude", "random")
+OUTPUT_ERROR = ("ecp-refit", "ecp", "obs", "obd", "gradient-magnitude", "nonlinear", "random")
 # Those that compare weights of a row with each other alone, under N:M, whatever their objective.
 WITHIN_ROWS = (*OUTPUT_ERROR, "magnitude", "wanda", "flap", "sparsegpt", "obc")
 GRANULARITIES = {

@@ -409,10 +409,11 @@ class Options:
 
         l2 wants nothing of the outputs, whatever their units; kl takes them as logits, which no
         file tells. Over the networks of docs/benchmarks it was l2 that never lost much. The
-        methods that work with the curvature are defined by the loss where there are labels.
+        methods that work with the curvature, or with mean gradients, are defined by the loss where
+        there are labels.
         """
-        curved = self.recipe.measures == "curvature" and self.labels is not None
-        return self.metric or ("loss" if curved else "l2")
+        of_loss = self.recipe.measures in ("curvature", "gradients") and self.labels is not None
+        return self.metric or ("loss" if of_loss else "l2")
 
     @property
     def metric_reason(self) -> str:

@@ -294,8 +294,8 @@ OPTIONS = (
     CALIBRATION,
     click.option(
         "-m", "--method", metavar="NAME", default="ecp-refit", show_default=True,
-        help="ecp-refit, ecp, obs, magnitude, random, gradient-magnitude, wanda, flap, obd, "
-        "sparsegpt, obc, woodfisher or cbs.",
+        help="ecp-refit, ecp, obs, magnitude, random, nonlinear, gradient-magnitude, wanda, flap, "
+        "obd, sparsegpt, obc, woodfisher or cbs.",
     ),
     click.option(
         "-s", "--sparsity", metavar="VALUE",

@@ -1,6 +1,6 @@
 """Pruning methods: one file each, one row here; and a row for a compensation of its own."""
 
-from onnx_ecp.methods import cbs, ecp, ecp_refit, obc, obs, simple, sparsegpt, woodfisher
+from onnx_ecp.methods import cbs, ecp, ecp_refit, nonlinear, obc, obs, simple, sparsegpt, woodfisher
 from onnx_ecp.methods.effort import EFFORTS, Effort
 from onnx_ecp.methods.method import (
     COMPENSATIONS,
@@ -24,6 +24,7 @@ METHODS: dict[str, Method] = {
     "obs": obs.OBS,
     "magnitude": simple.MAGNITUDE,
     "random": simple.RANDOM,
+    "nonlinear": nonlinear.NONLINEAR,
     "gradient-magnitude": simple.GRADIENT_MAGNITUDE,
     "wanda": simple.WANDA,
     "flap": simple.FLAP,

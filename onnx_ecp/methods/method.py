@@ -39,6 +39,8 @@ class View:
         tensor: name of the stored tensor behind the layer.
         uses: how many layers share it.
         curvature: of the block that it belongs to; None where the method does not need it.
+        effects: (out, in), mean squared change of the outputs when a weight is removed, as it was
+            measured; None where the method does not need it.
     """
 
     weight: np.ndarray
@@ -49,6 +51,7 @@ class View:
     tensor: str = ""
     uses: int = 1
     curvature: Curvature | None = None
+    effects: np.ndarray | None = None
 
     @property
     def seen(self) -> Moments:
@@ -293,6 +296,7 @@ class Method:
         compensation: a name in COMPENSATIONS.
         needs: what the importance reads: a name in NEEDS.
         needs_gram: whether it reads the Gram matrix too; costs a walk per stage.
+        needs_effects: whether it reads what the removal of each weight does; a run for each weight.
         stages: how many times observe, score, select, compensate are repeated.
         shrinkage: q of ``Moments.shrunk``, of the importance.
         floor: least density of a layer as a share of the density of all layers.
@@ -313,6 +317,7 @@ class Method:
     compensation: str = "none"
     needs: str = "nothing"
     needs_gram: bool = False
+    needs_effects: bool = False
     stages: int = 1
     shrinkage: float = 0.0
     floor: float = 0.0
@@ -341,6 +346,7 @@ class Method:
                 search=ranking.search,
                 needs=ranking.needs,
                 needs_gram=ranking.needs_gram,
+                needs_effects=ranking.needs_effects,
                 in_output_units=ranking.in_output_units,
                 damping=ranking.damping,
                 unit_score=ranking.unit_score,

@@ -19,7 +19,7 @@ MAGNITUDE = Method(
 GRADIENT_MAGNITUDE = Method(
     lambda view: np.abs(view.weight) * _mean_gradient(view),
     needs="gradients",
-    summary="|W| times the mean gradient of the outputs, without labels",
+    summary="|W| times the mean gradient of the outputs, or of the loss with --labels",
 )
 
 WANDA = Method(

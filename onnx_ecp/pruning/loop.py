@@ -19,6 +19,7 @@ from onnx_ecp.graph import printable
 from onnx_ecp.layers import Layer
 from onnx_ecp.methods import MaskProblem, View
 from onnx_ecp.pruning.compensation import compensate, newly_removed, removed
+from onnx_ecp.pruning.effects import Effects
 from onnx_ecp.pruning.finetune import finetune
 from onnx_ecp.pruning.joint_refit import ROUNDS, memory_needed, refit_jointly
 from onnx_ecp.pruning.levels import Levels, levels_of
@@ -288,7 +289,7 @@ def stage(
     """
     state = before.state
     measured = measured or observe(network, plan, state, progress)
-    scores = importances(network, plan, state, measured)
+    scores = importances(network, plan, state, measured, progress)
     by_tensor = summed(network.layers, scores)
     sizes = relative_sizes(network.layers, state)
     keep: dict[str, np.ndarray] = {}
@@ -476,7 +477,11 @@ def _observed(network: Network, plan: Plan, state: State, progress: Progress) ->
 
 
 def importances(
-    network: Network, plan: Plan, state: State, measured: Measured
+    network: Network,
+    plan: Plan,
+    state: State,
+    measured: Measured,
+    progress: Progress = silent,
 ) -> Mapping[str, np.ndarray]:
     """Importance (out, in) by layer name, in the method's own unit.
 
@@ -486,6 +491,7 @@ def importances(
     method, scores = plan.method, Spill(network.share(4))
     index = {layer.name: i for i, layer in enumerate(network.layers)}
     blocks = {n: block for block in measured.curvature for n in block.rows}
+    effects = Effects(network, state, progress) if method.needs_effects else None
     for layer, gram in with_grams(network, plan, state, measured):
         moments = measured.moments.get(layer.name)
         if moments is not None and method.shrinkage and plan.positions == "expand":
@@ -501,6 +507,7 @@ def importances(
             tensor,
             network.uses[tensor],
             blocks.get(tensor),
+            None if effects is None else effects.of(layer, measured.moments[layer.name]),
         )
         score = method.importance(view)
         _check_scores(layer, score)
