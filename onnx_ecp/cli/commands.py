@@ -406,8 +406,8 @@ PAIRS = ("layer_sparsity", "output_weights", "input_shapes")
 PRESENTATION = (
     CONFIG,
     click.option(
-        "--report", metavar="FILE.json|FILE.html", multiple=True,
-        help="Write a report (repeatable).",
+        "--report", metavar="FILE.json|.html|.toml", multiple=True,
+        help="Write a report; .toml: settings for --config (repeatable).",
     ),
     JSON,
     QUIET,
