@@ -15,8 +15,8 @@ PAGES = {
     "CHANGELOG.md": "CHANGELOG.md",
     "SECURITY.md": "SECURITY.md",
 }
-EXAMPLES = "https://github.com/onnx-ecp/onnx-ecp/blob/main/examples/"
 PICTURES = sorted((ROOT / "benchmarks" / "results").glob("*.png"))
+EXAMPLES = sorted(path for path in (ROOT / "examples").iterdir() if path.is_file())
 
 
 def on_files(files: Files, config) -> Files:
@@ -24,6 +24,9 @@ def on_files(files: Files, config) -> Files:
     for name, source in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, name, content=text))
+    for example in EXAMPLES:
+        name = f"examples/{example.name}"
+        files.append(File.generated(config, name, abs_src_path=str(example)))
     for picture in PICTURES:
         name = f"benchmarks/results/{picture.name}"
         files.append(File.generated(config, name, abs_src_path=str(picture)))
@@ -36,7 +39,12 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
         return markdown.replace("](docs/", "](").replace("](README.md", "](index.md")
     up = "../" * len(PurePosixPath(page.file.src_uri).parts)  # the repository's top from this page
     inside = up.removeprefix("../")  # the top of the site
-    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/results/"):
+    for name in (
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
+        "benchmarks/results/",
+        "examples/",
+    ):
         markdown = markdown.replace(f"]({up}{name}", f"]({inside}{name}")
-    markdown = markdown.replace(f"]({up}examples/", f"]({EXAMPLES}")
     return markdown

@@ -5,12 +5,16 @@ import io
 import json
 import math
 import re
+import tomllib
 from html.parser import HTMLParser
 
 import numpy as np
+import onnx.parser
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
+from onnx_ecp.cli.commands import main
 from onnx_ecp.errors import OnnxEcpError, OutputError, UsageError
 from onnx_ecp.evaluation.bounds import from_gaps
 from onnx_ecp.evaluation.bounds.sampling import Gaps
@@ -498,3 +502,42 @@ def test_outputs_without_classes_have_no_column_for_agreement(show):
     plain = gap(outputs=(Deviation("y", 0.1, 0.1, 0.1, 3, None, 0, 0),))
     assert "agreement" in show(report())
     assert "agreement" not in show(report(gap=plain))
+
+
+SETTINGS = {
+    "a sparsity": ["-s", "0.6", "--seed", "3"],
+    "a pattern, many options": [
+        "-s", "2:4", "-m", "ecp", "--layer-sparsity", "y=0.5", "--include", "h", "--include",
+        "y", "--max-memory", "2G", "--output-weights", "y=2", "--no-measure", "--samples", "30",
+    ],
+    "units": ["--speedup", "1.5", "--stages", "2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", SETTINGS.values(), ids=SETTINGS)
+def test_the_settings_of_a_run_repeat_it(words, tmp_path, rng, monkeypatch):
+    proto = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17]> net (float[n, 8] x) => (float[n, 4] y) {
+        h = MatMul(x, W) a = Relu(h) y = MatMul(a, V) }"""
+    )
+    for name, shape in (("W", (8, 16)), ("V", (16, 4))):
+        values = rng.standard_normal(shape).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    monkeypatch.chdir(tmp_path)
+    onnx.save(proto, "in.onnx")
+    np.savez("a file.npz", x=rng.standard_normal((40, 8)).astype(np.float32))
+    run = ["optimize", "in.onnx"]
+    first = [*run, "a.onnx", "-c", "a file.npz", *words, "--report", "a.toml"]
+    again = [*run, "b.onnx", "--config", "a.toml", "--report", "b.toml"]
+    for arguments in (first, again):
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    assert (tmp_path / "a.toml").read_text() == (tmp_path / "b.toml").read_text()
+
+
+@pytest.mark.parametrize("text", ['"', "\\", "\n", "\x7f", "é", "😀", "\x00", "a = 1"])
+def test_settings_of_any_text_are_what_they_were(text):
+    from onnx_ecp.report.as_toml import _value
+
+    assert tomllib.loads(f"{_value(text)} = {_value([text])}") == {text: [text]}

@@ -68,7 +68,7 @@ def optimize(
         calibration: see ``calibration.load``; None takes MODEL.npz beside the model, else made-up
             inputs, which the report warns of.
         output: where to write; None writes nothing.
-        report: where to write the report, .json or .html; one path or several.
+        report: where to write the report, .json, .html or .toml (settings); one path or several.
         progress: called with (what, done, of) as work goes on.
         executor: looks at parts of the data; one of ``concurrent.futures``, or better several with
             one worker each.

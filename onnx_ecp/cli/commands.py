@@ -82,7 +82,11 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
         with open(path, "rb") as file:
             values = tomllib.load(file)
     except (OSError, ValueError) as error:  # TOML and UTF-8 errors are ValueErrors
-        raise UsageError(f"{path}: cannot be read: {error}.") from error
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"{path}: cannot be read: {why}.",
+            hint='Name a TOML file of options by their long names: sparsity = 0.8, method = "ecp".',
+        ) from error
     options = {
         option.opts[-1].removeprefix("--"): option
         for option in ctx.command.params
@@ -402,8 +406,8 @@ PAIRS = ("layer_sparsity", "output_weights", "input_shapes")
 PRESENTATION = (
     CONFIG,
     click.option(
-        "--report", metavar="FILE.json|FILE.html", multiple=True,
-        help="Write a report (repeatable).",
+        "--report", metavar="FILE.json|.html|.toml", multiple=True,
+        help="Write a report; .toml: settings for --config (repeatable).",
     ),
     JSON,
     QUIET,

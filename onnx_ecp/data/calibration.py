@@ -420,14 +420,20 @@ def load_labels(source: str | Path | np.ndarray, n: int) -> np.ndarray:
         _check_targets(path, labels)
         return np.array(labels, dtype=np.float64)
     if labels.min() < 0 or labels.max() > np.iinfo(np.int64).max:
-        raise CalibrationError(f"{path}: label {labels.min()} is no class index.")
+        raise CalibrationError(
+            f"{path}: label {labels.min()} is no class index.",
+            hint="Number classes from 0, as the columns of the output.",
+        )
     return np.array(labels, dtype=np.int64)
 
 
 def _check_targets(path: str, targets: np.ndarray) -> None:
     bad = ~np.isfinite(targets).reshape(len(targets), -1).all(axis=1)
     if bad.any():
-        raise CalibrationError(f"{path}: the target of sample {int(bad.argmax())} is not finite.")
+        raise CalibrationError(
+            f"{path}: the target of sample {int(bad.argmax())} is not finite.",
+            hint="Remove or repair the sample.",
+        )
 
 
 def _labels_array(source: str | Path | np.ndarray) -> np.ndarray:
@@ -601,7 +607,10 @@ def _named(arrays: Mapping[Any, Any], inputs: Inputs, origin: str) -> dict[str, 
             hint=f"The arrays given are {', '.join(sorted(map(str, arrays))) or 'none'}.",
         )
     if not inputs:
-        raise CalibrationError(f"{origin}: the model has no inputs to calibrate with.")
+        raise CalibrationError(
+            f"{origin}: the model has no inputs to calibrate with.",
+            hint="A model without inputs computes a constant: store that instead.",
+        )
     return {spec.name: _typed(arrays[spec.name], spec, origin) for spec in inputs}
 
 
@@ -609,7 +618,10 @@ def _typed(value: Any, spec: InputSpec, origin: str) -> np.ndarray:
     try:
         array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise CalibrationError(f"{origin}: input {spec.name!r} is no array: {error}.") from error
+        raise CalibrationError(
+            f"{origin}: input {spec.name!r} is no array: {error}.",
+            hint="Give what numpy.asarray takes.",
+        ) from error
     have, want = array.dtype, spec.dtype
     if want is not None and want.kind != "O":
         if have.newbyteorder("=") == want:

@@ -191,7 +191,10 @@ def _polygraphy_array(value: Any, origin: str) -> np.ndarray:
         stream.seek(offset)
         return _array(shape, fortran, dtype, stream.read(), origin)
     except ValueError as error:
-        raise CalibrationError(f"{origin}: cannot be read: {error}.") from error
+        raise CalibrationError(
+            f"{origin}: cannot be read: {error}.",
+            hint="Write the file again, with `polygraphy run --save-inputs`.",
+        ) from error
 
 
 # No header of a plain array is longer; what follows is not read to find that out.
@@ -246,7 +249,9 @@ def _check_size(shape: tuple[int, ...], dtype: np.dtype, there: int, origin: str
     """In Python integers, which do not overflow."""
     declared = math.prod(shape) * dtype.itemsize
     if declared == 0:
-        raise CalibrationError(f"{origin}: the array is empty, shape {shape}.")
+        raise CalibrationError(
+            f"{origin}: the array is empty, shape {shape}.", hint="At least one sample is needed."
+        )
     if declared != there:
         raise CalibrationError(
             f"{origin}: shape {shape} of {dtype} takes {declared} bytes, but {there} are there.",

@@ -150,7 +150,8 @@ def one_hot(labels: np.ndarray, y: np.ndarray) -> np.ndarray:
     """
     if labels.max() >= y.shape[-1]:
         raise CalibrationError(
-            f"label {labels.max()} is none of the {y.shape[-1]} classes of the output."
+            f"label {labels.max()} is none of the {y.shape[-1]} classes of the output.",
+            hint="Number classes from 0, as the columns of the output.",
         )
     return np.asarray(np.eye(y.shape[-1])[labels])
 

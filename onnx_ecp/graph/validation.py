@@ -165,7 +165,10 @@ def _check_functions(proto: onnx.ModelProto) -> None:
         )
     except CycleError as error:
         names = " -> ".join(printable(key[1]) for key in error.args[1][:5])
-        raise ModelError(f"local functions call each other in a circle: {names}.") from error
+        raise ModelError(
+            f"local functions call each other in a circle: {names}.",
+            hint="Export the model again.",
+        ) from error
     sizes: dict[_Key, int] = {}
     for key in order:
         sizes[key] = _expanded(calls[key], sizes)

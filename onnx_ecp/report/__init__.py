@@ -362,7 +362,7 @@ class Report:
         return report_to_dict(self)
 
     def save(self, path: str | Path) -> None:
-        """Write it as *.json or *.html, whole or not at all; it replaces a file; see ``write``."""
+        """Write it as *.json, *.html or *.toml (settings), whole or not at all; see ``write``."""
         write(self, path)
 
     @staticmethod
@@ -389,7 +389,13 @@ def _html(report: Report) -> str:
     return page(report)
 
 
-WRITERS: dict[str, Callable[[Report], str]] = {".json": _json, ".html": _html}
+def _toml(report: Report) -> str:
+    from onnx_ecp.report.as_toml import settings
+
+    return settings(report)
+
+
+WRITERS: dict[str, Callable[[Report], str]] = {".json": _json, ".html": _html, ".toml": _toml}
 
 
 def check_target(path: str | Path, *, force: bool) -> None:

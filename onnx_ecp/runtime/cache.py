@@ -233,7 +233,10 @@ def clear(folder: str | Path) -> Contents:
         try:
             Path(folder, entry.name).unlink(missing_ok=True)
         except OSError as error:
-            raise OutputError(f"{folder}: {error.strerror or error}.") from error
+            raise OutputError(
+                f"{folder}: {error.strerror or error}.",
+                hint="Clear a folder that you may write into.",
+            ) from error
     return Contents.of(folder, gone, removed=True)
 
 

@@ -55,7 +55,7 @@ def onnxruntime() -> Any:
     except ImportError as error:
         raise ProviderError(
             "ONNX Runtime is not installed.",
-            hint='pip install "onnx-ecp[cpu]"  or, for NVIDIA GPUs,  pip install "onnx-ecp[gpu]"',
+            hint='Install it: pip install "onnx-ecp[cpu]", or for NVIDIA GPUs "onnx-ecp[gpu]".',
         ) from error
     if not hasattr(module, "InferenceSession"):
         raise ProviderError(

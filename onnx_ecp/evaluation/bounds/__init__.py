@@ -278,7 +278,10 @@ def plan(
         for layer in find_layers(dense.proto).layers
     }
     if not matrices:
-        raise ModelError("the model has no layer that can be pruned.")
+        raise ModelError(
+            "the model has no layer that can be pruned.",
+            hint="See `onnx-ecp inspect MODEL` for the reasons.",
+        )
     return planning.plan(matrices, method, sparsity, confidence, eps)
 
 

@@ -101,6 +101,7 @@ def pair(a: Model, b: Model) -> Pair:
                 f"node {printable(output)!r} of the first model has no counterpart of the same "
                 "shape in the second: only models that differ in the values of their constants "
                 "have a deterministic bound (`optimize --no-cleanup` makes them).",
+                hint="Prune again without clean-up, or take the statistical bounds.",
             )
         steps.append(LayerStep(node, _known(node, left), _known(other, right), opsets))
     inputs = tuple(spec.name for spec in signature(a.proto))
