@@ -46,6 +46,8 @@ COPY = 400
 INDEX, NODE = 8, 200
 # Gather counts axes from the end from this opset on.
 _NEGATIVE_AXES = 11
+# Channels that kernels of convolutions take at a time.
+BLOCKS = (16, 8)
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ def _without_dead(
     )
     loud = _loud(model, structure, layers, alive)
     keep = at_least_one(structure, loud | (~unread & ~constant))
+    keep = whole_blocks(structure, keep, {x.name for x in layers if "Conv" in x.op})
     if keep.all():
         return None
     proto = cut(model.proto, structure, keep, model.base)
@@ -296,6 +299,24 @@ def at_least_one(structure: Structure, keep: np.ndarray) -> np.ndarray:
     for units in (*(group.units for group in structure.groups), *structure.parts):
         if not keep[units].any():
             keep[units[0]] = True
+    return keep
+
+
+def whole_blocks(structure: Structure, keep: np.ndarray, convolutions: set[str]) -> np.ndarray:
+    """The same with as many channels of convolutions as their kernels take in whole blocks.
+
+    Kernels of ONNX Runtime are laid out for blocks of 8 or 16 channels, and fall back to slower
+    ones for other numbers (``kernels.py``): a network whose channels fill such blocks must not
+    become slower because some of them are dead. Those that are left in it are zero.
+    """
+    keep = keep.copy()
+    for group in structure.groups:
+        number = len(group.units)
+        block = next((b for b in BLOCKS if number % b == 0), 1)
+        if group.width > 1 or convolutions.isdisjoint((*group.producers, *group.consumers)):
+            continue
+        lacking = -int(keep[group.units].sum()) % block
+        keep[group.units[~keep[group.units]][:lacking]] = True
     return keep
 
 
