@@ -1,6 +1,7 @@
 """Every example runs as it stands, from a clone, where the other tool is installed."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -24,13 +25,31 @@ EXAMPLES = {
     "text_folder.py": ("tokenizers", "bert/texts.txt"),
 }
 # Read by one of them.
-PARTS = {"olive_prune.json", "polygraphy_loader.py"}
+PARTS = {"olive_prune.json", "polygraphy_loader.py", "first_look.ipynb"}
 
 
 def test_every_example_is_run_and_told():
     found = {path.name for path in (ROOT / "examples").iterdir() if path.is_file()}
     assert found == EXAMPLES.keys() | PARTS
     assert set(re.findall(r"\(\.\./examples/([\w.]+)\)", PAGE.read_text("utf-8"))) == found
+
+
+@pytest.mark.slow
+def test_the_notebook_says_what_its_cells_print(monkeypatch, capsys):
+    """Names and words count: digits differ from machine to machine."""
+    monkeypatch.chdir(ROOT)
+    notebook = json.loads((ROOT / "examples" / "first_look.ipynb").read_text("utf-8"))
+    space: dict = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        exec("".join(cell["source"]), space)
+        told = "".join("".join(output["text"]) for output in cell["outputs"])
+        assert words(capsys.readouterr().out) == words(told)
+
+
+def words(text: str) -> str:
+    return re.sub(r"[\d.]+", "0", text)
 
 
 @pytest.mark.slow
