@@ -558,3 +558,17 @@ def test_layers_of_the_result_are_named_as_in_the_model():
         layer.name for layer in find_layers(original("convolution")).layers
     ]
     assert onnxruntime.InferenceSession(result.model.SerializeToString())
+
+
+def test_nothing_is_said_beside_the_report_of_biases_that_were_rewritten(rng, capfd):
+    proto = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17]> net (float[n, 8] x) => (float[n, 4] y) {
+        h = MatMul(x, W) s = Add(h, b) a = Relu(s) t = MatMul(a, V) y = Add(t, c) }"""
+    )
+    for name, shape in {"W": (8, 16), "b": (1, 16), "V": (16, 4), "c": (1, 4)}.items():
+        values = rng.standard_normal(shape).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    x = rng.standard_normal((60, 8)).astype(np.float32)
+    result = onnx_ecp.optimize(proto, {"x": x}, sparsity=0.3, quantize="int8", stages=1)
+    assert any(node.op_type == "QuantizeLinear" for node in result.model.graph.node)
+    assert capfd.readouterr() == ("", "")

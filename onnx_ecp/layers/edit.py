@@ -131,6 +131,14 @@ def _drop_unread(model: onnx.ModelProto, name: str) -> None:
             graph.node.remove(makers.pop(name))
 
 
+def drop_unread_tensors(model: onnx.ModelProto) -> None:
+    """Remove the initializers that nothing reads; inputs that have one stay."""
+    graph = model.graph
+    read = {info.name for info in graph.input} | set(_read_names(graph))
+    for name in [tensor.name for tensor in graph.initializer if tensor.name not in read]:
+        _remove(graph.initializer, name)
+
+
 def _remove(protos: Iterable, name: str) -> None:
     for proto in [proto for proto in protos if proto.name == name]:
         protos.remove(proto)  # type: ignore[attr-defined]

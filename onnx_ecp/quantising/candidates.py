@@ -77,6 +77,7 @@ def prepared(model: Model, batch: Batch, session: dict) -> Model:
     shapes = shapes_of_a_run(Model(proto, None, None), batch.feeds, **session)
     for layer in find_layers(proto).layers:
         _as_gemm(proto, layer, shapes)
+    edit.drop_unread_tensors(proto)  # ONNX Runtime warns of them on stderr
     return Model(proto, None, None)
 
 
