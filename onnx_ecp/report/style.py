@@ -65,7 +65,7 @@ i.error { background: var(--bad); } i.gone { background: var(--gone); }
 .layer.two .track i.before { z-index: 0; }
 .times .layer .track { height: 18px; background: none; } .times .layer .track i { height: 8px; }
 .times .layer .track i.after { top: 9px; }
-.times .layer > span:not(.what):has(.track) { grid-template-columns: 1fr 9rem; }
+.times .layer > span:not(.what):has(.track) { grid-template-columns: 1fr 10rem; }
 .layer small { display: none; color: var(--dim); }
 .omitted { color: var(--dim); }
 
@@ -92,7 +92,7 @@ svg.search { max-width: 42rem; }
   .layer, .layer.two { grid-template-columns: 1fr; padding: .4rem 0; }
   .layer.head { display: none; }
   .layer > span:not(.what):has(.track) { grid-template-columns: 4rem 1fr 5.5rem; }
-  .times .layer > span:not(.what):has(.track) { grid-template-columns: 2rem 1fr 9rem; }
+  .times .layer > span:not(.what):has(.track) { grid-template-columns: 2rem 1fr 10rem; }
   .layer small { display: inline; }
 }
 """

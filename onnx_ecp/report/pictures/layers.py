@@ -71,7 +71,7 @@ def _note(report: Report) -> str:
         return ""
     words = [
         "Error of a layer alone: that of the outputs where every other layer is as it was, on "
-        f"{evidence.samples:,} held-out samples. Refits of several layers make good for each "
+        f"{evidence.samples:,} held-out samples. Refits of several layers compensate for each "
         "other, so the error of the whole may be smaller than one of these."
     ]
     if report.int8 is not None:
