@@ -418,6 +418,7 @@ def test_integers_that_are_numbers_are_measured_as_numbers(form, rng):
 @pytest.mark.parametrize(
     "body",
     ["y = ArgMax(x)", "i = ArgMax(x) f = Cast<to = 1>(i) y = Cast<to = 7>(f)",
+     "i = ArgMax(x) n = Gather(one, i) y = Cast<to = 7>(n)",
      "g = Greater(x, k) y = Cast<to = 7>(g)", "v, y = TopK(x, one)"],
 )  # fmt: skip
 def test_integers_that_name_something_are_equal_or_not(body):

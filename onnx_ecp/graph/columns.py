@@ -49,6 +49,8 @@ NAMING = frozenset(
         "Not", "OneHot", "Or", "Shape", "Size", "StringConcat", "TopK", "Unique", "Xor",
     )
 )  # fmt: skip
+# Of a stored table what an index names is no number, whatever it is.
+LOOKING_UP = frozenset(("Gather", "GatherElements", "GatherND"))
 # Numbers stay numbers, and names names.
 MOVING = frozenset(
     (
@@ -110,6 +112,8 @@ def _counts(name: str, producers: Mapping[str, onnx.NodeProto], stored: Collecti
         node = producers[name]
         if node.domain or node.op_type in NAMING:
             return False
+        if node.op_type in LOOKING_UP and node.input[0] in stored:
+            return False  # a name for an index
         made_whole = made_whole or node.op_type in ("Cast", "CastLike", "QuantizeLinear")
         computed = [x for x in node.input if x and x not in stored]
         if not computed or node.op_type in _INTEGER_LAYERS:
